@@ -1,0 +1,168 @@
+"""Clean and AutoAttack accuracy of a checkpoint, in all and per class, on the 90 % of the test set that selected nothing.
+
+Paper: Sec. 3.3 and Sec. 4 ("Training and evaluation details").
+    python evaluate.py results/digits/esat-hardest-0.5-seed0/best.pt
+Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json beside the checkpoint.
+"""
+import hashlib
+import json
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import attacks
+import common
+import data as datasets
+import models
+from common import UserError, rank, say, world
+
+SEED = 0  # AutoAttack's, the same for every run
+GROUPS = ("threat model", "evaluation (AutoAttack)", "machine")
+CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
+
+
+def wilson(k, n, z=1.959964):
+    """The 95 % Wilson score interval (low, high) of k successes in n trials."""
+    if n == 0:
+        return 0.0, 1.0
+    p, d = k / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy(flags):
+    """Of bool (n,): {"n", "accuracy", "low", "high"}, fractions with the 95 % Wilson interval; accuracy is None at n = 0."""
+    n, k = len(flags), int(flags.sum())
+    low, high = wilson(k, n)
+    return {"n": n, "accuracy": k / n if n else None, "low": low, "high": high}
+
+
+def summary(clean, robust, y, classes, A_classes=None):
+    """Clean and robust accuracy on all, per class and, when A is made of the classes `A_classes`, on A_val and B_val."""
+    parts = {"all": torch.ones_like(clean)}
+    if A_classes:
+        parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
+        parts["B_val"] = ~parts["A_val"]
+    both = lambda part: {"clean": accuracy(clean[part]), "robust": accuracy(robust[part])}
+    result = {name: both(part) for name, part in parts.items()}
+    return {**result, "classes": {c: both(y == i) for i, c in enumerate(classes)}}
+
+
+def digest(state):
+    """A short hash of a state dict: equal for equal weights."""
+    h = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        h.update(key.encode())
+        h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def settings(args, which="eval"):
+    """What fixes AutoAttack's numbers: threat model, attacks, number of examples, batch size, seed."""
+    return {"norm": args.norm, "eps": args.eps, "attacks": getattr(args, f"{which}_attacks"),
+            "n": getattr(args, f"{which}_n"), "batch_size": args.eval_batch, "seed": SEED}
+
+
+def attack(model, data, index, setting, folder):
+    """AutoAttack on the test examples `index`: bool (n,) clean and robust. Chunks are kept in `folder` and dealt to ranks."""
+    class Images:  # sliced by autoattack one chunk at a time: a 224x224 test set does not fit into memory
+        def __getitem__(self, part):
+            return data.test.pixels(index[part], "cpu")
+
+    names = " ".join(attacks.usable(setting["attacks"], len(data.classes)))
+    bar = common.progress(None, total=len(index), desc=f"AutoAttack ({names})", unit="example")
+
+    def show(done, robust, text):
+        bar.n = done
+        bar.set_postfix_str(f"{robust} robust; {text}"[:70])
+        if bar.disable and text.startswith("robust accuracy after"):
+            say(f"  AutoAttack, {done} of {len(index)} done: {text}")
+
+    what = json.dumps([digest(model.state_dict()), data.fingerprint(), index.tolist(), setting], sort_keys=True)
+    folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
+    try:
+        clean, robust = attacks.autoattack(
+            model, Images(), data.test.y[index], eps=setting["eps"], norm=setting["norm"], attacks=setting["attacks"],
+            batch_size=setting["batch_size"], seed=setting["seed"], folder=folder, rank=rank(), world=world(),
+            progress=show, warn=say)
+    except ArithmeticError as e:  # FloatingPointError too
+        raise UserError(str(e)) from None
+    finally:
+        bar.close()
+    device = next(model.parameters()).device
+    return tuple(common.all_sum(f.to(device, torch.int32)).bool().cpu() for f in (clean, robust))
+
+
+def head_line(result):
+    """One or more lines for people: accuracies with n, interval and threat model."""
+    s, text = result["settings"], []
+    for part in ("all", "A_val", "B_val"):
+        if part in result["accuracy"]:
+            shown = [f"{kind} {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" if a["n"] else f"{kind} -"
+                     for kind, a in result["accuracy"][part].items()]
+            text.append(f"{part:>6}: {', '.join(shown)}  (n = {result['accuracy'][part]['clean']['n']})")
+    aa = "standard AutoAttack" if s["attacks"] == list(attacks.STANDARD) else f"AutoAttack's {' and '.join(s['attacks'])}"
+    return "\n".join([f"{aa}, {s['norm']} eps {s['eps']}; 95 % Wilson intervals", *text])
+
+
+def versions():
+    """The versions that the numbers depend on."""
+    return {name: version(name) for name in ("torch", "torchvision", "pyautoattack")}
+
+
+def load_model(path):
+    """The Classifier of a checkpoint of this project, and the checkpoint's dict. Raises UserError for a foreign file."""
+    ckpt = common.load(path, CHECKPOINT_KEYS)
+    try:
+        mean, std = (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
+        model = models.build(ckpt["arch"], len(ckpt["classes"]), mean, std)
+        if ckpt["head"] == "mlp":
+            model.transfer(len(ckpt["classes"]))
+        model.load_state_dict(ckpt["model"], strict=True)
+    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
+        raise UserError(f"{path} is not a checkpoint of this project: {' '.join(str(e).split())[:200]}") from None
+    return model, ckpt
+
+
+def flags(argv):
+    """The command line; what it leaves out is as in the checkpoint's own run."""
+    parser = common.Parser(prog="evaluate.py", description=__doc__, formatter_class=common.Help)
+    parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
+    common.add_flags(parser, *GROUPS)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
+    ckpt = common.load(parser.parse_args(argv).checkpoint, CHECKPOINT_KEYS)
+    valid = {a.dest for a in parser._actions}
+    parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k in valid})
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Loads the checkpoint, attacks it, writes the numbers beside it."""
+    args = flags(argv)
+    device = common.set_up(args)
+    model, ckpt = load_model(args.checkpoint)
+    data = datasets.get(ckpt["args"]["dataset"], args.data_dir)
+    datasets.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
+    setting = settings(args)
+    key = hashlib.sha256(json.dumps([digest(ckpt["model"]), setting], sort_keys=True).encode()).hexdigest()[:8]
+    out = args.checkpoint.parent / f"eval-{key}.json"
+    if out.exists() and not args.force:
+        say(f"{out} is there already (--force repeats it)\n{head_line(common.read_json(out))}")
+        return
+    say(f"evaluating {args.checkpoint} ({data.name}, epoch {ckpt['epoch']}) on {device}")
+    index = datasets.selection_and_final(len(data.test))[1][:args.eval_n or None]
+    folder = args.checkpoint.parent / "chunks"
+    clean, robust = attack(model.to(device), data, index, setting, folder)
+    result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": setting, "versions": versions(),
+              "fingerprint": ckpt["fingerprint"], "weights": digest(ckpt["model"]),
+              "accuracy": summary(clean, robust, data.test.y[index], data.classes, ckpt["A_classes"])}
+    if rank() == 0:
+        common.write_json(out, result)
+    common.remove_chunks(folder)
+    say(f"{head_line(result)}\nwrote {out}")
+
+
+if __name__ == "__main__":
+    common.script(main)

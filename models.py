@@ -1,0 +1,90 @@
+"""The networks: PreActResNet-18 and -8 for small images, ResNet-50 for 224x224, and the head of the transfer setting.
+
+Every network is a Classifier: normalise -> features -> head, from pixels in [0, 1] to logits. Paper: Sec. 4, Table 2.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ARCHS = ("preactresnet8", "preactresnet18", "resnet50")
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation residual block (He et al. 2016): (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.shortcut = None if c_in == c_out and stride == 1 else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        identity = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + identity
+
+
+def preactresnet(channels, widths, blocks):
+    """Convolution, `blocks` blocks a width (halving the side from the second on), batch norm, ReLU, pooling."""
+    layers, c_in = [nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)], widths[0]
+    for stage, width in enumerate(widths):
+        for block in range(blocks):
+            layers.append(PreActBlock(c_in, width, 2 if stage > 0 and block == 0 else 1))
+            c_in = width
+    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def resnet50():
+    """torchvision's ResNet-50 without its last layer: (N, 3, 224, 224) -> (N, 2048)."""
+    from torchvision.models import resnet50 as tv_resnet50  # slow to import, and only ImageNet-sized runs need it
+    net = tv_resnet50(weights=None)
+    net.fc = nn.Identity()
+    return net
+
+
+def transfer_head(k, n_classes):
+    """The 1-hidden-layer classifier [K, N] of the transfer setting (paper, Table 2): (N, K) -> (N, n_classes)."""
+    return nn.Sequential(nn.Linear(k, k), nn.ReLU(), nn.Linear(k, n_classes))
+
+
+class Classifier(nn.Module):
+    """Pixels in [0, 1], (N, C, H, W) -> logits (N, n_classes). `mean` and `std` are per channel, in pixel units.
+
+    `frozen = True` keeps the features, batch-norm statistics included, as they are (transfer, paper Sec. 4.3).
+    """
+
+    def __init__(self, features, head, mean, std):
+        super().__init__()
+        self.features, self.head, self.frozen = features, head, False
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, x):
+        return self.head(self.features((x - self.mean) / self.std))
+
+    def train(self, mode=True):
+        """As nn.Module.train, but frozen features stay in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.features.eval()
+        return self
+
+    def transfer(self, n_classes):
+        """Freezes the features and puts a new [K, N] head on them, K the number of feature channels."""
+        k = self.head.in_features
+        self.features.requires_grad_(False)
+        self.head, self.frozen = transfer_head(k, n_classes), True
+        return self
+
+
+def build(arch, n_classes, mean, std):
+    """A new network of one of ARCHS with a linear head; draws its weights from torch's global generator."""
+    if arch == "preactresnet18":
+        features, k = preactresnet(len(mean), (64, 128, 256, 512), 2), 512
+    elif arch == "preactresnet8":
+        features, k = preactresnet(len(mean), (16, 32, 64), 1), 64
+    elif arch == "resnet50":
+        features, k = resnet50(), 2048
+    else:
+        raise ValueError(f"no architecture {arch!r}: {', '.join(ARCHS)}")
+    return Classifier(features, nn.Linear(k, n_classes), mean, std)

@@ -1,0 +1,273 @@
+"""Subset Adversarial Training: trains on A and B, attacks A alone, selects by and reports AutoAttack accuracy (Eq. 2).
+
+    python sat.py --split esat --frac 0.5 --order hardest                     # the embedded digits, on a CPU
+    python sat.py --config configs/cifar10.yaml --split csat --classes cat    # the paper's settings
+Files in: the data, results/<dataset>/rank-<arch>-seed0/scores.pt (made when missing). Files out, in results/<dataset>/<run>/:
+args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
+"""
+import hashlib
+import subprocess
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+import attacks
+import common
+import data as datasets
+import evaluate
+import models
+from common import HERE, UserError, all_sum, rank, say, world
+
+RANK_GROUPS = ("data and network", "training", "machine")
+
+
+def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", scores=None, seed=0):
+    """The subset A as bool (N,), chosen once, before training (Sec. 3.3).
+
+    split: none, full, esat (examples) or csat (classes). amount: a fraction (float) or a number (int) of examples or
+    classes. order: hardest or easiest by `scores` (N,), higher = harder (a class counts by its mean, Eq. 3), ties by index;
+    or random, by seed. names: csat's classes by name instead. Raises UserError for what cannot be chosen.
+    """
+    if split in ("none", "full"):
+        return torch.full(y.shape, split == "full")
+    n = len(classes) if split == "csat" else len(y)
+    unit = "classes" if split == "csat" else "examples"
+    if names:
+        unknown = sorted(set(names) - set(classes))
+        if unknown:
+            raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)}")
+        return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
+    k = round(amount * n) if isinstance(amount, float) else amount
+    if not 1 <= k <= n:
+        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
+    if order == "random":
+        first = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
+    else:
+        if split == "csat":
+            scores = class_means(scores, y, n)
+        first = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
+    return torch.isin(y, first) if split == "csat" else torch.zeros(n, dtype=torch.bool).index_fill(0, first, True)
+
+
+def class_means(scores, y, n_classes):
+    """Mean score of each class (Eq. 3, right): (N,), (N,) -> (n_classes,) float64."""
+    total = torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, scores.double())
+    return total / torch.bincount(y, minlength=n_classes)
+
+
+def weight_A(kind, n_A, n):
+    """w_A of Eq. 2, with w_B = 1, by |A| = n_A and N = n: vanilla 1, balanced |B|/|A|, emphasis (1 + 10 |A|/N) |B|/|A|
+    (Sec. 3.2 and 4.3: 2 |B|/|A| at 10 %, 10 |B|/|A| at 90 %), or the number `kind`. 1 when A or B is empty."""
+    if n_A in (0, n):
+        return 1.0
+    balanced = (n - n_A) / n_A
+    return {"vanilla": 1.0, "balanced": balanced, "emphasis": (1 + 10 * n_A / n) * balanced}.get(kind, kind)
+
+
+def sat_loss(logits, y, w, total=None):
+    """Eq. 2 on a batch: sum(w_i loss_i) / sum(w_i), w_i = w_A for examples of A, else w_B. `total`: sum(w) of the whole
+    batch, when these are the examples of one process."""
+    return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum() / (w.sum() if total is None else total)
+
+
+def perturb(model, x, y, in_A, args, generator):
+    """The inner maximisation of Eq. 2: x (b, C, H, W) with the examples of A (in_A, bool (b,) on the CPU) attacked."""
+    start = None
+    if args.attack == "fgsm-rs" or args.random_start:  # drawn for the global batch, so that world size changes nothing
+        start = attacks.random_start(x.new_empty(args.batch_size, *x.shape[1:]), args.eps, args.norm, generator)
+        start = start.tensor_split(world())[rank()]
+    a = in_A.nonzero().squeeze(1).to(x.device, non_blocking=True)  # gather A, attack, put back
+    if len(a) == 0:
+        return x
+    start = None if start is None else start[a]
+    if args.attack == "fgsm-rs":
+        x_adv = attacks.fgsm_rs(model, x[a], y[a], eps=args.eps, norm=args.norm, start=start)
+    else:
+        x_adv = attacks.pgd(model, x[a], y[a], eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm, start=start)
+    return x.index_copy(0, a, x_adv)
+
+
+def train(model, split, A, w_A, args, device, state=None):
+    """Minimises Eq. 2 by SGD. Yields once an epoch {"epoch": epochs done, "model", "optimizer", "row": the epoch's log}.
+
+    A: bool (N,); A = {} is ordinary training, A = everything is adversarial training. `state`: an earlier yield, from
+    which to go on. Every process must consume every yield. Raises UserError when the loss is not finite.
+    """
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], args.lr, 0.9, weight_decay=args.weight_decay)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    model = model.to(memory_format=torch.channels_last)
+    net = torch.nn.parallel.DistributedDataParallel(model) if world() > 1 else model
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda"))
+    w = torch.where(A, w_A, 1.0).to(device)
+    attacking = bool(A.any())
+    attack_steps = 0 if not attacking else 1 if args.attack == "fgsm-rs" else args.steps
+    for epoch in range(state["epoch"] if state else 0, args.epochs):
+        began, attacked = time.perf_counter(), torch.zeros((), dtype=torch.int64)
+        lr = args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + 500_000 + epoch)  # of random starts
+        sums, bad = torch.zeros(2, device=device), torch.full((), -1, device=device)  # loss and hits; first bad step
+        model.train()
+        steps = len(split) // args.batch_size
+        todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
+        for step, (x, y, index) in enumerate(common.progress(todo, total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")):
+            with amp:
+                x = x.contiguous(memory_format=torch.channels_last)
+                if attacking:
+                    x = perturb(model, x, y, A[index], args, generator)
+                logits = net(x)
+            w_i = w[index.to(device, non_blocking=True)]
+            total = all_sum(w_i.sum())
+            loss = sat_loss(logits, y, w_i, total)  # Eq. 2
+            optimizer.zero_grad(set_to_none=True)
+            (loss * world()).backward()  # DistributedDataParallel averages gradients over the processes: times world = sum
+            optimizer.step()
+            attacked += A[index].sum()
+            sums += torch.stack([loss.detach(), (logits.detach().argmax(1) == y).sum()])
+            bad = torch.where((bad < 0) & ~loss.detach().isfinite(), step, bad)
+        attacked, (loss, hits) = int(all_sum(attacked.to(device))), all_sum(sums).tolist()
+        if all_sum((bad >= 0).int()) > 0:
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {int(bad) + 1}: stopped; the last good checkpoint "
+                            f"is kept. Lower --lr (now {args.lr}) or a --weight-factor")
+        if world() > 1:
+            for buffer in model.buffers():  # without SyncBatchNorm each process has statistics of its own
+                torch.distributed.broadcast(buffer, 0)
+        seen = steps * args.batch_size
+        yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "row": {
+            "epoch": epoch + 1, "lr": lr, "loss": loss / steps, "train_accuracy": hits / seen, "attacked": attacked,
+            "forward": seen + attack_steps * attacked, "backward": seen + attack_steps * attacked,
+            "forward_equivalents": 3 * seen + 2 * attack_steps * attacked, "seconds": time.perf_counter() - began}}
+
+
+def checkpoint(model, data, args, epoch, A_classes=None, **more):
+    """What a checkpoint file holds: weights and all that is needed to use them without this project's configs."""
+    return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear", "classes": data.classes,
+            "fingerprint": data.fingerprint(), "args": common.identity(args), "epoch": epoch, "A_classes": A_classes, **more}
+
+
+def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
+    """Trains, selects the checkpoint on the 10 % part, evaluates it on the 90 % part; returns result.json's content.
+
+    Selection: AutoAttack robust accuracy one epoch after each decay and at the end (Sec. 4); ties go to the higher clean
+    accuracy, then to the later epoch. Goes on from last.pt. `more` is written into result.json.
+    """
+    select, final = datasets.selection_and_final(len(data.test))
+    select, final = select[:args.select_n or None], final[:args.eval_n or None]
+    when = {d + 1 for d in args.lr_decays if d < args.epochs} | {args.epochs}
+    mark = {"A": hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16], "fingerprint": data.fingerprint()}
+    state = common.load(run / "last.pt", (*mark, "optimizer", "log", "best")) if (run / "last.pt").exists() else None
+    if state and any(state[k] != v for k, v in mark.items()):
+        raise UserError(f"{run / 'last.pt'} was trained with another A or other data: name this run with --run, or --force")
+    log, best = (state["log"], state["best"]) if state else ([], None)
+    if state:
+        say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
+    for state in train(model, data.train, A, w_A, args, device, state):
+        row, epoch = state["row"], state["epoch"]
+        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} attacked, {seconds:.1f} s".format(**row))
+        if epoch in when:
+            clean, robust = (f.float().mean().item() for f in evaluate.attack(
+                model, data, select, evaluate.settings(args, "select"), run / "chunks"))
+            row["selection"] = {"n": len(select), "clean": clean, "robust": robust}
+            say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select)} examples")
+            if best is None or (robust, clean, epoch) >= tuple(best):
+                best = [robust, clean, epoch]
+                if rank() == 0:
+                    common.save(run / "best.pt", checkpoint(model, data, args, epoch, A_classes))
+        log = [*log, row]
+        if rank() == 0:
+            last = {"optimizer": state["optimizer"], "log": log, "best": best, **mark}
+            common.save_epoch(run, checkpoint(model, data, args, epoch, A_classes, **last), log)
+    common.barrier()
+    model.load_state_dict(common.load(run / "best.pt")["model"])
+    clean, robust = evaluate.attack(model, data, final, evaluate.settings(args), run / "chunks")
+    y = data.test.y[final]
+    total = {k: sum(r[k] for r in log) for k in ("attacked", "forward", "backward", "forward_equivalents", "seconds")}
+    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "versions": evaluate.versions(), "N": len(A),
+              "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "settings": evaluate.settings(args),
+              "selection": {**evaluate.settings(args, "select"), "n": len(select)}, "epoch": best[2],
+              "accuracy": evaluate.summary(clean, robust, y, data.classes, A_classes), "cost": total,
+              "weights": evaluate.digest(model.state_dict()), "device": common.device_name(device), "processes": world(), **more}
+    if rank() == 0:
+        common.save(run / "robust.pt", {"index": final, "clean": clean, "robust": robust})
+        common.write_json(run / "result.json", result)
+    common.remove_chunks(run / "chunks")
+    return result
+
+
+def ranking(args, data):
+    """The scores (N,) of args.metric, from rank.py's scores.pt for this data and network; runs rank.py when it is missing."""
+    path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
+    if not path.exists():
+        parser = common.Parser(add_help=False)
+        common.add_flags(parser, *RANK_GROUPS)
+        skip = {"seed", "run", "force"}
+        differ = [a for a in parser._actions if a.dest not in skip and getattr(args, a.dest) != args.base[a.dest]]
+        values = [[v if isinstance(v, list) else [v] for v in [getattr(args, a.dest)]][0] for a in differ]
+        command = ["--config", str(args.config), *(t for a, v in zip(differ, values) for t in [a.option_strings[0], *map(str, v)])]
+        if world() > 1:
+            raise UserError(f"--order {args.order} needs {path}: first run python rank.py {' '.join(command)}")
+        say(f"no {path}: ranking the examples first (python rank.py {' '.join(command)})")
+        if subprocess.run([sys.executable, str(HERE / "rank.py"), *command]).returncode:
+            raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message is above")
+    found = common.load(path, (args.metric, "fingerprint"))
+    datasets.check_fingerprint(data, found["fingerprint"], path)
+    return found[args.metric]
+
+
+def parse(argv=None):
+    """The command line, with the checks that need more than one flag."""
+    parser = common.Parser(prog="sat.py", description=__doc__, formatter_class=common.Help)
+    common.add_flags(parser, *common.FLAGS)
+    args = common.parse(parser, argv)
+    sized = [f for f in ("frac", "size", "classes") if getattr(args, f) is not None]
+    if args.split in ("none", "full") and sized or args.split == "esat" and args.classes:
+        raise UserError(f"--split {args.split} takes no --{sized[-1]}")
+    if args.split in ("esat", "csat") and len(sized) != 1:
+        raise UserError(f"--split {args.split} needs one of --frac, --size{' and --classes' * (args.split == 'csat')}; "
+                        f"given: {', '.join(sized) or 'none'}")
+    return args
+
+
+def run_folder(args):
+    """The folder of the run that these flags describe, and whether it is finished."""
+    lead, told = [args.split], {"split", "frac", "size", "classes", "order", "metric", "weight", "weight_factor"}
+    if args.classes:
+        lead += sorted(args.classes)
+    elif args.split in ("csat", "esat"):
+        lead += [args.order, args.size or args.frac] + [args.metric] * (args.metric != "entropy" and args.order != "random")
+    if args.weight_factor or args.weight != "vanilla":
+        lead.append(f"w{args.weight_factor}" if args.weight_factor else args.weight)
+    return common.run_dir(args, lead, told)
+
+
+def main(argv=None):
+    """Chooses A, trains on A and B, writes and prints the result."""
+    args = parse(argv)
+    run, finished = run_folder(args)
+    if finished:
+        say(f"{run} is finished (--force repeats it)\n{evaluate.head_line(common.read_json(run / 'result.json'))}")
+        return
+    device = common.set_up(args)
+    data = datasets.get(args.dataset, args.data_dir, device)
+    datasets.check_batch(data, args.batch_size)
+    y, ordered = data.train.y, args.split in ("csat", "esat") and not args.classes and args.order != "random"
+    A = choose_A(args.split, y, data.classes, amount=args.frac or args.size, names=args.classes, order=args.order,
+                 scores=ranking(args, data) if ordered else None, seed=args.seed)
+    w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
+    A_classes = [data.classes[c] for c in y[A].unique()] if args.split == "csat" else None
+    say(f"SAT on {data.name} ({len(y):,} training images, {len(data.classes)} classes): |A| = {int(A.sum()):,} ({A.float().mean():.1%}), "
+        f"w_A {w_A:.3g}; {args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {run}")
+    common.start_run(run, args)
+    torch.manual_seed(args.seed)
+    model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
+    result = fit(run, model, data, A, w_A, args, device, A_classes)
+    say(f"{evaluate.head_line(result)}\nwrote {run}/result.json")
+
+
+if __name__ == "__main__":
+    common.script(main)

@@ -1,0 +1,69 @@
+"""S-SAT: freezes the features of a trained checkpoint and trains a new 1-hidden-layer head on clean images of a target.
+
+Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked on the target's test images.
+    python transfer.py results/digits0-4/<run>/best.pt --config configs/transfer/digits5-9.yaml
+Files in: a checkpoint of sat.py, the target's data. Files out, in results/<target>/<source data set>-<source run>-seed<seed>/:
+those of sat.py.
+"""
+from pathlib import Path
+
+import torch
+
+import common
+import data as datasets
+import evaluate
+from common import UserError, say
+from sat import fit
+
+GROUPS = ("data and network", "threat model", "training", "evaluation (AutoAttack)", "machine")
+
+
+def flags(argv=None):
+    """The command line."""
+    parser = common.Parser(prog="transfer.py", description=__doc__, formatter_class=common.Help)
+    parser.add_argument("checkpoint", type=Path, help="best.pt of the source run")
+    common.add_flags(parser, *GROUPS)
+    return common.parse(parser, argv)
+
+
+def source_of(ckpt, path):
+    """What the target's result says of its source run: names, weights, and the source's |A| and w_A from its result.json."""
+    result = common.read_json(path.parent / "result.json")
+    if result.get("weights") != evaluate.digest(ckpt["model"]):
+        raise UserError(f"{path.parent / 'result.json'} was not made by {path}: transfer the best.pt of a finished run of sat.py")
+    return {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "weights": result["weights"],
+            **{k: result[k] for k in ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint")}}
+
+
+def main(argv=None):
+    """Loads the source, trains the head, writes and prints the result."""
+    args = flags(argv)
+    path, args.checkpoint = args.checkpoint.resolve(), None
+    model, ckpt = evaluate.load_model(path)
+    if model.frozen:
+        raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")
+    source = source_of(ckpt, path)
+    args.arch, args.base["arch"] = ckpt["arch"], ckpt["arch"]
+    args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
+    run, finished = common.run_dir(args, [source["dataset"], source["run"]], {"source", "source_weights"})
+    if finished:
+        say(f"{run} is finished (--force repeats it)\n{evaluate.head_line(common.read_json(run / 'result.json'))}")
+        return
+    device = common.set_up(args)
+    data = datasets.get(args.dataset, args.data_dir, device)
+    datasets.check_batch(data, args.batch_size)
+    if data.train.x.shape[1] != ckpt["model"]["mean"].shape[1]:
+        raise UserError(f"{path} takes images of {ckpt['model']['mean'].shape[1]} channels, {data.name} has {data.train.x.shape[1]}")
+    say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> {data.name} "
+        f"({len(data.train):,} training images, {len(data.classes)} classes): features frozen, new head; {args.arch} on "
+        f"{common.device_name(device)}, seed {args.seed} -> {run}")
+    common.start_run(run, args)
+    torch.manual_seed(args.seed)
+    model = model.transfer(len(data.classes)).to(device)
+    nobody = torch.zeros(len(data.train), dtype=torch.bool)  # the head is trained on clean images; the target is not split
+    result = fit(run, model, data, nobody, 1.0, args, device, source=source)
+    say(f"{evaluate.head_line(result)}\nwrote {run}/result.json")
+
+
+if __name__ == "__main__":
+    common.script(main)
