@@ -54,8 +54,8 @@ def number(kind, low, high=float("inf"), open_low=False):
 
 def plain_name(text):
     """A type for argparse: a data set's or run's name, which becomes a folder's name, so no path."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name (letters, digits, . _ + -)")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name (letters, digits, . _ + = -)")
     return text
 
 
@@ -189,11 +189,11 @@ def run_dir(args, lead, told, done="result.json"):
     The name is made of the words in `lead`, of every other flag that differs from the config, and of the seed; `told`
     are the flags that `lead` speaks of. Raises UserError when the folder was made with other flags.
     """
-    text = lambda v: "_".join(map(str, v)) if isinstance(v, list) else v
-    extra = [f"{k.replace('_', '')}{text(v)}" for k, v in identity(args).items()
+    text = lambda v: "+".join(map(str, v)) if isinstance(v, list) else v
+    extra = [f"{k.replace('_', '-')}={text(v)}" for k, v in identity(args).items()
              if k not in {*told, "seed", "dataset", "checkpoint"} and v != args.base.get(k)]
     words = [*map(str, lead), *extra, f"seed{args.seed}"]
-    folder = args.results / args.dataset / (args.run or re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join(words))[:200])
+    folder = args.results / args.dataset / (args.run or re.sub(r"[^A-Za-z0-9_.+=-]+", "_", "-".join(words))[:200])
     if args.force or not (folder / "args.json").exists():
         return folder, False
     before, now = read_json(folder / "args.json"), json.loads(json.dumps(identity(args)))
