@@ -23,6 +23,14 @@ from common import HERE, UserError, all_sum, rank, say, world
 RANK_GROUPS = ("data and network", "training", "machine")
 
 
+def how_many(amount, n, unit):
+    """|A| from a fraction (float) of n, or a number (int), of examples or classes. Raises UserError outside 1..n."""
+    k = round(amount * n) if isinstance(amount, float) else amount
+    if not 1 <= k <= n:
+        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
+    return k
+
+
 def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", scores=None, seed=0):
     """The subset A as bool (N,), chosen once, before training (Sec. 3.3).
 
@@ -32,16 +40,13 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
     """
     if split in ("none", "full"):
         return torch.full(y.shape, split == "full")
-    n = len(classes) if split == "csat" else len(y)
-    unit = "classes" if split == "csat" else "examples"
     if names:
         unknown = sorted(set(names) - set(classes))
         if unknown:
             raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)}")
         return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
-    k = round(amount * n) if isinstance(amount, float) else amount
-    if not 1 <= k <= n:
-        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
+    n = len(classes) if split == "csat" else len(y)
+    k = how_many(amount, n, "classes" if split == "csat" else "examples")
     if order == "random":
         first = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
     else:
@@ -255,9 +260,11 @@ def main(argv=None):
     device = common.set_up(args)
     data = datasets.get(args.dataset, args.data_dir, device)
     datasets.check_batch(data, args.batch_size)
-    y, ordered = data.train.y, args.split in ("csat", "esat") and not args.classes and args.order != "random"
-    A = choose_A(args.split, y, data.classes, amount=args.frac or args.size, names=args.classes, order=args.order,
-                 scores=ranking(args, data) if ordered else None, seed=args.seed)
+    y, amount, scores = data.train.y, args.frac or args.size, None
+    if amount and args.order != "random":
+        how_many(amount, *((len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")))  # before the work
+        scores = ranking(args, data)
+    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order, scores=scores, seed=args.seed)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes = [data.classes[c] for c in y[A].unique()] if args.split == "csat" else None
     say(f"SAT on {data.name} ({len(y):,} training images, {len(data.classes)} classes): |A| = {int(A.sum()):,} ({A.float().mean():.1%}), "
