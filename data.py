@@ -1,40 +1,84 @@
-"""The data sets, the augmentation of Fig. 9, the fixed 10 % / 90 % split of the test set, batches of (x, y, index).
+"""The data sets as the scripts use them: the fixed 10 % / 90 % split of the test set, the augmentation of Fig. 9, batches.
 
-A data set is looked for under --data-dir as <name>.pt, then as an image folder <name>/train/<class>/* with <name>/test or
-<name>/val, then as torchvision's own files, then downloaded by torchvision. Format of <name>.pt:
-{"train": {"x": uint8 (N, C, H, W), "y": int64 (N,)}, "test": {...}, "classes": [str]}.
+    python data.py NAME --data-dir DIR        # reads (and checks) every image of a data set; keeps small ones as <name>.pt
+Files in: those that sources.py lists. Batches are (x, y, index): images in [0, 1], labels, positions in the training set.
 """
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
-from common import HERE, UserError, barrier, load, progress, rank, save, say, world
+import common
+import flags
+import sources
+from common import UserError, barrier, rank, say, world
 
 SPLIT_SEED = 90622  # of the one permutation of the test set; never a run's own seed
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std for streamed sets, whose pixels are not all read
+
+
+class Files(Dataset):
+    """Images on disk, read by (index, seed) as uint8 (3, side, side): with a seed, a random crop resized as in
+    torchvision's RandomResizedCrop; with None the test view, shortest side 256 and centre crop 224 (Fig. 9)."""
+
+    def __init__(self, paths, side=224, workers=0):
+        self.paths, self.side, self.shape = paths, side, (len(paths), 3, side, side)
+        self.workers = min(workers, os.cpu_count())
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, item):
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms import functional as T
+        index, seed = item
+        image = sources.open_image(self.paths[index])
+        if seed is None:
+            image = T.center_crop(T.resize(image, round(self.side * 256 / 224)), [self.side, self.side])
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                box = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+            image = T.resized_crop(image, *box, [self.side, self.side])
+        return T.pil_to_tensor(image)
+
+    def load(self, batches):
+        """Yields a uint8 tensor (n, 3, side, side) for each list of (index, seed) in `batches`, read by the workers."""
+        try:
+            yield from DataLoader(self, batch_sampler=batches, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+        except UserError as e:  # a worker's error arrives with its traceback
+            raise UserError(str(e).splitlines()[-1].removeprefix("common.UserError: ")) from None
 
 
 @dataclass
 class Split:
-    """Images x, uint8 (N, C, H, W), with labels y, int64 (N,)."""
-    x: torch.Tensor
+    """Images x, a uint8 tensor (N, C, H, W) or Files, with labels y, int64 (N,)."""
+    x: object
     y: torch.Tensor
 
     def __len__(self):
         return len(self.y)
 
+    @property
+    def streamed(self):
+        """Whether the images are read from disk as they are needed."""
+        return isinstance(self.x, Files)
+
     def pixels(self, index, device):
-        """The images of `index` (on the CPU) as float32 in [0, 1] on `device`."""
-        return self.x[index.to(self.x.device)].to(device).float().div_(255)
+        """The un-augmented images of `index` (on the CPU) as float32 (n, C, H, W) in [0, 1] on `device`."""
+        if self.streamed:
+            found = torch.cat(list(self.x.load([[(i, None)] for i in index.tolist()])))
+        else:
+            found = self.x[index.to(self.x.device)]
+        return found.to(device).float().div_(255)
 
     def to(self, device):
         """The same with the images on `device`; labels and indices stay on the CPU, where batches are dealt."""
-        return Split(self.x.to(device), self.y)
+        return self if self.streamed else Split(self.x.to(device), self.y)
 
 
 @dataclass
@@ -53,119 +97,25 @@ class DataSet:
 
     def mean_std(self):
         """Per-channel mean and standard deviation of the training pixels, two lists of C, for the model's first layer."""
+        if self.train.streamed:
+            return IMAGENET
         x = self.train.x
-        counts = torch.stack([torch.bincount(x[:, c].flatten().int(), minlength=256) for c in range(x.shape[1])]).double()
+        counts = torch.stack([torch.bincount(x[:, c].flatten().int(), minlength=256) for c in range(x.shape[1])]).double().cpu()
         values, total = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
         mean = (counts * values).sum(1) / total
         std = ((counts * values**2).sum(1) / total - mean**2).clamp_min(1e-12).sqrt()
         return mean.tolist(), std.tolist()
 
 
-def digits(name):
-    """The embedded 8x8 digits, or their classes 0-4 or 5-9 alone (relabelled from 0)."""
-    with np.load(HERE / "data" / "digits.npz", allow_pickle=False) as f:
-        parts = {s: (torch.from_numpy(f[f"{s}_x"])[:, None], torch.from_numpy(f[f"{s}_y"])) for s in ("train", "test")}
-    low, high = {"digits": (0, 9), "digits0-4": (0, 4), "digits5-9": (5, 9)}[name]
-    keep = {s: (y >= low) & (y <= high) for s, (_, y) in parts.items()}
-    train, test = (Split(x[keep[s]], y[keep[s]] - low) for s, (x, y) in parts.items())
-    return DataSet(name, train, test, [str(c) for c in range(low, high + 1)])
-
-
-def packed(name, path):
-    """A data set from its <name>.pt."""
-    found = load(path, ("train", "test", "classes"))
-    splits = []
-    for s in ("train", "test"):
-        x, y = (found[s].get(k) if isinstance(found[s], dict) else None for k in "xy")
-        if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 4 and isinstance(y, torch.Tensor)
-                and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y)):
-            raise UserError(f"{path}: {s} must hold x, uint8 (N, C, H, W), and y, int64 (N,)")
-        if y.min() < 0 or y.max() >= len(found["classes"]):
-            raise UserError(f"{path}: {s} has labels outside 0..{len(found['classes']) - 1}, its classes")
-        splits.append(Split(x, y))
-    return DataSet(name, *splits, [str(c) for c in found["classes"]])
-
-
-def read_folder(folder, classes):
-    """The images of <folder>/<class>/*, all of one size, as a Split."""
-    from PIL import Image
-    files = [(path, label) for label, c in enumerate(classes) for path in sorted((folder / c).iterdir())
-             if path.suffix.lower() in IMAGES]
-    images = []
-    for path, _ in progress(files, desc=f"reading {folder}"):
-        try:
-            images.append(np.asarray(Image.open(path).convert("RGB")))
-        except OSError as e:
-            raise UserError(f"{path} is not an image that can be read ({e}): mend or delete it") from None
-        if images[-1].shape != images[0].shape:
-            raise UserError(f"{path} is {images[-1].shape[:2]} pixels, {files[0][0]} {images[0].shape[:2]}: one size is needed")
-    if not files:
-        raise UserError(f"{folder} holds no images ({', '.join(IMAGES)}) in its class folders")
-    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor([y for _, y in files]))
-
-
-def image_folder(name, root):
-    """A data set from <root>/train/<class>/* and <root>/test/<class>/* (or val/)."""
-    parts = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
-    for part in parts:
-        if not part.is_dir():
-            raise UserError(f"{root} lacks {'train/' if part == parts[0] else 'test/ or val/'}: an image folder is "
-                            f"{name}/train/<class>/* and {name}/test/<class>/* (or val/)")
-    classes, other = (sorted(d.name for d in part.iterdir() if d.is_dir()) for part in parts)
-    if classes != other or not classes:
-        odd = sorted(set(classes) ^ set(other)) or ["none at all"]
-        raise UserError(f"{parts[0]} and {parts[1]} must hold the same class folders; not in both: {', '.join(odd[:10])}")
-    return DataSet(name, *(read_folder(part, classes) for part in parts), classes)
-
-
-def from_torchvision(name, data_dir):
-    """A data set from torchvision's files under data_dir, downloaded when they are not there."""
-    from torchvision import datasets
-    kind = getattr(datasets, TORCHVISION[name])
-    try:
-        try:
-            both = [kind(data_dir, train=train) for train in (True, False)]
-        except RuntimeError:  # not there, or not whole: torchvision checks their sums
-            say(f"downloading {name} to {data_dir}")
-            both = [kind(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as e:
-        raise UserError(
-            f"no {name} under {data_dir} and no download ({' '.join(str(e).split())[:80]}): put {kind.base_folder}/ "
-            f"(the unpacked {kind.filename}), or {name}.pt, or image folders {name}/train/<class>/ and {name}/test/<class>/ "
-            f"there, or name their folder with --data-dir") from None
-    splits = [Split(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)) for d in both]
-    return DataSet(name, *splits, list(both[0].classes))
-
-
-def find(name, data_dir):
-    """Finds a data set in the order that this file's first lines state, and keeps what is slow to read as <name>.pt."""
-    path = data_dir / f"{name}.pt"
-    if name in ("digits", "digits0-4", "digits5-9"):
-        return digits(name)
-    if path.exists():
-        return packed(name, path)
-    if (data_dir / name).is_dir():
-        found = image_folder(name, data_dir / name)
-    elif name in TORCHVISION:
-        found = from_torchvision(name, data_dir)
-    else:
-        raise UserError(f"no data set {name!r}: {data_dir} has neither {name}.pt nor {name}/train and {name}/test; known by "
-                        f"name: digits, digits0-4, digits5-9, {', '.join(TORCHVISION)}")
-    save(path, {"train": vars(found.train), "test": vars(found.test), "classes": found.classes})
-    say(f"wrote {path}, which is read from now on (delete it when the images change)")
-    return found
-
-
-def get(name, data_dir, device="cpu"):
-    """The data set `name`, its images on `device`. Rank 0 finds (or downloads) it first, the others read what it wrote."""
-    data_dir = Path(data_dir)
+def get(name, data_dir, device="cpu", side=224, workers=0):
+    """The data set `name`, small images on `device`. Rank 0 finds (or downloads) it first, the others read what it wrote."""
     if rank() > 0:
         barrier()
-    data = find(name, data_dir)
+    train, test, classes = sources.find(name, Path(data_dir))
     if rank() == 0:
         barrier()
-    data.train, data.test = data.train.to(device), data.test.to(device)
-    return data
+    splits = (Split(x if isinstance(x, torch.Tensor) else Files(x, side, workers), y).to(device) for x, y in (train, test))
+    return DataSet(name, *splits, classes)
 
 
 def check_fingerprint(data, other, what):
@@ -189,13 +139,19 @@ def selection_and_final(n):
     return order[:round(0.1 * n)], order[round(0.1 * n):]
 
 
-def draw(b, side, how, generator):
-    """Augmentation parameters of b examples, drawn on the CPU: a dict of tensors whose first dimension is b."""
-    pad = side // 8  # 4 for 32x32 (Fig. 9), 1 for 8x8
-    params = {"crop": torch.randint(0, 2 * pad + 1, (b, 2), generator=generator)}
+def draw(b, shape, how, streamed, generator):
+    """Augmentation parameters of b examples of `shape` (..., H, W), drawn on the CPU: tensors whose first dimension is b.
+
+    Streamed images are cropped where they are read, by a "seed" each, and jittered less (Fig. 9, right).
+    """
+    pad = shape[-1] // 8  # 4 for 32x32 (Fig. 9), 1 for 8x8
+    if streamed:
+        params = {"seed": torch.randint(0, 2**62, (b,), generator=generator)}
+    else:
+        params = {"crop": torch.randint(0, 2 * pad + 1, (b, 2), generator=generator)}
     if how == "full":
         params["flip"] = torch.rand(b, generator=generator) < 0.5
-        params["factor"] = 1 + 0.25 * (2 * torch.rand(b, 3, generator=generator) - 1)
+        params["factor"] = 1 + (0.1 if streamed else 0.25) * (2 * torch.rand(b, 3, generator=generator) - 1)
         params["order"] = torch.rand(b, 3, generator=generator).argsort(1)
         params["angle"] = torch.deg2rad(2 * (2 * torch.rand(b, generator=generator) - 1))
     return params
@@ -217,12 +173,13 @@ def jitter(x, factor, order):
 def augment(x, params):
     """Applies draw()'s parameters to x (N, C, H, W) in [0, 1], each example its own: crop, flip, jitter, rotation (Fig. 9)."""
     n, _, h, w = x.shape
-    pad, at = h // 8, torch.arange(h, device=x.device)
-    rows, columns = params["crop"][:, :1] + at, params["crop"][:, 1:] + at
-    if "flip" in params:
-        columns = torch.where(params["flip"][:, None], columns.flip(1), columns)
     each = torch.arange(n, device=x.device)[:, None, None]
-    x = F.pad(x, (pad,) * 4)[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if "crop" in params:
+        pad, at = h // 8, torch.arange(h, device=x.device)
+        rows, columns = params["crop"][:, :1] + at, params["crop"][:, 1:] + at
+        x = F.pad(x, (pad,) * 4)[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if "flip" in params:
+        x = torch.where(params["flip"].view(-1, 1, 1, 1), x.flip(3), x)
     if "factor" in params:
         x = jitter(x, params["factor"], params["order"])
         cos, sin, zero = params["angle"].cos(), params["angle"].sin(), torch.zeros_like(params["angle"])
@@ -240,17 +197,48 @@ def batches(split, batch_size, seed, epoch, how, device):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator)
+    mine = torch.arange(batch_size).tensor_split(world())[rank()]
+    todo = []  # (index, parameters) of this process's part of every batch
     for i in range(0, len(order) - batch_size + 1, batch_size):
-        params = None if how == "none" else draw(batch_size, split.x.shape[2], how, generator)
-        mine = torch.arange(batch_size).tensor_split(world())[rank()]
-        index = order[i:i + batch_size][mine]
-        x = split.pixels(index, device)
-        if params is not None:
-            x = augment(x, {k: v[mine].to(device, non_blocking=True) for k, v in params.items()})
+        params = {} if how == "none" else draw(batch_size, split.x.shape, how, split.streamed, generator)
+        todo.append((order[i:i + batch_size][mine], {k: v[mine] for k, v in params.items()}))
+    if split.streamed:
+        seeds = [p["seed"].tolist() if p else [None] * len(mine) for _, p in todo]
+        read = split.x.load([list(zip(index.tolist(), s)) for (index, _), s in zip(todo, seeds)])
+    for index, params in todo:
+        x = next(read).to(device, non_blocking=True).float().div_(255) if split.streamed else split.pixels(index, device)
+        x = augment(x, {k: v.to(device, non_blocking=True) for k, v in params.items()}) if params else x
         yield x, split.y[index].to(device, non_blocking=True), index
 
 
 def ordered(split, index, batch_size, device):
     """Un-augmented batches (x, y, index) of the examples `index`, in that order."""
-    for part in index.split(batch_size):
-        yield split.pixels(part, device), split.y[part].to(device), part
+    parts = index.split(batch_size)
+    read = split.x.load([[(i, None) for i in part.tolist()] for part in parts]) if split.streamed else None
+    for part in parts:
+        x = next(read).to(device).float().div_(255) if split.streamed else split.pixels(part, device)
+        yield x, split.y[part].to(device), part
+
+
+def main(argv=None):
+    """Reads every image of a data set, names each that cannot be read, prints the counts."""
+    parser = flags.Parser(prog="data.py", description=__doc__, formatter_class=flags.Help)
+    parser.add_argument("name", help="the data set")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
+    args = parser.parse_args(argv)
+    data, bad = get(args.name, args.data_dir), []
+    for split in (data.train, data.test):
+        for path in common.progress(split.x.paths if split.streamed else [], desc=f"checking {args.name}", unit="image"):
+            try:
+                sources.open_image(path)
+            except UserError as e:
+                bad.append(str(path))
+                say(f"{e}")
+    say(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} classes, "
+        f"{'streamed' if data.train.streamed else 'in memory'}")
+    if bad:
+        raise UserError(f"{len(bad)} images of {args.name} cannot be read; they are named above")
+
+
+if __name__ == "__main__":
+    common.script(main)

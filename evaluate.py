@@ -15,6 +15,7 @@ import torch
 import attacks
 import common
 import data as datasets
+import flags
 import models
 from common import UserError, rank, say, world
 
@@ -126,11 +127,11 @@ def load_model(path):
     return model, ckpt
 
 
-def flags(argv):
+def command_line(argv):
     """The command line; what it leaves out is as in the checkpoint's own run."""
-    parser = common.Parser(prog="evaluate.py", description=__doc__, formatter_class=common.Help)
+    parser = flags.Parser(prog="evaluate.py", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
-    common.add_flags(parser, *GROUPS)
+    flags.add_flags(parser, *GROUPS)
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
     ckpt = common.load(parser.parse_args(argv).checkpoint, CHECKPOINT_KEYS)
     valid = {a.dest for a in parser._actions}
@@ -140,10 +141,10 @@ def flags(argv):
 
 def main(argv=None):
     """Loads the checkpoint, attacks it, writes the numbers beside it."""
-    args = flags(argv)
+    args = command_line(argv)
     device = common.set_up(args)
     model, ckpt = load_model(args.checkpoint)
-    data = datasets.get(ckpt["args"]["dataset"], args.data_dir)
+    data = datasets.get(ckpt["args"]["dataset"], args.data_dir, device, ckpt["args"]["side"], args.workers)
     datasets.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
     setting = settings(args)
     key = hashlib.sha256(json.dumps([digest(ckpt["model"]), setting], sort_keys=True).encode()).hexdigest()[:8]

@@ -1,96 +1,174 @@
-"""Ranks the training examples by difficulty: trains a non-robust classifier, averages scores over its epochs (Eq. 3).
+"""Ranks the training examples by difficulty: trains a non-robust classifier, scores each example over its epochs (Eq. 3, A.2).
 
     python rank.py --config configs/cifar10.yaml
 Files in: the data. Files out, in results/<dataset>/rank-<arch>-seed<seed>/: scores.pt (per example, higher = harder),
-rank.json (per class), args.json, log.jsonl, last.pt.
+rank.json (per class; agreement of the metrics), args.json, log.jsonl, last.pt.
 """
+import json
+
 import torch
 
 import common
 import data as datasets
+import evaluate
+import flags
 import models
-from common import rank, say, world
+from common import HERE, UserError, rank, say, world
 from sat import RANK_GROUPS, checkpoint, class_means, train
 
 
-def entropy(logits):
+def entropy(logits, y=None):
     """Entropy of the softmax in nats (Sec. 3.3): (N, C) -> (N,)."""
     log_p = logits.float().log_softmax(1)
     return -(log_p.exp() * log_p).sum(1)
 
 
-def score(model, split, device):
-    """The scores of one epoch (H(f_e(x)) of Eq. 3), in eval mode on un-augmented images, dealt to the processes: (N,)."""
-    scores = torch.zeros(len(split))
-    model.eval()
+def svar(logits, y):
+    """Minus the signed variance of the softmax vector over the classes, positive when the prediction is right (A.2; Hua et
+    al. 2021): (N, C), (N,) -> (N,), higher = harder."""
+    variance = logits.float().softmax(1).var(1, unbiased=False)
+    return torch.where(logits.argmax(1) == y, -variance, variance)
+
+
+class Vog:
+    """Variance of gradients (A.2; Agarwal et al. 2022): the standard deviation over epochs of the gradient of the true
+    class's logit with respect to the pixels, averaged over the pixels. Welford's sums, so memory does not grow with epochs."""
+
+    def __init__(self, shape, state=None):
+        self.epochs, self.mean, self.m2 = state or (0, torch.zeros(shape), torch.zeros(shape))
+
+    def add(self, model, split, device):
+        """Takes in one epoch's gradients of all examples of the split."""
+        self.epochs += 1
+        for x, y, index in datasets.ordered(split, torch.arange(len(split)), 500, device):
+            x.requires_grad_()
+            grad, = torch.autograd.grad(model(x).gather(1, y[:, None]).sum(), x)
+            grad = grad.float().cpu()
+            off = grad - self.mean[index]
+            self.mean[index] += off / self.epochs
+            self.m2[index] += off * (grad - self.mean[index])
+
+    def scores(self):
+        """(N,), raw: sat.py normalises within each class before it orders examples."""
+        return (self.m2 / self.epochs).sqrt().flatten(1).mean(1)
+
+
+def score(model, split, device, metrics):
+    """One epoch's scores by entropy and svar, in eval mode on un-augmented images, dealt to the processes: {metric: (N,)}."""
+    found = {m: torch.zeros(len(split), dtype=torch.float64) for m in metrics if m != "vog"}
+    mine = torch.arange(len(split)).tensor_split(world())[rank()]
     with torch.no_grad():
-        mine = torch.arange(len(split)).tensor_split(world())[common.rank()]
-        for x, _, index in datasets.ordered(split, mine, 1000, device):
-            scores[index] = entropy(model(x)).cpu()
-    return common.all_sum(scores.to(device)).cpu()
+        for x, y, index in datasets.ordered(split, mine, 500, device):
+            logits = model(x)
+            for m in found:
+                found[m][index] = {"entropy": entropy, "svar": svar}[m](logits, y).double().cpu()
+    return {m: common.all_sum(s.to(device)).cpu() for m, s in found.items()}
 
 
 def class_errors(model, data, device):
-    """Clean error of each class (n_classes,) on the 90 % part of the test set."""
+    """Clean error of each class (n_classes,) on the 90 % part of the test set, and n of each class."""
     index = datasets.selection_and_final(len(data.test))[1]
     model.eval()
     with torch.no_grad():
-        wrong = torch.cat([(model(x).argmax(1) != y).cpu() for x, y, _ in datasets.ordered(data.test, index, 1000, device)])
-    return class_means(wrong, data.test.y[index], len(data.classes))
+        wrong = torch.cat([(model(x).argmax(1) != y).cpu() for x, y, _ in datasets.ordered(data.test, index, 500, device)])
+    y = data.test.y[index]
+    return [evaluate.accuracy(wrong[y == c]) for c in range(len(data.classes))]
 
 
-def flags(argv=None):
+def spearman(a, b):
+    """Spearman's rank correlation of two sequences; 0 where one of them is constant and none is defined."""
+    from scipy.stats import spearmanr
+    return float(spearmanr(a, b).statistic) if len(set(map(float, a))) > 1 < len(set(map(float, b))) else 0.0
+
+
+def with_paper(name, hardest_first):
+    """Spearman's correlation of a class order with the paper's (Fig. 4, 10, 11) on the classes that the paper lists:
+    {"rho", "n"}, or None for a data set that it does not list."""
+    paper = json.loads((HERE / "configs" / "paper.json").read_text())["class_order_hardest_first"].get(name)
+    names = {"airplane": "plane", "automobile": "car"}
+    mine = [c for c in (names.get(c, c) for c in hardest_first) if c in (paper or [])]
+    return {"rho": spearman(range(len(mine)), [paper.index(c) for c in mine]), "n": len(mine)} if len(mine) > 2 else None
+
+
+def summary(scores, data, errors):
+    """rank.json's tables: the classes hardest first, Spearman between the metrics and with the paper's class order."""
+    means = {m: class_means(s, data.train.y, len(data.classes)) for m, s in scores.items()}
+    order = {m: [data.classes[c] for c in s.argsort(descending=True, stable=True).tolist()] for m, s in means.items()}
+    first = next(iter(scores))
+    rows = [{"class": c, **{m: means[m][data.classes.index(c)].item() for m in scores}, "clean_error": errors[data.classes.index(c)]["accuracy"],
+             "n": errors[data.classes.index(c)]["n"]} for c in order[first]]
+    pairs = [(a, b) for i, a in enumerate(scores) for b in list(scores)[i + 1:]]
+    return {"classes_hardest_first": rows, "spearman_of_examples": {f"{a} and {b}": spearman(scores[a], scores[b]) for a, b in pairs},
+            "spearman_of_classes_with_paper": {m: with_paper(data.name, order[m]) for m in scores}}
+
+
+def table(result, most=20):
+    """The classes hardest first and the correlations, as text for people."""
+    rows = result["classes_hardest_first"]
+    metrics = [m for m in flags.METRICS if m in rows[0]]
+    error = lambda r: "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
+    lines = [f"{r['class'][:20]:>20} {' '.join(f'{r[m]:9.4f}' for m in metrics)} {error(r):>8}" for r in rows]
+    if len(rows) > most:
+        lines[most // 2:-most // 2] = [f"{'...':>20} ({len(rows) - most} classes between)"]
+    said = [f"Spearman of {pair}, over examples: {rho:.3f}" for pair, rho in result["spearman_of_examples"].items()]
+    said += [f"Spearman of {m} with the paper's class order: {found['rho']:.3f} ({found['n']} classes)"
+             for m, found in result["spearman_of_classes_with_paper"].items() if found]
+    return "\n".join([f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'error %':>8}", *lines, *said])
+
+
+def command_line(argv=None):
     """The command line."""
-    parser = common.Parser(prog="rank.py", description=__doc__, formatter_class=common.Help)
-    common.add_flags(parser, *RANK_GROUPS)
-    return common.parse(parser, argv)
+    parser = flags.Parser(prog="rank.py", description=__doc__, formatter_class=flags.Help)
+    flags.add_flags(parser, *RANK_GROUPS, "ranking")
+    return flags.parse(parser, argv)
+
+
+def rank_epochs(run, model, data, args, device):
+    """Trains without attacks from last.pt on, scoring every epoch; returns {metric: (N,)} averaged over the epochs (Eq. 3)."""
+    state = common.load(run / "last.pt", ("optimizer", "log", "sums", "vog")) if (run / "last.pt").exists() else None
+    if state:
+        datasets.check_fingerprint(data, state["fingerprint"], run / "last.pt")
+        say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
+    sums, log = (state["sums"], state["log"]) if state else ({}, [])
+    vog = Vog(tuple(data.train.x.shape), state and state["vog"]) if "vog" in args.metrics else None
+    nobody = torch.zeros(len(data.train), dtype=torch.bool)  # A = {}: non-robust, to keep difficulty apart from AT (Sec. 3.3)
+    for state in train(model, data.train, nobody, 1.0, args, device, state):
+        model.eval()
+        sums = {m: s + sums.get(m, 0) for m, s in score(model, data.train, device, args.metrics).items()}
+        log = [*log, state["row"]]
+        if vog:
+            vog.add(model, data.train, device)
+        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {seconds:.1f} s".format(**log[-1]))
+        if rank() == 0:
+            kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and (vog.epochs, vog.mean, vog.m2)}
+            common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept), log)
+    return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in args.metrics}
 
 
 def main(argv=None):
-    """Trains, sums the scores of each epoch, writes scores.pt and rank.json, prints the classes hardest first."""
-    args = flags(argv)
+    """Trains, scores, writes scores.pt and rank.json, prints the classes hardest first."""
+    args = command_line(argv)
     run, finished = common.run_dir(args, ["rank", args.arch], set(vars(args)), done="rank.json")
     if finished:
         say(f"{run} is finished (--force repeats it)\n{table(common.read_json(run / 'rank.json'))}")
         return
     device = common.set_up(args)
-    data = datasets.get(args.dataset, args.data_dir, device)
+    data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
-    say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by entropy over {args.epochs} "
-        f"epochs of non-robust training; {args.arch} on {common.device_name(device)} -> {run}")
+    if "vog" in args.metrics and data.train.streamed:
+        raise UserError(f"--metrics vog keeps two numbers a pixel, too much for {data.name}'s streamed images; valid here: entropy svar")
+    say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by {', '.join(args.metrics)} over "
+        f"{args.epochs} epochs of non-robust training; {args.arch} on {common.device_name(device)} -> {run}")
     common.start_run(run, args)
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    state = common.load(run / "last.pt", ("optimizer", "log", "sum")) if (run / "last.pt").exists() else None
-    if state:
-        datasets.check_fingerprint(data, state["fingerprint"], run / "last.pt")
-        say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
-    total, log = (state["sum"], state["log"]) if state else (torch.zeros(len(data.train), dtype=torch.float64), [])
-    nobody = torch.zeros(len(data.train), dtype=torch.bool)  # A = {}: non-robust, to keep difficulty apart from AT (Sec. 3.3)
-    for state in train(model, data.train, nobody, 1.0, args, device, state):
-        total, log = total + score(model, data.train, device), [*log, state["row"]]
-        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {seconds:.1f} s".format(**log[-1]))
-        if rank() == 0:
-            common.save_epoch(run, checkpoint(model, data, args, state["epoch"], optimizer=state["optimizer"], sum=total, log=log), log)
-    means, errors = class_means(total / args.epochs, data.train.y, len(data.classes)), class_errors(model, data, device)
-    hardest = means.argsort(descending=True, stable=True).tolist()
-    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs,
-              "clean_error": errors.mean().item(), "classes_hardest_first": [
-                  {"class": data.classes[c], "entropy": means[c].item(), "clean_error": errors[c].item()} for c in hardest]}
+    scores = rank_epochs(run, model, data, args, device)
+    errors = class_errors(model, data, device)
+    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs, **summary(scores, data, errors)}
     if rank() == 0:
-        common.save(run / "scores.pt", {"entropy": (total / args.epochs).float(), "epochs": args.epochs,
-                                        "fingerprint": data.fingerprint(), "args": common.identity(args)})
+        common.save(run / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(), "args": common.identity(args)})
         common.write_json(run / "rank.json", result)
     say(f"{table(result)}\nwrote {run}/scores.pt and rank.json")
-
-
-def table(result, most=20):
-    """The classes hardest first, as text for people."""
-    rows = result["classes_hardest_first"]
-    lines = [f"{r['class']:>20} {r['entropy']:8.4f} {100 * r['clean_error']:8.1f}" for r in rows]
-    if len(rows) > most:
-        lines[most // 2:-most // 2] = [f"{'...':>20} ({len(rows) - most} classes between)"]
-    return "\n".join([f"{'class, hardest first':>20} {'entropy':>8} {'error %':>8}", *lines])
 
 
 if __name__ == "__main__":

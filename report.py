@@ -1,51 +1,82 @@
-"""Builds the tables and figures from every result.json below the results folder: CSAT (Fig. 5), ESAT (Fig. 6), S-SAT (Fig. 8).
+"""Builds the paper's tables and figures from every result.json and rank.json below the results folder, ours beside the paper's.
 
     python report.py
-Files in: results/**/result.json. Files out: results/tables.md, results/figures/{csat,esat,s-sat}.png.
+Files in: results/**/result.json and rank.json, configs/paper.json. Files out: results/tables.md, results/figures/*.png.
 """
+import json
 import statistics
 from pathlib import Path
 
 import common
-from common import UserError, say
+import figures
+import flags
+from common import HERE, UserError, say
 
-SECTIONS = {
-    "csat": ("CSAT: A is made of whole classes (Sec. 4.1, Fig. 5)", ("all", "B_val")),
-    "esat": ("ESAT: A is made of single examples (Sec. 4.2, Fig. 6)", ("all",)),
-    "s-sat": ("S-SAT: transfer of frozen features to another data set (Sec. 4.3, Fig. 8)", ("all",)),
-}
-LOOKS = {"hardest": ("tab:blue", "-", "o"), "easiest": ("tab:blue", "--", "s"), "random": ("tab:red", "-", "D"),
-         "named": ("tab:green", "", "^")}
+ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
+PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
+# Figures that show accuracy against |A|: (name, title, what the runs agree in, in what the lines differ, panels).
+CURVES = [
+    ("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", {"transfer": False, "split": "csat", "metric": "entropy", "weight": "vanilla", "attack": "pgd"},
+     "order", [ROBUST, ("B_val", "robust"), CLEAN]),
+    ("fig13", "Fig. 13: CSAT on all parts", {"transfer": False, "split": "csat", "metric": "entropy", "weight": "vanilla", "attack": "pgd"}, "order", PARTS),
+    ("fig6", "Fig. 6: ESAT, A made of single examples", {"transfer": False, "split": "esat", "metric": "entropy", "weight": "vanilla", "attack": "pgd"},
+     "order", [ROBUST, CLEAN]),
+    ("fig12", "Fig. 12: ESAT by three difficulty metrics", {"transfer": False, "split": "esat", "order": "hardest", "weight": "vanilla", "attack": "pgd"},
+     "metric", [ROBUST, CLEAN]),
+    ("fig7", "Fig. 7: three loss weights, S-CSAT", {"transfer": True, "split": "csat", "order": "hardest", "metric": "entropy", "attack": "pgd"},
+     "weight", [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN]),
+    ("fig8", "Fig. 8 and 14: transfer from S-ESAT", {"transfer": True, "split": "esat", "metric": "entropy", "weight": "emphasis", "attack": "pgd"},
+     "order", [ROBUST, CLEAN]),
+    ("fig15", "Fig. 15: transfer from S-CSAT", {"transfer": True, "split": "csat", "metric": "entropy", "weight": "emphasis", "attack": "pgd"},
+     "order", [ROBUST, CLEAN]),
+    ("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT",
+     {"transfer": True, "split": "esat", "order": "hardest", "metric": "entropy", "weight": "emphasis"}, "attack", [ROBUST, CLEAN]),
+]
 
+
+# --- runs --------------------------------------------------------------------------------------------------------------
 
 def record(path, result):
-    """One run in flat form: what it is (keys of identical meaning for SAT and for transferred runs) and its accuracies."""
-    a, source = result["args"], result.get("source")
-    made = source or result  # of a transferred network, A is its source's
-    s, sa = result["settings"], made["args"]
-    how = [f"{s['norm']} eps {s['eps']:g}", "AutoAttack" if len(s["attacks"]) == 4 else f"AutoAttack's {' and '.join(s['attacks'])}",
-           f"n = {result['accuracy']['all']['robust']['n']}", a["arch"], f"{sa['epochs']} epochs"]
-    return {"path": str(path.parent), "data": f"{source['dataset']} -> {a['dataset']}" if source else a["dataset"],
-            "how": ", ".join(how), "transfer": bool(source), "split": sa["split"], "seed": sa["seed"],
-            "order": "named" if sa["classes"] else sa["order"], "label": ", ".join(made["A_classes"] or []) if sa["classes"] else "",
-            "variant": (sa["metric"], sa["weight"] if sa["weight_factor"] is None else f"w {sa['weight_factor']:g}", sa["attack"]),
-            "A": made["A"], "N": made["N"], "w_A": made["w_A"], "accuracy": result["accuracy"]}
+    """One run in flat form. Of a transferred network, A and how it was made are its source's."""
+    source = result.get("source")
+    made = source or result
+    a, made_args, s = result["args"], made["args"], result["settings"]
+    attack = "AutoAttack" if len(s["attacks"]) == 4 else f"AutoAttack's {' and '.join(s['attacks'])}"
+    how = f"{s['norm']} eps {s['eps']:g}, {attack}, n = {result['accuracy']['all']['robust']['n']}, {a['arch']}, {made_args['epochs']} epochs"
+    return {"path": str(path.parent), "data": f"{source['dataset']}->{a['dataset']}" if source else a["dataset"], "how": how,
+            "transfer": bool(source), "split": made_args["split"], "order": "named" if made_args["classes"] else made_args["order"],
+            "metric": made_args["metric"] if made_args["order"] != "random" else "entropy", "attack": made_args["attack"],
+            "weight": f"w_A {made_args['weight_factor']:g}" if made_args["weight_factor"] else made_args["weight"],
+            "seed": made_args["seed"], "size": len(made["A_classes"]) if made["A_classes"] else made["A"], "A": made["A"], "N": made["N"],
+            "share": len(made["A_classes"]) / len(made["fingerprint"]["classes"]) if made["A_classes"] else made["A"] / made["N"], "w_A": made["w_A"], "A_classes": made["A_classes"] or [],
+            "cost": made["cost"]["forward_equivalents"], "weights": made["weights"], "accuracy": result["accuracy"]}
 
 
 def records(results):
-    """The records of all finished runs below the folder `results`."""
+    """The records of all finished runs below the folder `results`; those of transfers get their source's accuracies too."""
     found = []
     for path in sorted(Path(results).glob("**/result.json")):
-        result = common.read_json(path)
         try:
-            found.append(record(path, result))
+            found.append(record(path, common.read_json(path)))
         except (KeyError, TypeError) as e:
             raise UserError(f"{path} is not a result of this project (no {e}): move it away") from None
+    sources = {r["weights"]: r["accuracy"] for r in found if not r["transfer"]}
+    for r in found:
+        if r["transfer"]:
+            r["accuracy"] = {**r["accuracy"], **{f"source {k}": v for k, v in sources.get(r["weights"], {}).items()}}
+    return found
+
+
+def grouped(runs, *keys):
+    """{(values of keys): [runs]} in the order of the runs."""
+    found = {}
+    for r in runs:
+        found.setdefault(tuple(r[k] for k in keys), []).append(r)
     return found
 
 
 def mean(runs, part, kind):
-    """Mean accuracy in percent over runs (seeds), its standard deviation, and None where the part does not exist."""
+    """Mean accuracy in percent over runs (seeds), and its standard deviation; None where the part does not exist."""
     values = [100 * r["accuracy"][part][kind]["accuracy"] for r in runs if r["accuracy"].get(part, {}).get(kind, {}).get("n")]
     return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
 
@@ -61,107 +92,189 @@ def cell(runs, part, kind):
     return f"{found[0]:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
 
 
-def series(runs):
-    """Groups runs that differ in their seed alone: {(order, variant, label): {|A|: [runs]}}, |A| ascending."""
-    found = {}
-    for r in sorted(runs, key=lambda r: (r["order"], r["variant"], r["A"], r["seed"])):
-        found.setdefault((r["order"], r["variant"], r["label"]), {}).setdefault(r["A"], []).append(r)
-    return found
+# --- the paper's numbers -----------------------------------------------------------------------------------------------
+
+PAPER = json.loads((HERE / "configs" / "paper.json").read_text())
 
 
-def name(order, variant, label):
-    """What a series is called: the order, or the classes by name, and what is not the default."""
-    extra = [v for v, default in zip(variant, ("entropy", "vanilla", "pgd")) if v != default]
-    return ", ".join([label or order, *extra])
+def paper(figure, data, line, share, kind):
+    """The paper's accuracy (percent) in a figure for a line at |A|/N = share, or None. Lines "AT" and "no AT": baselines."""
+    curves = {"fig6": PAPER["fig6_esat"], "fig8": PAPER["fig8_s_esat"], "fig16": PAPER["fig16_single_step"]}.get(figure, {})
+    curves = curves.get(data, {}).get(kind, {})
+    at = [i for i, f in enumerate(PAPER["fractions"]) if abs(f - share) < 0.004]
+    if line == "AT":
+        if "full_at" in curves or kind == "clean":
+            return curves.get("full_at")
+        known = {("fig8", "cifar100->svhn"): PAPER["fig14_s_esat_cifar100_to_svhn_robust"]["full_at"]}
+        whole = PAPER["fig6_esat"].get(data, {}).get("robust", {}).get("full_at") if figure in ("fig2", "fig5", "fig12", "fig13") else None
+        return known.get((figure, data), whole)
+    if line == "no AT":
+        return PAPER["fig2_single_class_csat_cifar10"]["no_at_robust"] if data == "cifar10" and kind == "robust" else None
+    if not at:
+        return None
+    key = {"random": "random_mean", "pgd": "pgd7_hardest", "fgsm-rs": "fgsm_rs_hardest"}.get(line, line)
+    if key in curves:
+        return curves[key][at[0]]
+    text = {("fig12", "cifar100", "robust"): PAPER["fig12_metrics_cifar100_esat_robust"].get(line, {}).get(f"{share:.1f}"),
+            ("fig7", "cifar100->cifar10", "robust"): PAPER["fig7_loss_weights_s_csat_cifar100_to_cifar10"]["A_10_classes"].get(line) if at == [0] else None,
+            ("fig8", "cifar100->svhn", "robust"): PAPER["fig14_s_esat_cifar100_to_svhn_robust"]["0.3"] if (line, at) == ("hardest", [2]) else None}
+    return text.get((figure, data, kind))
 
 
-def table(group, parts):
-    """The Markdown table of one group: baselines first, then each series by |A|."""
-    head = ["A", "\\|A\\|", "\\|A\\|/N", "w_A", "seeds", "clean %", "robust %", *(f"robust {p} %" for p in parts[1:])]
-    rows = []
-    for split, text in (("none", "no AT (A = {})"), ("full", "AT (A = all)")):
-        runs = [r for r in group if r["split"] == split]
-        rows.append((text, runs) if runs else (f"{text}: no such run yet", []))
-    for key, sizes in series([r for r in group if r["split"] not in ("none", "full")]).items():
-        rows += [(name(*key), runs) for runs in sizes.values()]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for text, runs in rows:
-        sizes = [f"{runs[0]['A']:,}", f"{runs[0]['A'] / runs[0]['N']:.2f}", f"{runs[0]['w_A']:.3g}", str(len(runs))] if runs else ["-"] * 4
-        cells = [text, *sizes, cell(runs, "all", "clean"), *(cell(runs, p, "robust") for p in parts)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+def markdown(head, rows):
+    """A Markdown table of strings."""
+    return "\n".join(f"| {' | '.join(r)} |" for r in [head, ["---"] * len(head), *rows])
 
 
-def panel(axis, group, part, kind):
-    """One panel: accuracy (%) against |A|, a line an order with a band of one standard deviation, baselines across."""
-    for split, text, colour in (("full", "AT", "grey"), ("none", "no AT", "tab:orange")):
-        found = mean([r for r in group if r["split"] == split], "all", kind)
-        if found:
-            axis.axhline(found[0], color=colour, linewidth=1.5, label=f"{text} (all)" if part != "all" else text)
-    for key, sizes in series([r for r in group if r["split"] not in ("none", "full")]).items():
-        at = [(size, *m) for size, runs in sizes.items() if (m := mean(runs, part, kind))]
-        if not at:
-            continue
-        colour, line, marker = LOOKS[key[0]]
-        x, y, std = zip(*at)
-        axis.plot(x, y, linestyle=line, marker=marker, color=colour, markersize=4, label=name(*key))
-        if any(std):
-            axis.fill_between(x, [m - s for m, s in zip(y, std)], [m + s for m, s in zip(y, std)], color=colour, alpha=0.2, linewidth=0)
-    axis.set_ylabel(f"{kind} accuracy{'' if part == 'all' else f' on {part}'} (%)")
-    axis.grid(alpha=0.3)
+def lines_of(group, vary):
+    """{line: {|A|: [runs of all seeds]}}, |A| (in classes or examples) ascending, without the baselines."""
+    runs = sorted((r for r in group if r["split"] not in ("none", "full")), key=lambda r: (r["size"], r["seed"]))
+    return {line: {size: rs for (size,), rs in grouped(found, "size").items()} for (line,), found in sorted(grouped(runs, vary).items())}
 
 
-def figure(path, title, groups, parts):
-    """A column a group; a row for robust accuracy on each part and one for clean accuracy."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    rows = [(p, "robust") for p in parts] + [("all", "clean")]
-    fig, axes = pyplot.subplots(len(rows), len(groups), figsize=(5.2 * len(groups), 3 * len(rows)), squeeze=False, sharex="col")
-    for column, ((data, how), group) in enumerate(groups.items()):
-        for axis, (part, kind) in zip(axes[:, column], rows):
-            panel(axis, group, part, kind)
-        axes[0, column].set_title(f"{data}\n{how}", fontsize=8)
-        axes[-1, column].set_xlabel("|A| (training examples)")
-        axes[0, column].legend(fontsize=7)
-    fig.suptitle(title, fontsize=10)
-    fig.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=120)
-    pyplot.close(fig)
+def baseline(group, line):
+    """The runs of a baseline, "AT" or "no AT"."""
+    return [r for r in group if r["split"] == {"AT": "full", "no AT": "none"}[line]]
 
 
-def groups_of(found, section):
-    """The runs of a section by (data, how they were made and measured): only what agrees in both can be compared."""
-    split = {"csat": "csat", "esat": "esat"}.get(section)
-    groups = {}
-    for r in found:
-        if r["transfer"] == (section == "s-sat") and (split is None or r["split"] in (split, "none", "full")):
-            groups.setdefault((r["data"], r["how"]), []).append(r)
-    return {key: group for key, group in groups.items() if any(r["split"] not in ("none", "full") for r in group)}
+def amount(run):
+    """|A| of a run, for people: in classes or in examples."""
+    return f"{run['size']:,} class{'es' * (run['size'] > 1)}" if run["A_classes"] else f"{run['size']:,}"
+
+
+def curve_table(name, data, group, vary, panels):
+    """The table of one data set in a figure of curves: ours, the paper's and the difference where the paper has a number."""
+    rows = [(line, baseline(group, line), {"AT": 1.0, "no AT": 0.0}[line]) for line in ("no AT", "AT")]
+    for line, sizes in lines_of(group, vary).items():
+        rows += [(line, runs, runs[0]["share"]) for runs in sizes.values()]
+    theirs = [{kind: paper(name, data, line, share, kind) for kind in ("robust", "clean")} for line, _, share in rows]
+    kinds = [k for k in ("robust", "clean") if any(t[k] is not None for t in theirs)]
+    head = [vary, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds", *(f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in panels),
+            *(text for k in kinds for text in (f"paper {k} %", "difference"))]
+    text = []
+    for (line, runs, share), their in zip(rows, theirs):
+        sizes = [amount(runs[0]), f"{share:.2f}", f"{runs[0]['w_A']:.3g}", str(len(runs))] if runs else ["no run yet", f"{share:.0f}", "-", "0"]
+        text.append([line, *sizes, *(cell(runs, *p) for p in panels)])
+        for k in kinds:
+            ours = mean(runs, "all", k)
+            text[-1] += ["-" if their[k] is None else f"{their[k]:.1f}", "-" if their[k] is None or not ours else f"{ours[0] - their[k]:+.1f}"]
+    return markdown(head, text)
+
+
+def gaps(group, vary):
+    """A sentence on the runs that other lines have and a line lacks, or nothing."""
+    lines = lines_of(group, vary)
+    sizes = sorted({size for found in lines.values() for size in found})
+    missing = [f"{line} at |A| = {size:,}" for line, found in lines.items() for size in sizes if size not in found]
+    missing += [f"the baseline {line}" for line in ("no AT", "AT") if not baseline(group, line)]
+    return f"Missing runs (gaps in the figure): {', '.join(missing)}." if missing else ""
+
+
+def curve_section(found, out, name, title, same, vary, panels):
+    """Section text, and figure, of one of CURVES."""
+    mine = lambda r: all(r[k] == v for k, v in same.items()) and r["order"] != "named"
+    base = lambda r: r["transfer"] == same["transfer"] and r["split"] in ("none", "full")
+    groups = {k: g for k, g in grouped([r for r in found if mine(r) or base(r)], "data", "how").items() if any(map(mine, g))}
+    if not groups:
+        return [f"## {title}", "No runs yet."]
+    figures.curves(out / f"{name}.png", title, groups, panels, lambda g: lines_of(g, vary), baseline, mean,
+                   lambda data, line, share, kind: paper(name, data, line, share, kind))
+    text = [f"## {title}", f"![{title}](figures/{name}.png)"]
+    for (data, how), group in groups.items():
+        text += [f"### {data}: {how}", curve_table(name, data, group, vary, panels), gaps(group, vary)]
+    return text
+
+
+def matrix_section(found, out):
+    """Fig. 2: single-class CSAT, as bars of A_val and B_val, and as the matrix of robust accuracies class by class."""
+    title, theirs = "Fig. 2: CSAT on a single class", PAPER["fig2_single_class_csat_cifar10"]
+    single = lambda r: not r["transfer"] and r["order"] == "named" and len(r["A_classes"]) == 1 and r["weight"] == "vanilla" and r["attack"] == "pgd"
+    base = lambda r: not r["transfer"] and r["split"] in ("none", "full")
+    groups = {k: g for k, g in grouped([r for r in found if single(r) or base(r)], "data", "how").items() if any(map(single, g))}
+    text = [f"## {title}", *([] if groups else ["No runs yet."])]
+    for i, ((data, how), group) in enumerate(groups.items()):
+        runs = {r["A_classes"][0]: r for r in group if single(r) and r["seed"] == min(q["seed"] for q in group if single(q))}
+        classes = list(group[0]["accuracy"]["classes"])
+        name = {"airplane": "plane", "automobile": "car"} if data == "cifar10" else {}
+        column = {c: theirs["classes"].index(name.get(c, c)) for c in classes} if data == "cifar10" else {}
+        values = {a: {c: mean([r], "all", "robust") and 100 * (r["accuracy"]["classes"][c]["robust"]["accuracy"] or 0) for c in classes} for a, r in runs.items()}
+        file = f"fig2{'' if i == 0 else f'-{i + 1}'}.png"
+        figures.matrix(out / file, f"{title}\n{data}: {how}", classes, runs, values, {b: mean(baseline(group, b), "all", "robust") for b in ("AT", "no AT")})
+        rows = []
+        for a in classes:
+            if a not in runs:
+                rows.append([a, *["no run yet"] + ["-"] * (4 + len(classes))])
+                continue
+            b = theirs["robust_B_val"][name.get(a, a)] if column else None
+            ours = mean([runs[a]], "B_val", "robust")[0]
+            cells = [f"{values[a][c]:.0f}" + (f" ({theirs['robust_per_class_rows_are_A'][column[a]][column[c]]})" if column else "") for c in classes]
+            rows.append([a, *(cell([runs[a]], p, "robust") for p in ("A_val", "B_val")), "-" if b is None else f"{b:.1f}",
+                         "-" if b is None else f"{ours - b:+.1f}", cell([runs[a]], "all", "robust"), *cells])
+        rows += [[line, "-", "-", "-", "-", cell(baseline(group, line), "all", "robust"), *["-"] * len(classes)] for line in ("no AT", "AT")]
+        head = ["A", "robust A_val %", "robust B_val %", "paper B_val %", "difference", "robust all %", *(f"on {c} %" for c in classes)]
+        text += [f"![{title}](figures/{file})", f"### {data}: {how}", "In brackets: the paper's." if column else "", markdown(head, rows)]
+    return text
+
+
+def difficulty_section(results, out):
+    """Fig. 3: mean entropy and clean error of each class, from every rank.json."""
+    title, theirs = "Fig. 3: class entropy and class error", PAPER["fig3_class_difficulty_cifar10"]
+    ranks = {path: common.read_json(path) for path in sorted(Path(results).glob("**/rank.json"))}
+    for path, r in ranks.items():
+        if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint"} <= set(r):
+            raise UserError(f"{path} is not a ranking of this project: move it away, or repeat it with rank.py --force")
+    text = [f"## {title}", *([] if ranks else ["No rankings yet."])]
+    if ranks:
+        figures.difficulty(out / "fig3.png", title, {f"{r['fingerprint']['name']}, {r['args']['arch']}, {r['epochs']} epochs": r["classes_hardest_first"]
+                                                     for r in ranks.values()})
+        text.append(f"![{title}](figures/fig3.png)")
+    for r in ranks.values():
+        data, rows, most = r["fingerprint"]["name"], r["classes_hardest_first"], 20
+        metrics = [m for m in flags.METRICS if m in rows[0]]
+        short = rows if len(rows) <= most else rows[:most // 2] + rows[-most // 2:]
+        name = {"airplane": "plane", "automobile": "car"}
+        column = {q["class"]: theirs["classes"].index(name.get(q["class"], q["class"])) for q in rows} if data == "cifar10" else {}
+        body = [[q["class"], *(f"{q[m]:.4f}" for m in metrics), "-" if q["clean_error"] is None else f"{100 * q['clean_error']:.1f}", str(q["n"]),
+                 *([f"{theirs['mean_entropy_nats'][column[q['class']]]:.4f}", f"{100 * theirs['error_fraction'][column[q['class']]]:.1f}"] if column else [])]
+                for q in short]
+        head = ["class, hardest first", *metrics, "clean error %", "n", *(["paper entropy", "paper error %"] if column else [])]
+        said = [f"Spearman's correlation of {pair} over examples: {rho:.3f}." for pair, rho in r["spearman_of_examples"].items()]
+        said += [f"Of {m} with the paper's class order: {v['rho']:.3f} ({v['n']} classes)." for m, v in r["spearman_of_classes_with_paper"].items() if v]
+        more = f" ({most} of {len(rows)} classes)" if short is not rows else ""
+        text += [f"### {data}: {r['args']['arch']}, {r['epochs']} epochs{more}", markdown(head, body), " ".join(said)]
+    return text
+
+
+def cost_section(found, out):
+    """Robust accuracy against what training cost, for all runs of a data set: what SAT saves."""
+    title = "Robust accuracy against the cost of training"
+    groups = {k: g for k, g in grouped([r for r in found if not r["transfer"]], "data", "how").items() if len(g) > 2}
+    if not groups:
+        return [f"## {title}", "No runs yet."]
+    figures.cost(out / "cost.png", title, groups, mean)
+    return [f"## {title}", "Forward-pass equivalents of the whole training: an attack step counts 2, a training step 3. Evaluation is not counted.",
+            f"![{title}](figures/cost.png)"]
 
 
 def main(argv=None):
-    """Reads all results, writes a table and a figure for each section."""
-    parser = common.Parser(prog="report.py", description=__doc__, formatter_class=common.Help)
+    """Reads all results, writes a section with a table and a figure for each figure of the paper."""
+    parser = flags.Parser(prog="report.py", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
     results = parser.parse_args(argv).results
-    found = records(results)
+    found, out = records(results), results / "figures"
     if not found:
         raise UserError(f"no result.json below {results}: first run sat.py, or ./run_all.sh digits")
-    text = ["# Results", "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± standard deviation. "
-            "Robust: correct, and still correct under the attack named above each table, on test examples that selected nothing."]
-    for section, (title, parts) in SECTIONS.items():
-        groups = groups_of(found, section)
-        text.append(f"## {title}")
-        if not groups:
-            text.append("No runs yet.")
-            continue
-        figure(results / "figures" / f"{section}.png", title, groups, parts)
-        text.append(f"![{section}](figures/{section}.png)")
-        text += [f"### {data}: {how}\n\n{table(group, parts)}" for (data, how), group in groups.items()]
-    common.atomic(results / "tables.md", lambda f: f.write(("\n\n".join(text) + "\n").encode()))
-    say(f"{len(found)} runs -> {results / 'tables.md'} and {results / 'figures'}/")
+    text = ["# Results", "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± standard deviation over seeds. "
+            "Robust: right, and still right under the attack that each table names, on test examples that selected nothing. Runs that differ "
+            "in threat model, attack, n, network or epochs are in tables of their own."]
+    text += matrix_section(found, out) + difficulty_section(results, out)
+    for figure in CURVES:
+        text += curve_section(found, out, *figure)
+    text += cost_section(found, out)
+    common.atomic(results / "tables.md", lambda f: f.write(("\n\n".join(t for t in text if t) + "\n").encode()))
+    say(f"{len(found)} runs -> {results / 'tables.md'} and {out}/")
 
 
 if __name__ == "__main__":

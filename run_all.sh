@@ -1,106 +1,201 @@
 #!/usr/bin/env bash
-# Every run of the tables, then the report. Finished runs are skipped, so the script can be stopped and started again.
+# Every run of the paper's figures, then the report. Finished runs are skipped, so it can be stopped and started again.
 #
-#   ./run_all.sh digits                 a small version of each table on the embedded data, on a CPU
-#   ./run_all.sh cifar10                the paper's settings (also: cifar100, transfer, all)
-#   ./run_all.sh --dry-run cifar10      print every command, run nothing
-#   NPROC=4 ./run_all.sh cifar10        each run on 4 GPUs (or processes) of this machine by torchrun; GPUS is the same
-#   RESULTS=dir DATA=dir EXTRA="--epochs 2" ./run_all.sh digits    other folders; flags added to every training run
+#   ./run_all.sh digits                    each figure in small, on the embedded data, on a CPU
+#   ./run_all.sh cifar10 fig2 fig6         some figures of a data set at the paper's settings
+#   ./run_all.sh all                       everything: cifar10 cifar100 imagenet200 transfer digits
+#   ./run_all.sh --dry-run all             print every command, run nothing; ends with the number of runs and their cost
+#   NPROC=4 ./run_all.sh cifar10           each run on 4 GPUs (or processes) of this machine by torchrun; GPUS is the same
+#   RESULTS=dir DATA=dir PYTHON=python3 EXTRA="--epochs 2" ./run_all.sh digits     EXTRA is added to every training run
+#
+# Several copies over one RESULTS folder (one a GPU, or the tasks of a SLURM array) share the list: a run is claimed
+# (mkdir) before it starts, rankings come first, a transfer waits for its source.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 RESULTS=${RESULTS:-results} DATA=${DATA:-data} NPROC=${NPROC:-${GPUS:-1}} EXTRA=${EXTRA:-} PYTHON=${PYTHON:-python}
-dry=false
-failed=()
+dry=false fig='' failed=()
+declare -A listed counted runs_of transfers_of new_of cost_of
 
-run() {  # run SCRIPT ARG...: one stage, by torchrun when NPROC > 1; a failure does not stop the others
-    local script=$1; shift
-    local command=("$PYTHON")
-    [ "$NPROC" = 1 ] || command=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
-    command+=("$here/$script" "$@")
+# --- one stage ---------------------------------------------------------------------------------------------------------
+
+stage() {  # stage FOLDER DONE COST SCRIPT ARG...: makes FOLDER/DONE unless it is there or another copy is making it
+    local folder=$1 done_file=$1/$2 cost=$3 script=$4 command claim; shift 4
+    count "$folder" "$script" "$cost"
+    [ -z "${listed[$folder]:-}" ] || return 0  # another figure's run
+    listed[$folder]=1
+    command=("$PYTHON")
+    [ "$NPROC" = 1 ] || command+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
+    command+=("$here/$script" "$@" --results "$RESULTS" --data-dir "$DATA")
     if $dry; then printf '%s\n' "${command[*]}"; return; fi
-    printf '\n> %s\n' "${command[*]}"
-    "${command[@]}" || failed+=("${command[*]}")
+    claim=$(claim_of "$folder")
+    if [ -e "$done_file" ] || ! take "$claim"; then return 0; fi
+    if [ ! -e "$done_file" ]; then
+        printf '\n> %s\n' "${command[*]}"
+        (while sleep 20; do touch "$claim" || exit; done) & local heart=$!
+        trap 'kill $heart 2>/dev/null; rmdir "$claim" 2>/dev/null' EXIT
+        "${command[@]}" || failed+=("${command[*]}")
+        trap - EXIT
+        kill $heart
+        wait $heart 2>/dev/null || true
+    fi
+    rmdir "$claim"
 }
-sat() { run sat.py --config "$here/configs/$config.yaml" --results "$RESULTS" --data-dir "$DATA" "$@" $EXTRA; }
-ranking() { run rank.py --config "$here/configs/$config.yaml" --results "$RESULTS" --data-dir "$DATA" "$@"; }
-transfer() { run transfer.py "$@" --results "$RESULTS" --data-dir "$DATA" $EXTRA; }
-
-orders() {  # orders SIZES SEEDS COMMAND...: the command for each size and order; random once for each of the seeds
-    local sizes=$1 seeds=$2 size seed; shift 2
-    for size in $sizes; do
-        "$@" "$size" --order hardest
-        "$@" "$size" --order easiest
-        for ((seed = 0; seed < seeds; seed++)); do "$@" "$size" --order random --seed "$seed"; done
-    done
+count() {  # count FOLDER SCRIPT COST: for the summary of --dry-run, per figure, shared runs in each figure that shows them
+    [ -z "${counted[$fig|$1]:-}" ] || return 0
+    counted[$fig|$1]=1
+    if [ "$2" = transfer.py ]; then transfers_of[$fig]=$((${transfers_of[$fig]:-0} + 1)); else runs_of[$fig]=$((${runs_of[$fig]:-0} + 1)); fi
+    [ -z "${listed[$1]:-}" ] || return 0
+    new_of[$fig]=$((${new_of[$fig]:-0} + 1))
+    cost_of[$fig]=$(awk "BEGIN {print ${cost_of[$fig]:-0} + $3}")
+}
+claim_of() { local name=${1//\//_}; printf '%s' "$RESULTS/claims/$name"; }
+take() {  # take CLAIM: whether the claim is ours now. One whose heartbeat (its modification time) stopped is taken over
+    mkdir -p "$RESULTS/claims"
+    mkdir "$1" 2>/dev/null && return
+    [ -n "$(find "$1" -maxdepth 0 -mmin +2 2>/dev/null)" ] || return 1
+    mv "$1" "$1.dead.$$" 2>/dev/null && rmdir "$1.dead.$$" && mkdir "$1" 2>/dev/null
+}
+wait_for() {  # wait_for FILE FOLDER: until FILE is there, or no copy is making it any more
+    $dry && return
+    while [ ! -e "$1" ] && [ -d "$(claim_of "$2")" ]; do sleep 2; done
 }
 
-baselines() { sat --split none "$@"; sat --split full "$@"; }
-csat() { orders "$1" "$2" sat "${@:3}" --split csat --size; }  # csat SIZES SEEDS [FLAG...]  (Fig. 5)
-esat() { orders "$1" "$2" sat "${@:3}" --split esat --frac; }  # esat FRACS SEEDS [FLAG...]  (Fig. 6)
-
-ssat_run() {  # ssat_run TARGETS NAME FLAG...: a source run called NAME, then its transfer to each target  (Fig. 8)
-    local targets=$1 name=$2 target; shift 2
-    sat --run "$name" "$@"
+sat() {  # sat NAME |A|/N FLAG...: a run of sat.py on $dataset
+    local name=$1 share=$2; shift 2
+    stage "$RESULTS/$dataset/$name" result.json "$n * $epochs * (3 + ${attack_cost:-14} * $share)" \
+        sat.py --config "$here/configs/$config.yaml" $dataset_flag --run "$name" "$@" $quick $EXTRA
+}
+transfer() {  # transfer NAME: the run NAME of $dataset as the source of a transfer to each of $targets
+    local target source=$RESULTS/$dataset/$1
     for target in $targets; do
-        transfer "$RESULTS/$source/$name/best.pt" --config "$here/configs/transfer/$target.yaml" $transfer_flags
+        wait_for "$source/result.json" "$source"
+        if ! $dry && [ ! -e "$source/result.json" ]; then failed+=("transfer of $source, which has no result"); continue; fi
+        stage "$RESULTS/$target/$dataset-$1-seed0" result.json "${target_cost[$target]}" \
+            transfer.py "$source/best.pt" --config "$here/configs/transfer/$target.yaml" $quick $EXTRA
     done
 }
-ssat_esat() {  # ssat_esat TARGETS FRAC --order ORDER [--seed SEED]: one source of S-ESAT, with the emphasis weights of Sec. 4.3
-    ssat_run "$1" "source-esat-$4-$2-seed${6:-0}" "${source_flags[@]}" --split esat --weight emphasis --frac "${@:2}"
-}
-ssat() {  # ssat TARGETS FRACS SEEDS: S-ESAT with its two baselines
-    ssat_run "$1" source-none-seed0 "${source_flags[@]}" --split none
-    ssat_run "$1" source-full-seed0 "${source_flags[@]}" --split full
-    orders "$2" "$3" ssat_esat "$1"
+ranking() {  # the ranking of $dataset, which the orders below need
+    local folder="$RESULTS/$dataset/rank-$arch-seed0" fig="$dataset: ranking (fig3)" cost=4
+    [[ $metrics != *vog* ]] || cost=7
+    stage "$folder" rank.json "$n * $epochs * $cost" rank.py --config "$here/configs/$config.yaml" $dataset_flag --metrics $metrics $EXTRA
+    wait_for "$folder/rank.json" "$folder"
 }
 
-digits() {  # cheaper evaluation than the default: the two APGD attacks on 200 examples (the tables say so)
-    local quick=(--eval-attacks apgd-ce apgd-t --eval-n 200)
-    config=digits
-    ranking
-    baselines "${quick[@]}"
-    csat "1 3 5 7" 2 "${quick[@]}"
-    esat "0.1 0.3 0.5 0.7" 2 "${quick[@]}"
-    source=digits0-4 source_flags=(--dataset digits0-4 "${quick[@]}") transfer_flags="${quick[*]}"
-    ranking --dataset digits0-4
-    ssat digits5-9 "0.1 0.3 0.5" 2
+# --- the runs of the figures -------------------------------------------------------------------------------------------
+
+orders() {  # orders COMMAND SIZE...: COMMAND SIZE ORDER SEED for each size, hardest, easiest and each random subset
+    local command=$1 size seed; shift
+    for size in "$@"; do
+        $command "$size" hardest 0
+        $command "$size" easiest 0
+        for ((seed = 0; seed < seeds; seed++)); do $command "$size" random "$seed"; done
+    done
 }
-cifar10() {
-    config=cifar10
-    ranking
+baselines() { local fig="$dataset: baselines"; sat none-seed0 0 --split none; sat full-seed0 1 --split full; }
+csat() { sat "csat-$2-$1$tag-seed$3" "$1 / $n_classes" --split csat --size "$1" --order "$2" --seed "$3" $extra; }
+esat() { sat "esat-$2-$1$tag-seed$3" "$1" --split esat --frac "$1" --order "$2" --seed "$3" $extra; }
+s_csat() { csat "$@"; transfer "csat-$2-$1$tag-seed$3"; }
+s_esat() { esat "$@"; transfer "esat-$2-$1$tag-seed$3"; }
+source_baselines() { baselines; transfer none-seed0; transfer full-seed0; }
+
+fig2() { local c; baselines; for c in $classes; do sat "csat-$c-seed0" "1 / $n_classes" --split csat --classes "$c"; done; }
+fig3() { ranking; }
+fig5() { baselines; orders csat $sizes; }  # and 4, 13
+fig6() { baselines; orders esat $fracs; }
+fig7() {  # three loss weights; the vanilla runs are those of Fig. 5, the emphasis ones those of Fig. 15
+    local size weight
+    source_baselines
+    for weight in vanilla balanced emphasis; do
+        local tag="-$weight" extra="--weight $weight"
+        [ $weight != vanilla ] || tag='' extra=''
+        for size in $sizes; do s_csat "$size" hardest 0; done
+    done
+}
+fig8() { local tag=-emphasis extra='--weight emphasis'; source_baselines; orders s_esat $fracs; }  # and 14: other targets
+fig15() { local tag=-emphasis extra='--weight emphasis'; source_baselines; orders s_csat $sizes; }
+fig12() {
+    local metric frac
     baselines
-    csat "1 2 3 4 5 6 7 8 9" 10
-    esat "0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9" 10
+    for frac in $fracs; do esat "$frac" hardest 0; done
+    for metric in svar vog; do
+        local tag="-$metric" extra="--metric $metric"
+        for frac in $fracs; do esat "$frac" hardest 0; done
+    done
 }
-cifar100() {
-    config=cifar100
-    ranking
-    baselines
-    csat "10 20 30 40 50 60 70 80 90" 5
-    esat "0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9" 5
+fig16() {
+    local tag=-emphasis-fgsm-rs extra='--weight emphasis --attack fgsm-rs' attack_cost=2 frac
+    source_baselines
+    for frac in $fracs; do s_esat "$frac" hardest 0; done
+    tag=-emphasis extra='--weight emphasis' attack_cost=14
+    for frac in $fracs; do s_esat "$frac" hardest 0; done
 }
-transfers() {  # S-ESAT, CIFAR-100 -> CIFAR-10
-    config=cifar100 source=cifar100 source_flags=() transfer_flags=
-    ranking
-    ssat cifar10 "0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9" 5
+
+# --- data sets: Table 1 and 2 ------------------------------------------------------------------------------------------
+
+declare -A target_cost=([cifar10]="50000 * 40" [svhn]="73257 * 40" [caltech256]="24485 * 100" [flowers102]="1020 * 100" [digits5-9]="648 * 20")
+
+use() {  # use DATASET: what the figures need to know of it
+    dataset=$1 config=$1 dataset_flag='' quick='' tag='' extra='' metrics='entropy svar vog' targets=''
+    fracs='0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9' sizes='1 2 3 4 5 6 7 8 9' classes='' arch=preactresnet18 epochs=200
+    case $1 in
+        cifar10) n=50000 n_classes=10 seeds=10 classes='airplane automobile bird cat deer dog frog horse ship truck' ;;
+        cifar100) n=50000 n_classes=100 seeds=5 sizes='10 20 30 40 50 60 70 80 90' ;;
+        imagenet200) n=259906 n_classes=200 seeds=3 sizes='20 40 60 80 100 120 140 160 180' arch=resnet50 epochs=150 metrics='entropy svar' ;;
+        digits | digits0-4)  # small: fewer sizes and seeds, the two APGD attacks on 200 examples (the tables say so)
+            config=digits n=1297 n_classes=10 seeds=2 sizes='3 5 7' fracs='0.1 0.3 0.5' classes='0 1 2 3 4 5 6 7 8 9'
+            arch=preactresnet8 epochs=30 quick='--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce' ;;
+    esac
+    [ "$1" != digits0-4 ] || { dataset_flag='--dataset digits0-4' n=649 n_classes=5 sizes='1 2 3' targets=digits5-9; }
+}
+figures() {  # figures DATASET TARGETS FIG...: those of the figures that were asked for (all, when none was)
+    local name; use "$1"; targets=$2; shift 2
+    for name in "$@"; do
+        if [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" $name "* ]]; then
+            ranking
+            fig="$dataset${targets:+ -> $targets}: $name"
+            case $name in fig4 | fig13) fig5 ;; fig14) fig8 ;; *) $name ;; esac
+        fi
+    done
+}
+section() {
+    case $1 in
+        cifar10) figures cifar10 '' fig2 fig3 fig4 fig5 fig6 fig13 ;;
+        cifar100) figures cifar100 '' fig5 fig6 fig12 fig13 ;;
+        imagenet200) figures imagenet200 '' fig5 fig6 fig13 ;;
+        transfer)
+            figures cifar100 cifar10 fig7 fig8 fig15 fig16
+            figures cifar100 svhn fig14
+            figures imagenet200 'caltech256 flowers102' fig8 fig15 fig16 ;;
+        digits)
+            figures digits '' fig2 fig3 fig4 fig5 fig6 fig12 fig13
+            figures digits0-4 digits5-9 fig7 fig8 fig14 fig15 fig16 ;;
+    esac
 }
 
 main() {
-    local sections=() section
-    for section in "$@"; do
-        case $section in
+    local sections=() word key
+    wanted=()
+    for word in "$@"; do
+        case $word in
             --dry-run) dry=true ;;
-            digits | cifar10 | cifar100) sections+=("$section") ;;
-            transfer) sections+=(transfers) ;;
-            all) sections+=(digits cifar10 cifar100 transfers) ;;
-            *) echo "error: no section '$section'; valid: digits cifar10 cifar100 transfer all, and --dry-run" >&2; exit 2 ;;
+            digits | cifar10 | cifar100 | imagenet200 | transfer) sections+=("$word") ;;
+            all) sections+=(cifar10 cifar100 imagenet200 transfer digits) ;;
+            fig2 | fig3 | fig4 | fig5 | fig6 | fig7 | fig8 | fig12 | fig13 | fig14 | fig15 | fig16) wanted+=("$word") ;;
+            *) echo "error: no section '$word'; valid: cifar10 cifar100 imagenet200 transfer digits all, then fig2-8 fig12-16, and --dry-run" >&2; exit 2 ;;
         esac
     done
-    [ ${#sections[@]} -gt 0 ] || { echo "error: name a section: digits cifar10 cifar100 transfer all (and --dry-run)" >&2; exit 2; }
-    for section in "${sections[@]}"; do "$section"; done
-    local command=("$PYTHON" "$here/report.py" --results "$RESULTS")
-    if $dry; then printf '%s\n' "${command[*]}"; return; fi
-    "${command[@]}"
+    [ ${#sections[@]} -gt 0 ] || { echo "error: name a section: cifar10 cifar100 imagenet200 transfer digits all (and --dry-run)" >&2; exit 2; }
+    for word in "${sections[@]}"; do section "$word"; done
+    local report=("$PYTHON" "$here/report.py" --results "$RESULTS")
+    if $dry; then
+        printf '%s\n' "${report[*]}"
+        printf '# %-42s %6s %9s %6s %s\n' figure runs transfers new 'forward passes of the new ones (training: 3 + 14 |A|/N an example)'
+        for key in "${!new_of[@]}" "${!runs_of[@]}" "${!transfers_of[@]}"; do
+            printf '# %-42s %6d %9d %6d %10.3g\n' "$key" "${runs_of[$key]:-0}" "${transfers_of[$key]:-0}" "${new_of[$key]:-0}" "${cost_of[$key]:-0}"
+        done | sort -Vu
+        return
+    fi
+    "${report[@]}"
     if [ ${#failed[@]} -gt 0 ]; then
         printf '\n%d failed:\n' "${#failed[@]}" >&2
         printf '  %s\n' "${failed[@]}" >&2

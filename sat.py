@@ -17,6 +17,7 @@ import attacks
 import common
 import data as datasets
 import evaluate
+import flags
 import models
 from common import HERE, UserError, all_sum, rank, say, world
 
@@ -100,6 +101,8 @@ def train(model, split, A, w_A, args, device, state=None):
     A: bool (N,); A = {} is ordinary training, A = everything is adversarial training. `state`: an earlier yield, from
     which to go on. Every process must consume every yield. Raises UserError when the loss is not finite.
     """
+    if world() > 1 and device.type == "cuda":
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; it does not exist for CPUs
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], args.lr, 0.9, weight_decay=args.weight_decay)
     if state:
         model.load_state_dict(state["model"])
@@ -140,13 +143,14 @@ def train(model, split, A, w_A, args, device, state=None):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {int(bad) + 1}: stopped; the last good checkpoint "
                             f"is kept. Lower --lr (now {args.lr}) or a --weight-factor")
         if world() > 1:
-            for buffer in model.buffers():  # without SyncBatchNorm each process has statistics of its own
+            for buffer in model.buffers():  # without SyncBatchNorm each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
         seen = steps * args.batch_size
+        backward = 0 if model.frozen else seen  # of a transferred network the head alone, which costs next to nothing
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "row": {
             "epoch": epoch + 1, "lr": lr, "loss": loss / steps, "train_accuracy": hits / seen, "attacked": attacked,
-            "forward": seen + attack_steps * attacked, "backward": seen + attack_steps * attacked,
-            "forward_equivalents": 3 * seen + 2 * attack_steps * attacked, "seconds": time.perf_counter() - began}}
+            "forward": seen + attack_steps * attacked, "backward": backward + attack_steps * attacked,
+            "forward_equivalents": seen + 2 * backward + 2 * attack_steps * attacked, "seconds": time.perf_counter() - began}}
 
 
 def checkpoint(model, data, args, epoch, A_classes=None, **more):
@@ -207,28 +211,46 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
 def ranking(args, data):
     """The scores (N,) of args.metric, from rank.py's scores.pt for this data and network; runs rank.py when it is missing."""
     path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
+    command = rank_command(args)
     if not path.exists():
-        parser = common.Parser(add_help=False)
-        common.add_flags(parser, *RANK_GROUPS)
-        skip = {"seed", "run", "force"}
-        differ = [a for a in parser._actions if a.dest not in skip and getattr(args, a.dest) != args.base[a.dest]]
-        values = [[v if isinstance(v, list) else [v] for v in [getattr(args, a.dest)]][0] for a in differ]
-        command = ["--config", str(args.config), *(t for a, v in zip(differ, values) for t in [a.option_strings[0], *map(str, v)])]
         if world() > 1:
             raise UserError(f"--order {args.order} needs {path}: first run python rank.py {' '.join(command)}")
         say(f"no {path}: ranking the examples first (python rank.py {' '.join(command)})")
         if subprocess.run([sys.executable, str(HERE / "rank.py"), *command]).returncode:
             raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message is above")
-    found = common.load(path, (args.metric, "fingerprint"))
+    found = common.load(path, ("fingerprint",))
     datasets.check_fingerprint(data, found["fingerprint"], path)
+    if args.metric not in found:
+        raise UserError(f"{path} has no {args.metric}: first run python rank.py {' '.join(command)} --force")
+    if args.metric == "vog" and args.split == "esat":  # gradients differ in size between classes (Agarwal et al. 2022)
+        return within_class(found["vog"], data.train.y)
     return found[args.metric]
 
 
-def parse(argv=None):
+def within_class(scores, y):
+    """Scores (N,) normalised to mean 0 and standard deviation 1 within each class of y."""
+    mean = class_means(scores, y, int(y.max()) + 1)
+    std = class_means((scores.double() - mean[y])**2, y, len(mean)).sqrt()
+    return (scores.double() - mean[y]) / std[y].clamp_min(1e-12)
+
+
+def rank_command(args):
+    """The arguments with which rank.py makes the ranking that these flags of sat.py ask for."""
+    parser = flags.Parser(add_help=False)
+    flags.add_flags(parser, *RANK_GROUPS)
+    words = ["--config", str(args.config)] + ["--metrics", *flags.METRICS] * (args.metric == "vog")
+    for action in parser._actions:
+        value = getattr(args, action.dest)
+        if action.dest not in ("seed", "run", "force") and value != args.base[action.dest]:
+            words += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def command_line(argv=None):
     """The command line, with the checks that need more than one flag."""
-    parser = common.Parser(prog="sat.py", description=__doc__, formatter_class=common.Help)
-    common.add_flags(parser, *common.FLAGS)
-    args = common.parse(parser, argv)
+    parser = flags.Parser(prog="sat.py", description=__doc__, formatter_class=flags.Help)
+    flags.add_flags(parser, *(g for g in flags.FLAGS if g != "ranking"))
+    args = flags.parse(parser, argv)
     sized = [f for f in ("frac", "size", "classes") if getattr(args, f) is not None]
     if args.split in ("none", "full") and sized or args.split == "esat" and args.classes:
         raise UserError(f"--split {args.split} takes no --{sized[-1]}")
@@ -252,13 +274,13 @@ def run_folder(args):
 
 def main(argv=None):
     """Chooses A, trains on A and B, writes and prints the result."""
-    args = parse(argv)
+    args = command_line(argv)
     run, finished = run_folder(args)
     if finished:
         say(f"{run} is finished (--force repeats it)\n{evaluate.head_line(common.read_json(run / 'result.json'))}")
         return
     device = common.set_up(args)
-    data = datasets.get(args.dataset, args.data_dir, device)
+    data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
     y, amount, scores = data.train.y, args.frac or args.size, None
     if amount and args.order != "random":

@@ -24,6 +24,7 @@ import models
 import rank
 import report
 import sat
+import sources
 import transfer
 from common import UserError
 
@@ -167,7 +168,7 @@ def test_an_examples_perturbation_does_not_depend_on_its_batch():
 @pytest.fixture(scope="session")
 def trained():
     """A digits network after two epochs, and 12 test images of which it gets most right."""
-    args, data = sat.parse(["--split", "none", *QUICK]), datasets.get("digits", "data")
+    args, data = sat.command_line(["--split", "none", *QUICK]), datasets.get("digits", "data")
     torch.manual_seed(0)
     model = models.build("preactresnet8", 10, *data.mean_std())
     for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0, args, torch.device("cpu")):
@@ -306,7 +307,7 @@ def oracle_training(model, data, args, attack):
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_empty_A_is_vanilla_training_and_full_A_is_AT(everything):
-    args, data = sat.parse(["--split", "none", *QUICK, "--lr-decays", "1", "--steps", "3"]), datasets.get("digits", "data")
+    args, data = sat.command_line(["--split", "none", *QUICK, "--lr-decays", "1", "--steps", "3"]), datasets.get("digits", "data")
     data.train = datasets.Split(data.train.x[:192], data.train.y[:192])
     mine, other = (net().to(memory_format=torch.channels_last) for _ in range(2))
     rows = [s["row"] for s in sat.train(mine, data.train, torch.full((192,), everything), 9.0, args, torch.device("cpu"))]
@@ -321,7 +322,7 @@ def test_empty_A_is_vanilla_training_and_full_A_is_AT(everything):
 
 def test_only_A_is_attacked(trained):
     model, data = trained
-    args = sat.parse(["--split", "none", *QUICK])
+    args = sat.command_line(["--split", "none", *QUICK])
     x, y = data.train.pixels(torch.arange(64), "cpu"), data.train.y[:64]
     in_A = torch.arange(64) % 3 == 0
     for flags in ({}, {"random_start": True}, {"attack": "fgsm-rs"}):
@@ -336,7 +337,7 @@ def test_train_uses_w_A():
     """One SGD step with weights, against autograd on the weighted loss written out."""
     data = datasets.get("digits", "data")
     split = datasets.Split(data.train.x[:64], data.train.y[:64])
-    args = sat.parse(["--split", "none", *QUICK, "--epochs", "1", "--eps", "0", "--augment", "none", "--weight-decay", "0"])
+    args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--eps", "0", "--augment", "none", "--weight-decay", "0"])
     A, model, other = torch.arange(64) < 16, *(net().to(memory_format=torch.channels_last) for _ in range(2))
     for _ in sat.train(model, split, A, 5.0, args, torch.device("cpu")):
         pass
@@ -368,6 +369,40 @@ def test_entropy_by_hand():
     assert rank.entropy(logits).tolist() == pytest.approx([math.log(4), 0.5 * math.log(2) + 2 * 0.25 * math.log(4), 0.0], abs=1e-6)
 
 
+def test_svar_by_hand():
+    logits, y = torch.tensor([[math.log(2), 0.0, 0.0], [math.log(2), 0.0, 0.0]]), torch.tensor([0, 1])
+    variance = ((0.5 - 1 / 3)**2 + 2 * (0.25 - 1 / 3)**2) / 3  # of the softmax 1/2, 1/4, 1/4
+    assert rank.svar(logits, y).tolist() == pytest.approx([-variance, variance]), "wrong is harder than right"
+
+
+def test_vog_by_hand():
+    """A linear network whose weights change by epoch: the gradient of the true class's logit is that class's weight row."""
+    split = datasets.Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0]))
+    rows, vog = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0)), rank.Vog((3, 1, 2, 2))
+    for w in rows:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        model[1].weight.data = w.clone()
+        vog.add(model, split, "cpu")
+        vog = rank.Vog((3, 1, 2, 2), (vog.epochs, vog.mean, vog.m2))  # as a resumed run has it
+        assert model[1].weight.grad is None
+    expected = rows.std(0, unbiased=False).mean(1)  # over epochs, then over pixels
+    torch.testing.assert_close(vog.scores(), expected[split.y])
+
+
+def test_vog_orders_within_classes_and_averages_raw():
+    y, scores = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1.0, 2, 3, 10, 20, 60])
+    z = sat.within_class(scores, y)
+    assert z[:3].tolist() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
+    assert z[3:].mean().item() == pytest.approx(0, abs=1e-9) and z[3:].var(unbiased=False).item() == pytest.approx(1)
+
+
+def test_class_order_is_compared_with_the_papers():
+    theirs = ["cat", "dog", "bird", "airplane", "deer", "frog", "horse", "ship", "truck", "automobile"]
+    assert rank.with_paper("cifar10", theirs) == {"rho": pytest.approx(1), "n": 10}
+    assert rank.with_paper("cifar10", theirs[::-1])["rho"] == pytest.approx(-1)
+    assert rank.with_paper("cifar100", ["road", "otter", "none such", "bee"])["n"] == 3 and rank.with_paper("digits", ["0", "1", "2"]) is None
+
+
 # --- data --------------------------------------------------------------------------------------------------------------
 
 def test_digits():
@@ -394,7 +429,7 @@ def test_augmentation_against_torchvision():
     from torchvision.transforms import functional as T
     g = torch.Generator().manual_seed(1)
     x = torch.rand(40, 3, 32, 32, generator=g)
-    params = datasets.draw(40, 32, "full", g)
+    params = datasets.draw(40, x.shape, "full", False, g)
     assert params["crop"].min() == 0 and params["crop"].max() == 8 and 0.75 <= params["factor"].min() < params["factor"].max() <= 1.25
     assert params["flip"].any() and not params["flip"].all() and 0 < params["angle"].abs().max() <= math.radians(2)
     assert len(params["angle"].unique()) == 40 and len({tuple(o) for o in params["order"].tolist()}) == 6, "each example its own"
@@ -456,63 +491,301 @@ def test_cifar_in_its_publishers_format(tmp_path, monkeypatch):
             block = {"data": rng.integers(0, 255, (4, 3072), dtype=np.uint8), key: [0, 1, 2, 3]}
             blocks[name] = block["data"]
             (tmp_path / folder / name).write_bytes(pickle.dumps(block))
-        meta = {"label_names" if key == "labels" else "fine_label_names": ["a", "b", "c", "d"]}
+        meta = {"label_names" if key == "labels" else "fine_label_names": [str(c) for c in range(10 if key == "labels" else 100)]}
         (tmp_path / folder / ("batches.meta" if key == "labels" else "meta")).write_bytes(pickle.dumps(meta))
     ten, hundred = datasets.get("cifar10", tmp_path), datasets.get("cifar100", tmp_path)
-    assert (len(ten.train), len(ten.test), len(hundred.train)) == (20, 4, 4) and ten.classes == ["a", "b", "c", "d"]
+    assert (len(ten.train), len(ten.test), len(hundred.train)) == (20, 4, 4) and len(ten.classes) == 10
     assert np.array_equal(ten.train.x[5].numpy(), blocks["data_batch_2"][1].reshape(3, 32, 32))
     assert np.array_equal(hundred.test.x[3].numpy(), blocks["test"][3].reshape(3, 32, 32)) and hundred.test.y[3] == 3
 
 
+@pytest.fixture
+def table_1(monkeypatch):
+    """Lets a test have data sets of its own sizes without the check of the number of classes."""
+    return lambda name, n_classes: monkeypatch.setitem(sources.TABLE_1, name, (n_classes, 1, 1))
+
+
+def write_jpeg(path, colour=(200, 30, 90), size=(80, 60), mode="RGB"):
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path)
+
+
+def test_svhn_in_its_publishers_format(tmp_path, monkeypatch, capsys):
+    from scipy.io import savemat
+    from torchvision.datasets import svhn
+    monkeypatch.setattr(svhn, "check_integrity", lambda *a: True)  # the sums of the real files
+    rng = np.random.default_rng(0)
+    x = {s: rng.integers(0, 255, (32, 32, 3, n), dtype=np.uint8) for s, n in (("train", 12), ("test", 5))}
+    for s in x:
+        savemat(tmp_path / f"{s}_32x32.mat", {"X": x[s], "y": np.arange(1, x[s].shape[3] + 1, dtype=np.uint8)[:, None] % 10 + 1})
+    data = datasets.get("svhn", tmp_path)
+    assert data.classes == list("0123456789") and np.array_equal(data.train.x[7].permute(1, 2, 0).numpy(), x["train"][..., 7])
+    assert data.train.y.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3], "the publisher's label 10 is digit 0"
+    assert "12 / 5 images, the paper's (Table 1) 73,257 / 26,032" in capsys.readouterr().out
+    (tmp_path / "svhn.pt").unlink()
+    savemat(tmp_path / "train_32x32.mat", {"X": x["train"][:16], "y": np.ones((12, 1))})
+    with pytest.raises(UserError, match="train_32x32.mat is not SVHN's cropped digits"):
+        datasets.get("svhn", tmp_path)
+
+
+def test_flowers102_in_its_publishers_format(tmp_path, monkeypatch, capsys):
+    from scipy.io import savemat
+    from torchvision.datasets import flowers102
+    monkeypatch.setattr(flowers102, "check_integrity", lambda *a: True)
+    folder = tmp_path / "flowers-102"
+    for i in range(1, 8):
+        write_jpeg(folder / "jpg" / f"image_{i:05d}.jpg", (10 * i, 0, 0))
+    savemat(folder / "imagelabels.mat", {"labels": np.array([[5, 102, 1, 7, 7, 2, 3]])})
+    savemat(folder / "setid.mat", {"trnid": np.array([[2, 4, 6]]), "valid": np.array([[1, 7]]), "tstid": np.array([[3, 5]])})
+    data = datasets.get("flowers102", tmp_path)
+    assert data.train.y.tolist() == [101, 6, 1] and data.test.y.tolist() == [4, 2] and len(data.classes) == 102
+    assert data.train.streamed and abs(data.train.pixels(torch.tensor([1]), "cpu")[0, 0].mean() - 40 / 255) < 0.02, "image 4"
+    assert "1,020 / 1,020" in capsys.readouterr().out
+
+
+def test_caltech256_in_its_publishers_format(tmp_path, table_1):
+    table_1("caltech256", 3)
+    for c, name in enumerate(("001.ak47", "002.american-flag", "257.clutter")):
+        for i in range(1, 6):
+            write_jpeg(tmp_path / "caltech256" / "256_ObjectCategories" / name / f"{c + 1:03d}_{i:04d}.jpg", mode="L" if i == 2 else "RGB")
+    (tmp_path / "caltech256" / "256_ObjectCategories" / "001.ak47" / "RENAME2").write_text("a stray file of the real archive")
+    data = datasets.get("caltech256", tmp_path)
+    assert data.classes == ["ak47", "american-flag", "clutter"] and (len(data.train), len(data.test)) == (12, 3)
+    assert not set(data.train.x.paths) & set(data.test.x.paths) and data.train.x.paths == datasets.get("caltech256", tmp_path).train.x.paths
+    assert data.train.pixels(torch.arange(12), "cpu").shape == (12, 3, 224, 224), "grey images become RGB"
+
+
+def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
+    wnids = [line.split("\t")[0] for line in (HERE / "configs" / "imagenet200_wnids.txt").read_text().splitlines()[1:]]
+    assert len(wnids) == 200
+    for wnid in [*wnids, "n99999999"]:
+        for part in ("train", "val"):
+            write_jpeg(tmp_path / "imagenet" / part / wnid / "a.JPEG")
+    data = datasets.get("imagenet200", tmp_path)
+    assert len(data.train) == len(data.test) == 200 and data.train.streamed and len(set(data.classes)) == 200
+    assert data.classes[0] == "stingray" and data.train.x.paths[0].parent.name == wnids[0]
+    import shutil
+    shutil.rmtree(tmp_path / "imagenet" / "val" / wnids[3])
+    with pytest.raises(UserError, match=f"val lacks 1 class folders: {wnids[3]}"):
+        datasets.get("imagenet200", tmp_path)
+
+
+def test_streamed_views(tmp_path):
+    """Training crops are RandomResizedCrop's, drawn per example and epoch; test images are resized to 256, cropped to 224."""
+    from PIL import Image
+    ramp = np.zeros((300, 400, 3), dtype=np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 300)[:, None]
+    for i in range(8):
+        path = tmp_path / "mine" / ("train" if i < 6 else "test") / "a" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ramp).save(path)
+    data = datasets.get("mine", tmp_path)
+    x = data.test.pixels(torch.arange(2), "cpu")
+    # The shortest side 300 becomes 256, so 400 becomes 341; the centre 224 of each are left.
+    assert x.shape == (2, 3, 224, 224)
+    assert x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01) and x[0, 0, :, 0].mean().item() == pytest.approx(58.5 / 341, abs=0.01)
+    first, again, other = (next(datasets.batches(data.train, 6, 0, e, "full", "cpu"))[0] for e in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (6, 3, 224, 224)
+    width = [(c[0].amax() - c[0].amin()).item() for c in (next(datasets.batches(data.train, 6, 0, 2, "crop", "cpu"))[0])]
+    assert len({round(w, 3) for w in width}) == 6 and min(width) > 0.1 and max(width) < 1.01, "each example has a crop of its own"
+    params = datasets.draw(1000, (3, 224, 224), "full", True, torch.Generator().manual_seed(0))
+    assert 0.9 <= params["factor"].min() < 0.91 and 1.09 < params["factor"].max() <= 1.1 and "crop" not in params
+    data.train.x.workers = 2
+    assert torch.equal(next(datasets.batches(data.train, 6, 0, 0, "full", "cpu"))[0], first), "workers change nothing"
+
+
+def test_corrupt_and_doubled(tmp_path, capsys):
+    for part, n in (("train", 3), ("test", 2)):
+        for i in range(n):
+            for c in ("cat", "dog"):
+                write_jpeg(tmp_path / "mine" / part / c / f"{i}.jpg")
+    (tmp_path / "mine" / "train" / "dog" / "1.jpg").write_bytes(b"\xff\xd8 no jpeg")
+    data = datasets.get("mine", tmp_path, workers=1)
+    with pytest.raises(UserError, match="dog/1.jpg is not an image .* python data.py NAME") as e:
+        list(datasets.ordered(data.train, torch.arange(6), 2, "cpu"))
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="1 images of mine cannot be read"):
+        datasets.main(["mine", "--data-dir", str(tmp_path)])
+    assert "dog/1.jpg" in capsys.readouterr().out
+    (tmp_path / "mine" / "train" / "Cat").mkdir()
+    with pytest.raises(UserError, match="holds the class folder 'Cat' twice, also as 'cat'"):
+        datasets.get("mine", tmp_path)
+    with pytest.raises(UserError, match="has 2 classes, not 10"):
+        (tmp_path / "mine" / "train" / "Cat").rmdir()
+        (tmp_path / "mine").rename(tmp_path / "svhn")
+        datasets.get("svhn", tmp_path)
+
+
+def test_resnet50_through_every_stage(tmp_path, monkeypatch, capsys):
+    """A two-class tree of JPEGs through rank, sat, evaluate and transfer, one epoch each (images of 64, to be quick)."""
+    rng = np.random.default_rng(0)
+    for name in ("pets", "other"):
+        for part, n in (("train", 4), ("val", 10)):
+            for c, colour in (("cat", (220, 40, 40)), ("dog", (40, 40, 220))):
+                for i in range(n):
+                    write_jpeg(tmp_path / "data" / name / part / c / f"{i}.jpg", tuple(int(v) for v in np.clip(rng.normal(colour, 20), 0, 255)))
+    (tmp_path / "c.yaml").write_text("arch: resnet50\naugment: full\neps: 3.0\nstep-size: 0.5\nsteps: 1\nepochs: 1\nbatch-size: 4\nlr: 0.01\nside: 64\n"
+                                     "workers: 0\neval-attacks: [apgd-ce]\nselect-attacks: [apgd-ce]\neval-n: 2\nselect-n: 1\n")
+    monkeypatch.chdir(tmp_path)
+    rank.main(["--config", "c.yaml", "--dataset", "pets"])
+    sat.main(["--config", "c.yaml", "--dataset", "pets", "--split", "esat", "--frac", "0.5", "--run", "a"])
+    evaluate.main(["results/pets/a/best.pt"])
+    transfer.main(["results/pets/a/best.pt", "--config", "c.yaml", "--dataset", "other"])
+    own, again = (json.loads(p.read_text()) for p in [Path("results/pets/a/result.json"), *Path("results/pets/a").glob("eval-*.json")])
+    assert own["accuracy"] == again["accuracy"] and own["A"] == 4 and own["cost"]["attacked"] == 4
+    target, = Path("results/other").glob("*/result.json")
+    assert json.loads(target.read_text())["source"]["run"] == "a"
+    with pytest.raises(UserError, match="vog keeps two numbers a pixel"):
+        rank.main(["--config", "c.yaml", "--dataset", "pets", "--metrics", "vog", "--results", "other"])
+    report.main([])
+    assert (tmp_path / "results" / "figures" / "fig8.png").exists() is False and "No runs yet" in (tmp_path / "results" / "tables.md").read_text()
+
+
 # --- configs and command line ------------------------------------------------------------------------------------------
 
-def test_configs_are_table_2():
-    conventional = {"arch": "preactresnet18", "epochs": 200, "batch_size": 128, "lr": 0.1, "lr_decays": [100, 150],
-                    "weight_decay": 5e-4, "eps": 0.5, "step_size": 0.1, "steps": 7, "norm": "l2", "attack": "pgd", "augment": "full"}
-    for name in ("cifar10", "cifar100"):
-        args = sat.parse(["--config", str(HERE / f"configs/{name}.yaml"), "--split", "full"])
-        assert {k: getattr(args, k) for k in conventional} == conventional and args.dataset == name
-    head = {"arch": "preactresnet18", "epochs": 40, "batch_size": 128, "lr": 0.1, "lr_decays": [20, 30], "weight_decay": 5e-4, "eps": 0.5}
-    args = transfer.flags(["x.pt", "--config", str(HERE / "configs/transfer/cifar10.yaml")])
-    assert {k: getattr(args, k) for k in head} == head and args.dataset == "cifar10"
+TABLE_2 = """
+cifar10      preactresnet18 200 128 0.1 100,150 5e-4 0.5 0.1
+cifar100     preactresnet18 200 128 0.1 100,150 5e-4 0.5 0.1
+imagenet200  resnet50       150 256 0.1 50,100  1e-4 3.0 0.5
+transfer/cifar10    preactresnet18 40 128 0.1 20,30 5e-4 0.5 -
+transfer/svhn       preactresnet18 40 128 0.1 20,30 5e-4 0.5 -
+transfer/caltech256 resnet50      100 128 0.1 50,75 1e-4 3.0 -
+transfer/flowers102 resnet50      100 102 0.1 50,75 1e-4 3.0 -
+"""  # data set, architecture, epochs, batch size, lr, decays, L2 decay; eps and step size of A.1
+
+
+@pytest.mark.parametrize("row", TABLE_2.split("\n")[1:-1])
+def test_configs_are_table_2(row):
+    name, arch, epochs, batch, lr, decays, decay, eps, step = row.split()
+    argv = ["--config", str(HERE / f"configs/{name}.yaml")]
+    args = transfer.command_line(["x.pt", *argv]) if "/" in name else sat.command_line([*argv, "--split", "full"])
+    assert (args.dataset, args.arch, args.epochs, args.batch_size, args.lr) == (name.split("/")[-1], arch, int(epochs), int(batch), float(lr))
+    assert (args.lr_decays, args.weight_decay, args.eps) == ([int(d) for d in decays.split(",")], float(decay), float(eps))
+    assert (args.norm, args.augment, args.eval_attacks, args.eval_n, args.select_n) == ("l2", "full", list(attacks.STANDARD), 0, 0)
+    if step != "-":
+        assert (args.attack, args.steps, args.step_size, args.random_start, args.weight) == ("pgd", 7, float(step), False, "vanilla")
 
 
 def test_command_line_beats_yaml_beats_defaults(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("dataset: digits\nlr: 5e-2\nepochs: 3\nrandom-start: true\nlr-decays: [1, 2]\nclasses: [1, 2]\n")
-    args = sat.parse(["--config", str(config), "--split", "csat", "--epochs", "4"])
+    args = sat.command_line(["--config", str(config), "--split", "csat", "--epochs", "4"])
     assert (args.lr, args.epochs, args.random_start, args.lr_decays, args.batch_size) == (0.05, 4, True, [1, 2], 128)
     assert args.classes == ["1", "2"]
-    assert sat.parse(["--config", str(config), "--split", "csat", "--no-random-start"]).random_start is False
+    assert sat.command_line(["--config", str(config), "--split", "csat", "--no-random-start"]).random_start is False
 
 
 def test_run_names():
-    name = lambda *argv: sat.run_folder(sat.parse([*argv]))[0].as_posix()
+    name = lambda *argv: sat.run_folder(sat.command_line([*argv]))[0].as_posix()
     assert name("--split", "esat", "--frac", "0.5", "--order", "hardest") == "results/digits/esat-hardest-0.5-seed0"
     assert name("--split", "csat", "--classes", "3", "1", "--weight", "emphasis", "--seed", "2") == "results/digits/csat-1-3-emphasis-seed2"
     assert name("--split", "full", "--eps", "1", "--results", "r") == "results/digits/full-eps=1.0-seed0".replace("results", "r")
-    escape = sat.run_folder(sat.parse(["--split", "csat", "--classes", "../../../x"]))[0]
+    escape = sat.run_folder(sat.command_line(["--split", "csat", "--classes", "../../../x"]))[0]
     assert escape.parent == Path("results/digits") and ".." not in escape.parts
 
 
-def test_every_command_of_run_all_parses():
-    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", "all"], capture_output=True, text=True, check=True).stdout
-    parsers = {"sat.py": sat.parse, "rank.py": rank.flags, "transfer.py": transfer.flags}
-    seen, made = set(), set()
-    for line in out.splitlines():
-        words = shlex.split(line)
-        name, argv = Path(words[1]).name, words[2:]
-        if name in parsers:
-            args = parsers[name](argv)
-            if name == "sat.py":
-                made.add((sat.run_folder(args)[0] / "best.pt").as_posix())
-            if name == "transfer.py":
-                assert args.checkpoint.as_posix() in made, "its source was trained before"
-            seen.add(name)
-    assert seen == set(parsers)
-    torchrun = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", "digits"], capture_output=True, text=True, check=True,
-                              env={**os.environ, "NPROC": "4"}).stdout.splitlines()
-    assert all("torch.distributed.run --standalone --nproc-per-node 4" in line for line in torchrun[:-1])
+def dry_run(*argv, **env):
+    """The commands of ./run_all.sh --dry-run as [(script, argv)], and its summary {figure: [runs, transfers, new]}."""
+    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True, check=True,
+                         env={**os.environ, **env}).stdout
+    lines = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
+    counts = [line[2:].rsplit(maxsplit=4) for line in out.splitlines() if line.startswith("# ") and ":" in line.split("(")[0]]
+    return [(Path(w[1]).name, w[2:]) for w in lines], {c[0].strip(): [int(v) for v in c[1:4]] for c in counts}
+
+
+COUNTS = {  # [runs of sat.py, transfers], each: (hardest + easiest + random subsets) x nine sizes, unless said
+    "cifar10: baselines": [2, 0], "cifar10: fig2": [10, 0],  # one run a class
+    "cifar10: fig4": [9 * (2 + 10), 0], "cifar10: fig5": [9 * (2 + 10), 0], "cifar10: fig6": [9 * (2 + 10), 0], "cifar10: fig13": [9 * (2 + 10), 0],
+    "cifar100: baselines": [2, 0], "cifar100: fig5": [9 * (2 + 5), 0], "cifar100: fig6": [9 * (2 + 5), 0], "cifar100: fig13": [9 * (2 + 5), 0],
+    "cifar100: fig12": [9 * 3, 0],  # hardest, three metrics
+    "imagenet200: baselines": [2, 0], "imagenet200: fig5": [9 * (2 + 3), 0], "imagenet200: fig6": [9 * (2 + 3), 0], "imagenet200: fig13": [9 * (2 + 3), 0],
+    "cifar100 -> cifar10: fig7": [9 * 3, 9 * 3 + 2],  # hardest, three weights; + 2: the transfers of both baselines
+    "cifar100 -> cifar10: fig8": [9 * (2 + 5), 9 * (2 + 5) + 2], "cifar100 -> svhn: fig14": [9 * (2 + 5), 9 * (2 + 5) + 2],
+    "cifar100 -> cifar10: fig15": [9 * (2 + 5), 9 * (2 + 5) + 2],
+    "cifar100 -> cifar10: fig16": [9 * 2, 9 * 2 + 2],  # hardest, PGD-7 and FGSM-RS
+    "imagenet200 -> caltech256 flowers102: fig8": [9 * (2 + 3), 2 * (9 * (2 + 3) + 2)],  # two targets
+    "imagenet200 -> caltech256 flowers102: fig15": [9 * (2 + 3), 2 * (9 * (2 + 3) + 2)],
+    "imagenet200 -> caltech256 flowers102: fig16": [9 * 2, 2 * (9 * 2 + 2)],
+    "cifar10: ranking (fig3)": [1, 0], "cifar100: ranking (fig3)": [1, 0], "imagenet200: ranking (fig3)": [1, 0]}
+NEW = {"cifar10: fig5": 0, "cifar10: fig13": 0, "cifar100: fig12": 18, "cifar100 -> cifar10: fig16": 9 + 9,
+       "cifar100 -> svhn: fig14": 63 + 2, "cifar100 -> cifar10: fig7": 18 + 27 + 2, "cifar100 -> cifar10: fig15": 54 + 54}
+
+
+def test_run_all_lists_every_run_of_the_paper():
+    commands, counts = dry_run("cifar10", "cifar100", "imagenet200", "transfer")
+    assert {k: v[:2] for k, v in counts.items()} == COUNTS
+    assert {k: counts[k][2] for k in NEW} == NEW
+    runs = [sat.command_line(argv) for name, argv in commands if name == "sat.py"]
+    assert len({(r.dataset, r.run) for r in runs}) == len(runs), "each run once"
+    kinds = {}
+    for r in runs:
+        how = (r.dataset, r.split, "named" if r.classes else r.order, r.metric, r.weight, r.attack)
+        kinds.setdefault(how, set()).add((r.frac or r.size, r.seed))
+        assert r.run.endswith(f"-seed{r.seed}") and (r.weight == "emphasis") == ("-emphasis" in r.run)
+    tenths, pgd = [k / 10 for k in range(1, 10)], ("entropy", "vanilla", "pgd")
+    for dataset, seeds, sizes in (("cifar10", 10, range(1, 10)), ("cifar100", 5, range(10, 100, 10)), ("imagenet200", 3, range(20, 200, 20))):
+        for split, steps in (("esat", tenths), ("csat", sizes)):
+            for weight in ("vanilla",) if dataset == "cifar10" else ("vanilla", "emphasis"):
+                assert kinds[dataset, split, "hardest", "entropy", weight, "pgd"] == {(s, 0) for s in steps}
+                assert kinds[dataset, split, "easiest", "entropy", weight, "pgd"] == {(s, 0) for s in steps}
+                assert kinds[dataset, split, "random", "entropy", weight, "pgd"] == {(s, k) for s in steps for k in range(seeds)}
+        if dataset != "cifar10":
+            assert kinds[dataset, "esat", "hardest", "entropy", "emphasis", "fgsm-rs"] == {(s, 0) for s in tenths}
+    assert kinds["cifar100", "csat", "hardest", "entropy", "balanced", "pgd"] == {(s, 0) for s in range(10, 100, 10)}
+    assert kinds["cifar100", "esat", "hardest", "vog", "vanilla", "pgd"] == {(s, 0) for s in tenths}
+    assert sorted(c for r in runs if r.classes for c in r.classes) == sorted("airplane automobile bird cat deer dog frog horse ship truck".split())
+
+
+def test_every_command_of_run_all_parses_in_order():
+    commands, _ = dry_run("all")
+    made = set()
+    for name, argv in commands:
+        if name == "rank.py":
+            args = rank.command_line(argv)
+            made.add((args.dataset, args.arch))
+        elif name == "sat.py":
+            args = sat.command_line(argv)
+            made.add((sat.run_folder(args)[0] / "best.pt").as_posix())
+            assert (args.dataset, args.arch) in made, "the ranking comes first"
+        elif name == "transfer.py":
+            args = transfer.command_line(argv)
+            assert args.checkpoint.as_posix() in made, "its source was trained before"
+            weight = "vanilla" if args.checkpoint.parent.name.startswith(("none", "full")) else None
+            assert weight or args.dataset != args.checkpoint.parent.parent.name
+    source = lambda target: {Path(argv[0]).parent.name for name, argv in commands if name == "transfer.py" and f"{target}.yaml" in " ".join(argv)}
+    assert source("svhn") == {r for r in source("cifar10") if r.startswith(("none", "full", "esat")) and "fgsm" not in r}
+    assert all("emphasis" in r for r in source("caltech256") if not r.startswith(("none", "full"))) and source("caltech256") == source("flowers102")
+
+
+def test_run_all_with_torchrun_and_a_wrong_section():
+    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", "digits", "fig2"], capture_output=True, text=True, env={**os.environ, "NPROC": "4"}).stdout
+    stages = [line for line in out.splitlines() if "report.py" not in line and not line.startswith("#")]
+    assert len(stages) == 1 + 2 + 10 and all("torch.distributed.run --standalone --nproc-per-node 4" in line for line in stages)
+    for argv in (["mnist"], ["digits", "fig99"], []):
+        done = subprocess.run([str(HERE / "run_all.sh"), *argv], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "cifar10" in done.stderr
+
+
+def test_run_all_claims(tmp_path):
+    """A finished run is skipped, one that another copy has claimed too; a failure is listed and does not stop the rest."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\ncase \"$*\" in *csat-2-*) exit 2;; esac\n")
+    python.chmod(0o755)
+    results = tmp_path / "results"
+    (results / "digits" / "csat-0-seed0").mkdir(parents=True)
+    (results / "digits" / "csat-0-seed0" / "result.json").write_text("{}")
+    claim = results / "claims" / f"{results}_digits_csat-1-seed0".replace("/", "_")
+    claim.mkdir(parents=True)
+    go = lambda: subprocess.run([str(HERE / "run_all.sh"), "digits", "fig2"], capture_output=True, text=True,
+                                env={**os.environ, "PYTHON": str(python), "RESULTS": str(results)})
+    done, calls = go(), lambda: (tmp_path / "calls").read_text()
+    assert "csat-0-seed0" not in calls() and "csat-1-seed0" not in calls() and "csat-9-seed0" in calls() and "report.py" in calls()
+    assert done.returncode == 1 and "1 failed:" in done.stderr and "csat-2-seed0" in done.stderr
+    assert [p.name for p in (results / "claims").iterdir()] == [claim.name], "its own claims are given back"
+    os.utime(claim, (1, 1))  # a copy that died long ago
+    go()
+    assert "csat-1-seed0" in calls()
 
 
 def test_wilson_interval():
@@ -590,7 +863,7 @@ def test_pipeline_ranking(pipeline):
 def test_ranking_averages_the_epochs(tmp_path):
     """Eq. 3 from the definition: train again, and average the entropy of every epoch's eval-mode predictions."""
     rank.main([*QUICK[:3], "--results", str(tmp_path)])
-    data, args = datasets.get("digits", "data"), rank.flags([*QUICK[:3]])
+    data, args = datasets.get("digits", "data"), rank.command_line([*QUICK[:3]])
     torch.manual_seed(0)
     model, total = models.build("preactresnet8", 10, *data.mean_std()), 0
     for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0, args, torch.device("cpu")):
@@ -623,15 +896,56 @@ def test_transfer_leaves_the_backbone_unchanged(pipeline):
 
 def test_report(pipeline):
     text = (pipeline / "tables.md").read_text()
-    for section in report.SECTIONS:
-        assert (pipeline / "figures" / f"{section}.png").stat().st_size > 5000
-    result = json.loads((pipeline / "digits0-4" / "a" / "result.json").read_text())
-    robust = result["accuracy"]["all"]["robust"]
+    result = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
+    robust = result["accuracy"]["B_val"]["robust"]
     shown = f"{100 * robust['accuracy']:.1f} [{100 * robust['low']:.1f}, {100 * robust['high']:.1f}]"
-    row, = [line for line in text.splitlines() if line.startswith("| hardest, emphasis") and "| 0.50 |" in line and shown in line][:1]
-    assert row.split("|")[2].strip() == "324"
-    assert "AT (A = all): no such run yet" in text, "a missing baseline is said"
-    assert "digits0-4 -> digits5-9" in text and "AutoAttack's apgd-ce, n = 24" in text
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.replace("\\|", "").split("## Fig. 4 and 5")[1].split("## Fig. 13")[0].splitlines() if line.startswith("|")]
+    row, = [dict(zip(rows[0], r)) for r in rows if r[0] == "hardest"]
+    assert row["robust B_val %"] == shown and row["A"] == "2 classes" and row["A/N"] == "0.40"
+    assert "Missing runs (gaps in the figure): the baseline AT." in text
+    assert "digits0-4->digits5-9" in text and "AutoAttack's apgd-ce, n = 24" in text
+    for name in ("fig3", "fig5", "fig8", "fig13"):
+        assert (pipeline / "figures" / f"{name}.png").stat().st_size > 5000
+    assert not (pipeline / "figures" / "fig2.png").exists() and "## Fig. 2" in text
+
+
+def test_report_groups_random_classes_by_their_number(pipeline, tmp_path):
+    """Random subsets of two classes differ in |A|: they are still seeds of one point."""
+    result = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
+    for seed, n in ((0, 250), (1, 260)):
+        folder = tmp_path / f"r{seed}"
+        folder.mkdir()
+        args = {**result["args"], "order": "random", "seed": seed}
+        (folder / "result.json").write_text(json.dumps({**result, "args": args, "A": n}))
+    lines = report.lines_of(report.records(tmp_path), "order")
+    assert list(lines) == ["random"] and list(lines["random"]) == [2] and len(lines["random"][2]) == 2
+
+
+def test_report_shows_the_papers_numbers():
+    value = report.paper
+    assert value("fig6", "cifar10", "hardest", 0.5, "robust") == 66.4 and value("fig6", "cifar10", "random", 0.1, "clean") == 92.9
+    assert value("fig6", "cifar10", "AT", 1.0, "robust") == 69.0 and value("fig6", "cifar10", "hardest", 0.55, "robust") is None
+    assert value("fig8", "cifar100->cifar10", "easiest", 0.3, "robust") == 29.0 and value("fig8", "cifar100->svhn", "hardest", 0.3, "robust") == 22
+    assert value("fig16", "imagenet200->flowers102", "fgsm-rs", 0.1, "robust") == 34.9 and value("fig12", "cifar100", "vog", 0.1, "robust") == 21.9
+    assert value("fig7", "cifar100->cifar10", "vanilla", 0.1, "robust") == 8 and value("fig7", "cifar100->cifar10", "vanilla", 0.2, "robust") is None
+    assert value("fig5", "digits", "hardest", 0.5, "robust") is None and value("fig5", "cifar10", "no AT", 0.0, "robust") == 0
+
+
+def fake_run(split, A, order="hardest", seed=0, robust=0.5, data="cifar10", **made):
+    part = {"clean": evaluate.accuracy(torch.ones(10)), "robust": evaluate.accuracy(torch.arange(10) < round(10 * robust))}
+    return {"transfer": False, "split": split, "order": order, "metric": "entropy", "weight": "vanilla", "attack": "pgd", "seed": seed, "A": A, "N": 50000,
+            "size": A, "share": A / 50000, "w_A": 1.0, "A_classes": [], "cost": A, "weights": str((A, order, seed)), "data": data, "how": "h", "accuracy": {"all": part}, **made}
+
+
+def test_report_tables(tmp_path):
+    runs = [fake_run("full", 50000, robust=0.7), fake_run("esat", 25000, robust=0.6), fake_run("esat", 25000, "random", 0, 0.4),
+            fake_run("esat", 25000, "random", 1, 0.6), fake_run("esat", 5000, robust=0.5)]
+    text = "\n".join(report.curve_section(runs, tmp_path, *next(c for c in report.CURVES if c[0] == "fig6")))
+    assert "| hardest | 25,000 | 0.50 | 1 | 1 | 60.0 [31.3, 83.2] | 100.0 [72.2, 100.0] | 66.4 | -6.4 | 89.3 | +10.7 |" in text
+    assert "| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 | 64.5 | -14.5 | 91.0 | +9.0 |" in text
+    assert "| AT | 50,000 | 1.00 | 1 | 1 | 70.0 [39.7, 89.2] |" in text and "| no AT | no run yet |" in text
+    assert "Missing runs (gaps in the figure): random at |A| = 5,000, the baseline no AT." in text
+    assert (tmp_path / "fig6.png").stat().st_size > 5000
 
 
 def test_report_averages_over_seeds():
@@ -730,7 +1044,7 @@ def bad_files(root):
         pickle.dump(SimpleNamespace(), f)
     data = ["--data-dir", str(root / "a"), "--split", "full", "--augment", "none", "--batch-size", "2"]
     yield "folder without test", sat.main, [*data, "--dataset", "no_test"], "lacks test/ or val/"
-    yield "uneven classes", sat.main, [*data, "--dataset", "uneven"], "not in both: dog"
+    yield "uneven classes", sat.main, [*data, "--dataset", "uneven"], "lacks 1 class folders: dog"
     yield "corrupt image", sat.main, [*data, "--dataset", "torn"], "1.png is not an image"
     yield "truncated data", sat.main, [*data, "--dataset", "short"], "short.pt is truncated or not a file of this project"
     yield "float data", sat.main, [*data, "--dataset", "floats"], "train must hold x, uint8"

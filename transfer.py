@@ -12,18 +12,19 @@ import torch
 import common
 import data as datasets
 import evaluate
+import flags
 from common import UserError, say
 from sat import fit
 
 GROUPS = ("data and network", "threat model", "training", "evaluation (AutoAttack)", "machine")
 
 
-def flags(argv=None):
+def command_line(argv=None):
     """The command line."""
-    parser = common.Parser(prog="transfer.py", description=__doc__, formatter_class=common.Help)
+    parser = flags.Parser(prog="transfer.py", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt of the source run")
-    common.add_flags(parser, *GROUPS)
-    return common.parse(parser, argv)
+    flags.add_flags(parser, *GROUPS)
+    return flags.parse(parser, argv)
 
 
 def source_of(ckpt, path):
@@ -37,7 +38,7 @@ def source_of(ckpt, path):
 
 def main(argv=None):
     """Loads the source, trains the head, writes and prints the result."""
-    args = flags(argv)
+    args = command_line(argv)
     path, args.checkpoint = args.checkpoint.resolve(), None
     model, ckpt = evaluate.load_model(path)
     if model.frozen:
@@ -50,7 +51,7 @@ def main(argv=None):
         say(f"{run} is finished (--force repeats it)\n{evaluate.head_line(common.read_json(run / 'result.json'))}")
         return
     device = common.set_up(args)
-    data = datasets.get(args.dataset, args.data_dir, device)
+    data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
     if data.train.x.shape[1] != ckpt["model"]["mean"].shape[1]:
         raise UserError(f"{path} takes images of {ckpt['model']['mean'].shape[1]} channels, {data.name} has {data.train.x.shape[1]}")

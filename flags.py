@@ -1,0 +1,174 @@
+"""Every flag of the scripts, from YAML and the command line, in groups of which each script takes its own.
+
+A config is one flat YAML of flag values; its values pass through argparse as if typed: same types, same choices, same errors.
+"""
+import argparse
+import re
+from pathlib import Path
+
+import yaml
+
+from common import HERE, UserError
+
+ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
+METRICS = ("entropy", "svar", "vog")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as UserError, so that a wrong value in a YAML file can be reported with the file's name."""
+
+    def error(self, message):
+        """Raises UserError in place of argparse's exit."""
+        raise UserError(f"{message} (python {self.prog} --help lists what is valid)")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they stand in the docstring; a default after each help text that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, [], argparse.SUPPRESS) else super()._get_help_string(action)
+
+
+def number(kind, low, high=float("inf"), open_low=False):
+    """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not (low < value <= high if open_low else low <= value <= high) or value == float("inf"):
+            what = "a whole number" if kind is int else "a number"
+            bound = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < 1e9 else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
+        return value
+    return convert
+
+
+def plain_name(text):
+    """A type for argparse: a data set's or run's name, which becomes a folder's name, so no path."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name (letters, digits, . _ + = -)")
+    return text
+
+
+count, positive = number(int, 1), number(float, 0, open_low=True)
+
+# group -> (flag, default, type, choices or bool, help); a tuple (type, "+") takes a list.
+FLAGS = {
+    "data and network": [
+        ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or a folder in --data-dir"),
+        ("--data-dir", "data", Path, "folder that holds (or receives) the data sets"),
+        ("--arch", "preactresnet8", ("preactresnet8", "preactresnet18", "resnet50"), "network"),
+        ("--side", 224, number(int, 32), "side of the images of streamed sets, in pixels; small images keep theirs"),
+        ("--augment", "full", ("none", "crop", "full"), "training images: none; pad an eighth and crop; or all of Fig. 9"),
+    ],
+    "subset A (Sec. 3)": [
+        ("--split", "esat", ("none", "csat", "esat", "full"), "A = nothing, whole classes, single examples, everything"),
+        ("--frac", None, number(float, 0, 1, open_low=True), "|A| as a fraction: of the classes (csat), of the examples (esat)"),
+        ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
+        ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
+        ("--order", "hardest", ("hardest", "easiest", "random"), "which come into A first; random ones by --seed"),
+        ("--metric", "entropy", METRICS, "difficulty score that orders them (written by rank.py)"),
+        ("--weight", "vanilla", ("vanilla", "balanced", "emphasis"), "w_A of Eq. 2: 1, |B|/|A|, (1 + 10|A|/N)|B|/|A|; w_B = 1"),
+        ("--weight-factor", None, positive, "w_A as a number, in place of --weight"),
+    ],
+    "threat model": [
+        ("--norm", "l2", ("l2", "linf"), "norm of the perturbation"),
+        ("--eps", 0.5, number(float, 0), "its radius, pixels in [0, 1]"),
+    ],
+    "attack in training": [
+        ("--attack", "pgd", ("pgd", "fgsm-rs"), "attack on A; fgsm-rs: one step of 1.25 eps from a random start"),
+        ("--steps", 7, count, "PGD steps"),
+        ("--step-size", 0.1, number(float, 0), "PGD step, in the units of --eps"),
+        ("--random-start", False, bool, "start PGD uniformly in the ball, not at 0"),
+    ],
+    "training": [
+        ("--epochs", 30, count, "passes over the training set"),
+        ("--batch-size", 128, count, "examples a step, over all processes together"),
+        ("--lr", 0.1, positive, "learning rate of SGD (momentum 0.9)"),
+        ("--lr-decays", [], (number(int, 0), "*"), "epochs after which the learning rate falls tenfold"),
+        ("--weight-decay", 5e-4, number(float, 0), "L2 decay"),
+        ("--seed", 0, number(int, 0, 2**31 - 1), "seed of weights, batches, augmentation and random subsets"),
+    ],
+    "evaluation (AutoAttack)": [
+        ("--eval-attacks", list(ATTACKS), (ATTACKS, "+"), "attacks of the reported numbers; all four = standard AutoAttack"),
+        ("--eval-n", 0, number(int, 0), "examples of the 90 %% part to report on; 0 = all"),
+        ("--select-attacks", list(ATTACKS), (ATTACKS, "+"), "attacks that select the checkpoint"),
+        ("--select-n", 0, number(int, 0), "examples of the 10 %% part that select it; 0 = all"),
+        ("--eval-batch", 250, count, "AutoAttack's batch and unit of resume, in examples; changes its random numbers"),
+    ],
+    "ranking": [
+        ("--metrics", ["entropy", "svar"], (METRICS, "+"), "scores to write; vog is for small images, and keeps 8 bytes a pixel"),
+    ],
+    "machine": [
+        ("--device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU when there is one"),
+        ("--threads", 0, number(int, 0), "CPU threads of a process; 0 = torch's choice"),
+        ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: on GPUs. Evaluation is float32"),
+        ("--workers", 4, number(int, 0), "loader processes (224x224 sets only)"),
+        ("--results", "results", Path, "folder that receives every run"),
+        ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
+        ("--force", False, bool, "repeat a finished run, overwriting it"),
+    ],
+}
+
+
+def add_flags(parser, *groups):
+    """Adds the flags of the named groups of FLAGS to an argparse parser, each with its default in its help."""
+    for title in groups:
+        group = parser.add_argument_group(title)
+        for flag, default, kind, text in FLAGS[title]:
+            how = {"default": default, "help": text}
+            if kind is bool:
+                how["action"] = argparse.BooleanOptionalAction
+            elif isinstance(kind, tuple) and kind[-1] in ("+", "*"):
+                how["nargs"] = kind[-1]
+                how["choices" if isinstance(kind[0], tuple) else "type"] = kind[0]
+            elif isinstance(kind, tuple):
+                how["choices"] = kind
+            else:
+                how.update(type=kind, metavar=flag[2:].split("-")[-1].upper())
+            group.add_argument(flag, **how)
+
+
+def from_yaml(path):
+    """The flag values {dest: value} of a flat YAML file, converted and checked by argparse as on the command line."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a config is a flat list of 'flag: value' lines")
+    parser, values = Parser(add_help=False, allow_abbrev=False), {}
+    add_flags(parser, *FLAGS)
+    kinds = {flag[2:]: kind for group in FLAGS.values() for flag, _, kind, _ in group}
+    for key, value in found.items():
+        if key not in kinds:
+            raise UserError(f"{path}: unknown key {key!r}; valid keys: {', '.join(sorted(kinds))}")
+        items = value if isinstance(value, list) else [value]
+        if any(v is None or isinstance(v, (dict, list)) or isinstance(v, bool) != (kinds[key] is bool) for v in items):
+            raise UserError(f"{path}: {key}: {value!r} is not a value of this flag (python sat.py --help shows its type)")
+        if kinds[key] is bool:
+            tokens = [f"--{key}" if value else f"--no-{key}"]
+        else:
+            tokens = [f"--{key}", *map(str, items)] if isinstance(value, list) else [f"--{key}={value}"]
+        try:
+            dest = key.replace("-", "_")
+            values[dest] = getattr(parser.parse_args(tokens), dest)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
+    return values
+
+
+def parse(parser, argv=None):
+    """Parses with the precedence command line > YAML (--config) > defaults. Returns the arguments; `args.base` holds
+    what they would be without the command line, from which run names are made."""
+    parser.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
+                        help="file of flag values; the command line wins over it")
+    finder = Parser(add_help=False, allow_abbrev=False, prog=parser.prog)
+    finder.add_argument("--config", type=Path, default=parser.get_default("config"))
+    config = finder.parse_known_args(argv)[0].config
+    dests = {action.dest for action in parser._actions}
+    parser.set_defaults(**{k: v for k, v in from_yaml(config).items() if k in dests})
+    args = parser.parse_args(argv)
+    args.base = {dest: parser.get_default(dest) for dest in dests}
+    return args

@@ -1,0 +1,202 @@
+"""Reads every data set from its publisher's files: (train, test, classes), train and test being (images, labels).
+
+Images are one uint8 tensor (N, C, H, W) for small-image sets, a list of paths for those streamed at 224x224. Labels are int64 (N,).
+A data set is looked for under --data-dir as <name>.pt, then as an image folder <name>/train/<class>/* with <name>/test or
+<name>/val, then as the files that torchvision knows, then downloaded by torchvision. Format of <name>.pt:
+{"train": {"x": uint8 (N, C, H, W), "y": int64 (N,)}, "test": {...}, "classes": [str]}. Paper: Table 1.
+"""
+import numpy as np
+import torch
+
+from common import HERE, UserError, load, progress, save, say
+
+DIGITS = {"digits": (0, 9), "digits0-4": (0, 4), "digits5-9": (5, 9)}
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SMALL = 64  # a folder of equal images of at most this side is kept in memory; any other is streamed
+TABLE_1 = {"cifar10": (10, 50000, 10000), "cifar100": (100, 50000, 10000), "imagenet200": (200, 259906, 10000),
+           "caltech256": (257, 24485, 6122), "flowers102": (102, 1020, 1020), "svhn": (10, 73257, 26032)}
+FILES = {"cifar10": "cifar-10-batches-py/ (of cifar-10-python.tar.gz)", "cifar100": "cifar-100-python/ (of cifar-100-python.tar.gz)",
+         "svhn": "train_32x32.mat and test_32x32.mat", "flowers102": "flowers-102/ with jpg/, imagelabels.mat and setid.mat",
+         "caltech256": "caltech256/256_ObjectCategories/", "imagenet200": "imagenet200/ (or imagenet/) with train/<wnid>/ and val/<wnid>/"}
+
+
+def open_image(path):
+    """The RGB image of a file (PIL); grey ones become RGB. UserError for a file that cannot be read."""
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as e:
+        raise UserError(f"{path} is not an image that can be read ({' '.join(str(e).split())[:80]}): mend or delete it; "
+                        f"python data.py NAME --data-dir DIR finds all of them") from None
+
+
+def digits(name):
+    """The embedded 8x8 digits, or their classes 0-4 or 5-9 alone (relabelled from 0)."""
+    low, high = DIGITS[name]
+    with np.load(HERE / "data" / "digits.npz", allow_pickle=False) as f:
+        parts = [(torch.from_numpy(f[f"{s}_x"])[:, None], torch.from_numpy(f[f"{s}_y"])) for s in ("train", "test")]
+    kept = [(x[(y >= low) & (y <= high)], y[(y >= low) & (y <= high)] - low) for x, y in parts]
+    return *kept, [str(c) for c in range(low, high + 1)]
+
+
+def packed(path):
+    """A data set from its <name>.pt."""
+    found = load(path, ("train", "test", "classes"))
+    parts = []
+    for s in ("train", "test"):
+        x, y = (found[s].get(k) if isinstance(found[s], dict) else None for k in "xy")
+        if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 4 and isinstance(y, torch.Tensor)
+                and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y)):
+            raise UserError(f"{path}: {s} must hold x, uint8 (N, C, H, W), and y, int64 (N,)")
+        if y.min() < 0 or y.max() >= len(found["classes"]):
+            raise UserError(f"{path}: {s} has labels outside 0..{len(found['classes']) - 1}, its classes")
+        parts.append((x, y))
+    return *parts, [str(c) for c in found["classes"]]
+
+
+def class_files(folder, classes):
+    """([path], labels) of <folder>/<class>/*, in the order of `classes`, then of the names."""
+    files = []
+    for label, c in enumerate(classes):
+        inside = sorted(p for p in (folder / c).iterdir() if p.suffix.lower() in IMAGES)
+        if not inside:
+            raise UserError(f"{folder / c} holds no images ({', '.join(IMAGES)}): fill it, or remove the class in train/ and test/")
+        files += [(path, label) for path in inside]
+    return [path for path, _ in files], torch.tensor([label for _, label in files])
+
+
+def in_memory(paths):
+    """The images of `paths`, all of one size, as a uint8 tensor (N, 3, H, W)."""
+    images = []
+    for path in progress(paths, desc=f"reading {paths[0].parent.parent}", unit="image"):
+        images.append(np.asarray(open_image(path)))
+        if images[-1].shape != images[0].shape:
+            raise UserError(f"{path} is {images[-1].shape[:2]} pixels, {paths[0]} {images[0].shape[:2]}: small images must be of one size")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def class_folders(folder):
+    """The names of the class folders in `folder`, sorted; UserError for two that differ in case or spaces alone."""
+    if not folder.is_dir():
+        return None
+    names = sorted(d.name for d in folder.iterdir() if d.is_dir())
+    seen = {}
+    for n in names:
+        if (twin := seen.setdefault("".join(n.casefold().split()), n)) != n:
+            raise UserError(f"{folder} holds the class folder {twin!r} twice, also as {n!r}: merge them")
+    return names
+
+
+def image_folder(root, wanted=None, titles=None):
+    """A data set from <root>/train/<class>/* and <root>/test/<class>/* (or val/); `wanted`: these class folders alone."""
+    parts = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
+    names = [class_folders(part) for part in parts]
+    for part, found in zip(parts, names):
+        if found is None:
+            raise UserError(f"{root} lacks {'train/' if part == parts[0] else 'test/ or val/'}: an image folder is "
+                            f"{root.name}/train/<class>/* and {root.name}/test/<class>/* (or val/)")
+        missing = sorted(set(wanted or names[0]) - set(found))
+        if missing or not found:
+            raise UserError(f"{part} lacks {len(missing)} class folders: {', '.join(missing[:10]) or 'it has none'}")
+    if not wanted and names[0] != names[1]:
+        raise UserError(f"{parts[1]} has class folders that {parts[0]} lacks: {', '.join(sorted(set(names[1]) - set(names[0]))[:10])}")
+    classes = wanted or names[0]
+    (train, y), (test, y_test) = (class_files(part, classes) for part in parts)
+    if max(open_image(train[0]).size) <= SMALL:
+        train, test = in_memory(train), in_memory(test)
+    return (train, y), (test, y_test), titles or classes
+
+
+def svhn(root, download):
+    """torchvision's SVHN: the .mat files of its publisher, digit 0 as class 0."""
+    from torchvision.datasets import SVHN
+    parts = []
+    for s in ("train", "test"):
+        d = SVHN(root, split=s, download=download)
+        if d.data.dtype != np.uint8 or d.data.shape[1:] != (3, 32, 32) or d.labels.shape != d.data.shape[:1]:
+            raise UserError(f"{root / d.filename} is not SVHN's cropped digits: X {d.data.shape} {d.data.dtype}, y {d.labels.shape}")
+        parts.append((torch.from_numpy(np.ascontiguousarray(d.data)), torch.from_numpy(np.asarray(d.labels, dtype=np.int64))))
+    return *parts, [str(c) for c in range(10)]
+
+
+def cifar(name, root, download):
+    """torchvision's CIFAR-10 or CIFAR-100."""
+    from torchvision import datasets
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    both = [kind(root, train=train, download=download) for train in (True, False)]
+    return *((torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)) for d in both), list(both[0].classes)
+
+
+def flowers102(root, download):
+    """Oxford Flowers-102: its splits train and valid (1,020 each) are the paper's train and test."""
+    from torchvision.datasets import Flowers102
+    both = [Flowers102(root, split=s, download=download) for s in ("train", "val")]
+    parts = [([path for path in d._image_files], torch.tensor(d._labels)) for d in both]
+    for files, y in parts:
+        if not all(0 <= label < 102 for label in y.tolist()):
+            raise UserError(f"{root}/flowers-102/imagelabels.mat has labels outside 1..102")
+    return *parts, list(getattr(both[0], "classes", [f"flower {c}" for c in range(1, 103)]))
+
+
+def caltech256(root, download):
+    """Caltech-256, 80 % train and 20 % test by a fixed permutation (the paper's counts; its very split is not published)."""
+    from torchvision.datasets import Caltech256
+    Caltech256(root, download=download)  # finds or downloads; its list of files is made below
+    folder = root / "caltech256" / "256_ObjectCategories"
+    classes = class_folders(folder)
+    files, y = class_files(folder, classes)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    parts = (order[:int(0.8 * len(y))].sort().values, order[int(0.8 * len(y)):].sort().values)
+    return *(([files[i] for i in part.tolist()], y[part]) for part in parts), [c.split(".", 1)[-1] for c in classes]
+
+
+def imagenet200(root):
+    """The 200 classes of ImageNet-A out of an ImageNet folder tree by wnid."""
+    lines = (HERE / "configs" / "imagenet200_wnids.txt").read_text().splitlines()
+    rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
+    folder = next((root / n for n in ("imagenet200", "imagenet") if (root / n / "train").is_dir()), root / "imagenet200")
+    return image_folder(folder, [row[0] for row in rows], [row[2] for row in rows])
+
+
+def publisher(name, root):
+    """A data set of the paper from its publisher's files, or from torchvision's download of them."""
+    if name == "imagenet200":
+        return imagenet200(root)
+    read = {"svhn": svhn, "flowers102": flowers102, "caltech256": caltech256}.get(name, lambda *a: cifar(name, *a))
+    try:
+        try:
+            return read(root, False)
+        except RuntimeError:  # not there, or not whole: torchvision checks their sums
+            say(f"downloading {name} to {root}")
+            return read(root, True)
+    except (OSError, RuntimeError, KeyError, ValueError) as e:
+        raise UserError(f"no {name} under {root} and no download ({' '.join(str(e).split())[:80]}): put {FILES[name]}, or {name}.pt, "
+                        f"or image folders {name}/train/<class>/ and {name}/test/<class>/ there, or name their folder with --data-dir") from None
+
+
+def find(name, root):
+    """(train, test, classes) of the data set `name` under the folder `root`; keeps what is slow to read as <name>.pt."""
+    path = root / f"{name}.pt"
+    if name in DIGITS:
+        return digits(name)
+    if path.exists():
+        found = packed(path)
+    elif name != "imagenet200" and (root / name).is_dir() and not (root / name / "256_ObjectCategories").is_dir():
+        found = image_folder(root / name)
+    elif name in TABLE_1:
+        found = publisher(name, root)
+    else:
+        raise UserError(f"no data set {name!r}: {root} has neither {name}.pt nor {name}/train and {name}/test; known by "
+                        f"name: {', '.join([*DIGITS, *TABLE_1])}")
+    (x, y), (x_test, y_test), classes = found
+    if name in TABLE_1:
+        n_classes, *counts = TABLE_1[name]
+        if len(classes) != n_classes:
+            raise UserError(f"{name} under {root} has {len(classes)} classes, not {n_classes}: give other data another name")
+        if [len(y), len(y_test)] != counts:
+            say(f"warning: {name} here has {len(y):,} / {len(y_test):,} images, the paper's (Table 1) {counts[0]:,} / {counts[1]:,}")
+    if not path.exists() and isinstance(x, torch.Tensor):
+        save(path, {"train": {"x": x, "y": y}, "test": {"x": x_test, "y": y_test}, "classes": classes})
+        say(f"wrote {path}, which is read from now on (delete it when the images change)")
+    return found
