@@ -159,13 +159,24 @@ def fixed_weights(model):
             p.requires_grad_()
 
 
+def keep(path, value):
+    """torch.save, whole or not at all: to a temporary file beside `path`, synced, and put in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"
+    with open(part, "wb") as f:
+        torch.save(value, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
 def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0, folder=None, rank=0, world=1,
                progress=lambda done, robust, text: None, warn=print):
     """AutoAttack (Croce and Hein 2020): which examples are right (clean) and stay right (robust), two bool (N,) on the CPU.
 
     x: images, or anything whose slices x[i:j] are images. The examples are attacked in fixed chunks of `batch_size`, chunk
     c seeded by seed + c: batch size and seed change the result, and belong beside it. `folder` keeps finished chunks, from
-    which a later call goes on. Of several processes, number `rank` of `world` does every world-th chunk; the flags of the
+    which a later call goes on: it belongs to this model, data and settings alone. Of several processes, number `rank` of `world` does every world-th chunk; the flags of the
     other chunks are False, so that a sum over the processes gives all. `progress(examples done, robust, what is going on)`.
     Errors: as attack_chunk.
     """
@@ -183,9 +194,7 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
                 _, clean, robust = attack_chunk(model, x_c, y_c, eps=eps, norm=norm, attacks=attacks, seed=seed + c)
                 flags[:, part] = torch.stack([clean, robust]).cpu()
                 if kept:
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    torch.save(flags[:, part].clone(), f"{kept}.{os.getpid()}.part")
-                    os.replace(f"{kept}.{os.getpid()}.part", kept)
+                    keep(kept, flags[:, part].clone())
             done += len(y[part])
             progress(done, int(flags[1].sum()), "chunk done")
     return flags[0], flags[1]

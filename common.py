@@ -2,6 +2,9 @@
 
 Admission rule for this file: three callers, no mathematics.
 """
+import contextlib
+import datetime
+import hashlib
 import json
 import os
 import re
@@ -11,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # Flags that say where and how fast, not what: they do not belong to a run's identity.
-NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "data_dir", "results", "run", "force"}
+NOT_IDENTITY = {"config", "device", "threads", "amp", "workers", "data_dir", "results", "run", "force"}
 
 
 class UserError(Exception):
@@ -32,8 +35,10 @@ def run_dir(args, lead, told, done="result.json"):
     text = lambda v: "+".join(map(str, v)) if isinstance(v, list) else v
     extra = [f"{k.replace('_', '-')}={text(v)}" for k, v in identity(args).items()
              if k not in {*told, "seed", "dataset", "checkpoint"} and v != args.base.get(k)]
-    words = [*map(str, lead), *extra, f"seed{args.seed}"]
-    folder = args.results / args.dataset / (args.run or re.sub(r"[^A-Za-z0-9_.+=-]+", "_", "-".join(words))[:200])
+    name = re.sub(r"[^A-Za-z0-9_.+=-]+", "_", "-".join([*map(str, lead), *extra]))
+    if len(name) > 180:  # a file system's names end at 255
+        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    folder = args.results / args.dataset / (args.run or f"{name}-seed{args.seed}")
     if args.force or not (folder / "args.json").exists():
         return folder, False
     before, now = read_json(folder / "args.json"), json.loads(json.dumps(identity(args)))
@@ -63,9 +68,12 @@ def atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+        raise
 
 
 def write_json(path, value):
@@ -125,11 +133,11 @@ def barrier():
         dist.barrier()
 
 
-def all_sum(tensor):
-    """Sums a tensor over the processes, in place, and returns it."""
+def all_sum(tensor, op="SUM"):
+    """Sums a tensor over the processes (or op="MIN"), in place, and returns it."""
     if world() > 1:
         import torch.distributed as dist
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
     return tensor
 
 
@@ -141,11 +149,15 @@ def set_up(args):
     kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} GPUs: start one a GPU, or --device cpu")
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
     if args.threads:
         torch.set_num_threads(args.threads)
     if world() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        # Others wait while rank 0 downloads or packs data, and for the slowest chunk of AutoAttack: far longer than the default.
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     return device
 
 
@@ -155,8 +167,8 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
 
 
-def remove_chunks(folder):
-    """Deletes the AutoAttack chunks that a finished evaluation no longer needs (rank 0, when all are through)."""
+def remove(folder):
+    """Deletes a folder of AutoAttack chunks that a finished evaluation no longer needs (rank 0, when all are through)."""
     barrier()
     if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -178,9 +190,9 @@ def script(main):
     """Runs a script's main(): a user's mistake becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError) as e:
+        print(f"error: {f'[rank {rank()}] ' if rank() else ''}{e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last whole epoch", file=sys.stderr)
+        print("interrupted: started again without --force, a run goes on from its last whole epoch", file=sys.stderr)
         sys.exit(130)

@@ -127,7 +127,8 @@ def check_fingerprint(data, other, what):
 
 
 def check_batch(data, batch_size):
-    """UserError unless a whole batch fits into the training set and each process gets a part of it."""
+    """UserError unless a whole batch fits into the training set, each process gets a part of it, and the test set can be parted."""
+    selection_and_final(len(data.test))
     if not world() <= batch_size <= len(data.train):
         raise UserError(f"--batch-size {batch_size} with {world()} processes and {len(data.train)} training images of "
                         f"{data.name}: it must be {world()} to {len(data.train)}")
@@ -135,8 +136,10 @@ def check_batch(data, batch_size):
 
 def selection_and_final(n):
     """Indices of the 10 % of the n test examples that select checkpoints, and of the 90 % that are reported (Sec. 4)."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return order[:round(0.1 * n)], order[round(0.1 * n):]
+    if n < 2:
+        raise UserError(f"the test set has {n} image: at least 2 are needed, to select a checkpoint and to report on")
+    order, k = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED)), max(1, round(0.1 * n))
+    return order[:k], order[k:]
 
 
 def draw(b, shape, how, streamed, generator):
@@ -222,7 +225,7 @@ def ordered(split, index, batch_size, device):
 
 def main(argv=None):
     """Reads every image of a data set, names each that cannot be read, prints the counts."""
-    parser = flags.Parser(prog="data.py", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="data.py", usage="python data.py NAME [--data-dir DIR]", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("name", help="the data set")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     args = parser.parse_args(argv)

@@ -33,9 +33,9 @@ def wilson(k, n, z=1.959964):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def accuracy(flags):
+def accuracy(right):
     """Of bool (n,): {"n", "accuracy", "low", "high"}, fractions with the 95 % Wilson interval; accuracy is None at n = 0."""
-    n, k = len(flags), int(flags.sum())
+    n, k = len(right), int(right.sum())
     low, high = wilson(k, n)
     return {"n": n, "accuracy": k / n if n else None, "low": low, "high": high}
 
@@ -60,9 +60,10 @@ def digest(state):
     return h.hexdigest()[:16]
 
 
-def settings(args, which="eval"):
-    """What fixes AutoAttack's numbers: threat model, attacks, number of examples, batch size, seed."""
-    return {"norm": args.norm, "eps": args.eps, "attacks": getattr(args, f"{which}_attacks"),
+def settings(args, data, which="eval"):
+    """What fixes AutoAttack's numbers: threat model, attacks (that exist for this many classes), number of examples, batch
+    size, seed. `which`: eval, or select."""
+    return {"norm": args.norm, "eps": args.eps, "attacks": attacks.usable(getattr(args, f"{which}_attacks"), len(data.classes)),
             "n": getattr(args, f"{which}_n"), "batch_size": args.eval_batch, "seed": SEED}
 
 
@@ -72,14 +73,14 @@ def attack(model, data, index, setting, folder):
         def __getitem__(self, part):
             return data.test.pixels(index[part], "cpu")
 
-    names = " ".join(attacks.usable(setting["attacks"], len(data.classes)))
-    bar = common.progress(None, total=len(index), desc=f"AutoAttack ({names})", unit="example")
+    mine = sum(map(len, index.split(setting["batch_size"])[rank()::world()]))  # this process's share
+    bar = common.progress(None, total=mine, desc=f"AutoAttack ({' '.join(setting['attacks'])})", unit="example")
 
     def show(done, robust, text):
         bar.n = done
         bar.set_postfix_str(f"{robust} robust; {text}"[:70])
         if bar.disable and text.startswith("robust accuracy after"):
-            say(f"  AutoAttack, {done} of {len(index)} done: {text}")
+            say(f"  AutoAttack, {mine - done} of {mine} examples left, this batch: {text}")
 
     what = json.dumps([digest(model.state_dict()), data.fingerprint(), index.tolist(), setting], sort_keys=True)
     folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
@@ -104,7 +105,7 @@ def head_line(result):
             shown = [f"{kind} {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" if a["n"] else f"{kind} -"
                      for kind, a in result["accuracy"][part].items()]
             text.append(f"{part:>6}: {', '.join(shown)}  (n = {result['accuracy'][part]['clean']['n']})")
-    aa = "standard AutoAttack" if s["attacks"] == list(attacks.STANDARD) else f"AutoAttack's {' and '.join(s['attacks'])}"
+    aa = "standard AutoAttack" if set(s["attacks"]) == set(attacks.STANDARD) else f"AutoAttack's {' and '.join(s['attacks'])}"
     return "\n".join([f"{aa}, {s['norm']} eps {s['eps']}; 95 % Wilson intervals", *text])
 
 
@@ -129,9 +130,10 @@ def load_model(path):
 
 def command_line(argv):
     """The command line; what it leaves out is as in the checkpoint's own run."""
-    parser = flags.Parser(prog="evaluate.py", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="evaluate.py", usage="python evaluate.py CHECKPOINT [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
     flags.add_flags(parser, *GROUPS)
+    parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
     ckpt = common.load(parser.parse_args(argv).checkpoint, CHECKPOINT_KEYS)
     valid = {a.dest for a in parser._actions}
@@ -146,7 +148,7 @@ def main(argv=None):
     model, ckpt = load_model(args.checkpoint)
     data = datasets.get(ckpt["args"]["dataset"], args.data_dir, device, ckpt["args"]["side"], args.workers)
     datasets.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
-    setting = settings(args)
+    setting = settings(args, data)
     key = hashlib.sha256(json.dumps([digest(ckpt["model"]), setting], sort_keys=True).encode()).hexdigest()[:8]
     out = args.checkpoint.parent / f"eval-{key}.json"
     if out.exists() and not args.force:
@@ -154,14 +156,14 @@ def main(argv=None):
         return
     say(f"evaluating {args.checkpoint} ({data.name}, epoch {ckpt['epoch']}) on {device}")
     index = datasets.selection_and_final(len(data.test))[1][:args.eval_n or None]
-    folder = args.checkpoint.parent / "chunks"
+    folder = args.checkpoint.parent / f"eval-{key}-chunks"
     clean, robust = attack(model.to(device), data, index, setting, folder)
     result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": setting, "versions": versions(),
               "fingerprint": ckpt["fingerprint"], "weights": digest(ckpt["model"]),
               "accuracy": summary(clean, robust, data.test.y[index], data.classes, ckpt["A_classes"])}
     if rank() == 0:
         common.write_json(out, result)
-    common.remove_chunks(folder)
+    common.remove(folder)
     say(f"{head_line(result)}\nwrote {out}")
 
 

@@ -91,9 +91,10 @@ def difficulty(path, title, rankings):
     for axis, (name, rows) in zip(axes[0], rankings.items()):
         at, other = range(len(rows)), axis.twinx()
         axis.bar([i - 0.2 for i in at], [100 * (r["clean_error"] or 0) for r in rows], 0.4, color="tab:blue")
-        other.bar([i + 0.2 for i in at], [r["entropy"] for r in rows], 0.4, color="tab:green")
+        metric = next(m for m in ("entropy", "svar", "vog") if m in rows[0])
+        other.bar([i + 0.2 for i in at], [r[metric] for r in rows], 0.4, color="tab:green")
         axis.set_ylabel("clean error (%)", color="tab:blue")
-        other.set_ylabel("mean entropy (nats)", color="tab:green")
+        other.set_ylabel(f"mean {metric}{' (nats)' * (metric == 'entropy')}", color="tab:green")
         axis.set_title(name, fontsize=8)
         axis.set_xticks(at if len(rows) <= 20 else [])
         if len(rows) <= 20:

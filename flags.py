@@ -4,6 +4,7 @@ A config is one flat YAML of flag values; its values pass through argparse as if
 """
 import argparse
 import re
+import shutil
 from pathlib import Path
 
 import yaml
@@ -17,16 +18,24 @@ METRICS = ("entropy", "svar", "vog")
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as UserError, so that a wrong value in a YAML file can be reported with the file's name."""
 
+    def __init__(self, **how):
+        super().__init__(allow_abbrev=False, **how)  # an abbreviated --config would be read as a flag and lose its file
+
     def error(self, message):
         """Raises UserError in place of argparse's exit."""
         raise UserError(f"{message} (python {self.prog} --help lists what is valid)")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they stand in the docstring; a default after each help text that has one."""
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they stand in the docstring, in lines of at least 110; a default after each help text that has one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=max(110, shutil.get_terminal_size().columns - 2))
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, [], argparse.SUPPRESS) else super()._get_help_string(action)
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        plain = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        return action.help if plain else f"{action.help} (default: {shown})"
 
 
 def number(kind, low, high=float("inf"), open_low=False):
@@ -57,7 +66,7 @@ count, positive = number(int, 1), number(float, 0, open_low=True)
 FLAGS = {
     "data and network": [
         ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or a folder in --data-dir"),
-        ("--data-dir", "data", Path, "folder that holds (or receives) the data sets"),
+        ("--data-dir", Path("data"), Path, "folder that holds (or receives) the data sets"),
         ("--arch", "preactresnet8", ("preactresnet8", "preactresnet18", "resnet50"), "network"),
         ("--side", 224, number(int, 32), "side of the images of streamed sets, in pixels; small images keep theirs"),
         ("--augment", "full", ("none", "crop", "full"), "training images: none; pad an eighth and crop; or all of Fig. 9"),
@@ -93,19 +102,23 @@ FLAGS = {
     "evaluation (AutoAttack)": [
         ("--eval-attacks", list(ATTACKS), (ATTACKS, "+"), "attacks of the reported numbers; all four = standard AutoAttack"),
         ("--eval-n", 0, number(int, 0), "examples of the 90 %% part to report on; 0 = all"),
-        ("--select-attacks", list(ATTACKS), (ATTACKS, "+"), "attacks that select the checkpoint"),
-        ("--select-n", 0, number(int, 0), "examples of the 10 %% part that select it; 0 = all"),
         ("--eval-batch", 250, count, "AutoAttack's batch and unit of resume, in examples; changes its random numbers"),
     ],
+    "selection of the checkpoint": [
+        ("--select-attacks", list(ATTACKS), (ATTACKS, "+"), "attacks that select it"),
+        ("--select-n", 0, number(int, 0), "examples of the 10 %% part that select it; 0 = all"),
+    ],
     "ranking": [
-        ("--metrics", ["entropy", "svar"], (METRICS, "+"), "scores to write; vog is for small images, and keeps 8 bytes a pixel"),
+        ("--metrics", None, (METRICS, "+"), "scores to write (default: all; of streamed images entropy and svar). vog keeps 8 bytes a pixel"),
     ],
     "machine": [
         ("--device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU when there is one"),
         ("--threads", 0, number(int, 0), "CPU threads of a process; 0 = torch's choice"),
-        ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: on GPUs. Evaluation is float32"),
         ("--workers", 4, number(int, 0), "loader processes (224x224 sets only)"),
-        ("--results", "results", Path, "folder that receives every run"),
+    ],
+    "the run": [
+        ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: on GPUs. Evaluation is float32"),
+        ("--results", Path("results"), Path, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run, overwriting it"),
     ],
@@ -123,6 +136,7 @@ def add_flags(parser, *groups):
             elif isinstance(kind, tuple) and kind[-1] in ("+", "*"):
                 how["nargs"] = kind[-1]
                 how["choices" if isinstance(kind[0], tuple) else "type"] = kind[0]
+                how["metavar"] = re.sub("E?S$" if flag.endswith("sses") else "S$", "", flag[2:].split("-")[-1].upper())
             elif isinstance(kind, tuple):
                 how["choices"] = kind
             else:
@@ -138,7 +152,7 @@ def from_yaml(path):
         raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: a config is a flat list of 'flag: value' lines")
-    parser, values = Parser(add_help=False, allow_abbrev=False), {}
+    parser, values = Parser(add_help=False), {}
     add_flags(parser, *FLAGS)
     kinds = {flag[2:]: kind for group in FLAGS.values() for flag, _, kind, _ in group}
     for key, value in found.items():
@@ -162,13 +176,14 @@ def from_yaml(path):
 def parse(parser, argv=None):
     """Parses with the precedence command line > YAML (--config) > defaults. Returns the arguments; `args.base` holds
     what they would be without the command line, from which run names are made."""
-    parser.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
-                        help="file of flag values; the command line wins over it")
-    finder = Parser(add_help=False, allow_abbrev=False, prog=parser.prog)
-    finder.add_argument("--config", type=Path, default=parser.get_default("config"))
+    parser.add_argument("--config", type=Path, metavar="YAML",
+                        help="file of flag values; the command line wins over it (default: configs/digits.yaml)")
+    finder = Parser(add_help=False, prog=parser.prog)
+    finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml")
     config = finder.parse_known_args(argv)[0].config
     dests = {action.dest for action in parser._actions}
     parser.set_defaults(**{k: v for k, v in from_yaml(config).items() if k in dests})
     args = parser.parse_args(argv)
+    args.config = config
     args.base = {dest: parser.get_default(dest) for dest in dests}
     return args

@@ -66,13 +66,14 @@ def score(model, split, device, metrics):
 
 
 def class_errors(model, data, device):
-    """Clean error of each class (n_classes,) on the 90 % part of the test set, and n of each class."""
+    """[(clean error, n)] of each class on the 90 % part of the test set; the error is None at n = 0."""
     index = datasets.selection_and_final(len(data.test))[1]
     model.eval()
     with torch.no_grad():
         wrong = torch.cat([(model(x).argmax(1) != y).cpu() for x, y, _ in datasets.ordered(data.test, index, 500, device)])
     y = data.test.y[index]
-    return [evaluate.accuracy(wrong[y == c]) for c in range(len(data.classes))]
+    n = torch.bincount(y, minlength=len(data.classes))
+    return [(wrong[y == c].float().mean().item() if n[c] else None, int(n[c])) for c in range(len(data.classes))]
 
 
 def spearman(a, b):
@@ -95,8 +96,8 @@ def summary(scores, data, errors):
     means = {m: class_means(s, data.train.y, len(data.classes)) for m, s in scores.items()}
     order = {m: [data.classes[c] for c in s.argsort(descending=True, stable=True).tolist()] for m, s in means.items()}
     first = next(iter(scores))
-    rows = [{"class": c, **{m: means[m][data.classes.index(c)].item() for m in scores}, "clean_error": errors[data.classes.index(c)]["accuracy"],
-             "n": errors[data.classes.index(c)]["n"]} for c in order[first]]
+    rows = [{"class": c, **{m: means[m][data.classes.index(c)].item() for m in scores}, "clean_error": errors[data.classes.index(c)][0],
+             "n": errors[data.classes.index(c)][1]} for c in order[first]]
     pairs = [(a, b) for i, a in enumerate(scores) for b in list(scores)[i + 1:]]
     return {"classes_hardest_first": rows, "spearman_of_examples": {f"{a} and {b}": spearman(scores[a], scores[b]) for a, b in pairs},
             "spearman_of_classes_with_paper": {m: with_paper(data.name, order[m]) for m in scores}}
@@ -118,31 +119,33 @@ def table(result, most=20):
 
 def command_line(argv=None):
     """The command line."""
-    parser = flags.Parser(prog="rank.py", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="rank.py", usage="python rank.py [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
     flags.add_flags(parser, *RANK_GROUPS, "ranking")
     return flags.parse(parser, argv)
 
 
-def rank_epochs(run, model, data, args, device):
+def rank_epochs(run, model, data, metrics, args, device):
     """Trains without attacks from last.pt on, scoring every epoch; returns {metric: (N,)} averaged over the epochs (Eq. 3)."""
     state = common.load(run / "last.pt", ("optimizer", "log", "sums", "vog")) if (run / "last.pt").exists() else None
     if state:
         datasets.check_fingerprint(data, state["fingerprint"], run / "last.pt")
         say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
     sums, log = (state["sums"], state["log"]) if state else ({}, [])
-    vog = Vog(tuple(data.train.x.shape), state and state["vog"]) if "vog" in args.metrics else None
+    # VoG's sums of a large set are gigabytes: kept after every tenth epoch, from which a stopped run goes on.
+    every = 10 if "vog" in metrics and data.train.x.numel() > 10**7 else 1
+    vog = Vog(tuple(data.train.x.shape), state and state["vog"]) if "vog" in metrics else None
     nobody = torch.zeros(len(data.train), dtype=torch.bool)  # A = {}: non-robust, to keep difficulty apart from AT (Sec. 3.3)
     for state in train(model, data.train, nobody, 1.0, args, device, state):
         model.eval()
-        sums = {m: s + sums.get(m, 0) for m, s in score(model, data.train, device, args.metrics).items()}
+        sums = {m: s + sums.get(m, 0) for m, s in score(model, data.train, device, metrics).items()}
         log = [*log, state["row"]]
         if vog:
             vog.add(model, data.train, device)
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {seconds:.1f} s".format(**log[-1]))
-        if rank() == 0:
+        if rank() == 0 and (state["epoch"] % every == 0 or state["epoch"] == args.epochs):
             kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and (vog.epochs, vog.mean, vog.m2)}
             common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept), log)
-    return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in args.metrics}
+    return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
 
 
 def main(argv=None):
@@ -155,14 +158,15 @@ def main(argv=None):
     device = common.set_up(args)
     data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
-    if "vog" in args.metrics and data.train.streamed:
+    metrics = args.metrics or [m for m in flags.METRICS if m != "vog" or not data.train.streamed]
+    if "vog" in metrics and data.train.streamed:
         raise UserError(f"--metrics vog keeps two numbers a pixel, too much for {data.name}'s streamed images; valid here: entropy svar")
-    say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by {', '.join(args.metrics)} over "
+    say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by {', '.join(metrics)} over "
         f"{args.epochs} epochs of non-robust training; {args.arch} on {common.device_name(device)} -> {run}")
     common.start_run(run, args)
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    scores = rank_epochs(run, model, data, args, device)
+    scores = rank_epochs(run, model, data, metrics, args, device)
     errors = class_errors(model, data, device)
     result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs, **summary(scores, data, errors)}
     if rank() == 0:

@@ -3,6 +3,7 @@
     python report.py
 Files in: results/**/result.json and rank.json, configs/paper.json. Files out: results/tables.md, results/figures/*.png.
 """
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -34,6 +35,9 @@ CURVES = [
 ]
 
 
+SUBSET = ("split", "frac", "size", "classes", "order", "metric", "weight", "weight_factor", "attack", "seed")  # may differ in a table
+
+
 # --- runs --------------------------------------------------------------------------------------------------------------
 
 def record(path, result):
@@ -41,9 +45,12 @@ def record(path, result):
     source = result.get("source")
     made = source or result
     a, made_args, s = result["args"], made["args"], result["settings"]
-    attack = "AutoAttack" if len(s["attacks"]) == 4 else f"AutoAttack's {' and '.join(s['attacks'])}"
+    attack = "AutoAttack" if len(set(s["attacks"])) == 4 else f"AutoAttack's {' and '.join(s['attacks'])}"
+    key = {k: v for k, v in made_args.items() if k not in SUBSET}
+    if source:
+        key |= {f"target's {k}": v for k, v in a.items() if k not in ("source", "source_weights", "seed")}
     how = f"{s['norm']} eps {s['eps']:g}, {attack}, n = {result['accuracy']['all']['robust']['n']}, {a['arch']}, {made_args['epochs']} epochs"
-    return {"path": str(path.parent), "data": f"{source['dataset']}->{a['dataset']}" if source else a["dataset"], "how": how,
+    return {"path": str(path.parent), "data": f"{source['dataset']}->{a['dataset']}" if source else a["dataset"], "how": how, "key": key,
             "transfer": bool(source), "split": made_args["split"], "order": "named" if made_args["classes"] else made_args["order"],
             "metric": made_args["metric"] if made_args["order"] != "random" else "entropy", "attack": made_args["attack"],
             "weight": f"w_A {made_args['weight_factor']:g}" if made_args["weight_factor"] else made_args["weight"],
@@ -58,13 +65,30 @@ def records(results):
     for path in sorted(Path(results).glob("**/result.json")):
         try:
             found.append(record(path, common.read_json(path)))
-        except (KeyError, TypeError) as e:
-            raise UserError(f"{path} is not a result of this project (no {e}): move it away") from None
+        except (KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path} is not a result of this project ({e}): move it away") from None
+    found = without_repeats(found)
+    for same in grouped(found, "data", "how").values():  # say in what alike-looking runs differ
+        odd = sorted({k for r in same for k in r["key"] if r["key"][k] != same[0]["key"].get(k)})
+        for r in same:
+            r["how"] += "".join(f", {k} {r['key'].get(k)}" for k in odd)
     sources = {r["weights"]: r["accuracy"] for r in found if not r["transfer"]}
     for r in found:
         if r["transfer"]:
             r["accuracy"] = {**r["accuracy"], **{f"source {k}": v for k, v in sources.get(r["weights"], {}).items()}}
     return found
+
+
+def without_repeats(runs):
+    """The runs without those that repeat another one's flags, which are named: they would count as seeds."""
+    kept = {}
+    for r in runs:
+        what = json.dumps([r["data"], r["key"], r["A_classes"] if r["order"] == "named" else 0,
+                           *(r[k] for k in ("transfer", "split", "order", "metric", "weight", "attack", "seed", "size"))], sort_keys=True)
+        if what in kept:
+            say(f"note: {r['path']} repeats {kept[what]['path']}, which is shown")
+        kept.setdefault(what, r)
+    return list(kept.values())
 
 
 def grouped(runs, *keys):
@@ -94,11 +118,17 @@ def cell(runs, part, kind):
 
 # --- the paper's numbers -----------------------------------------------------------------------------------------------
 
-PAPER = json.loads((HERE / "configs" / "paper.json").read_text())
+@functools.cache
+def published():
+    """The paper's numbers, configs/paper.json; its "about" says where they come from."""
+    return json.loads((HERE / "configs" / "paper.json").read_text())
 
 
 def paper(figure, data, line, share, kind):
     """The paper's accuracy (percent) in a figure for a line at |A|/N = share, or None. Lines "AT" and "no AT": baselines."""
+    PAPER = published()
+    if line == "AT" and figure in ("fig7", "fig15"):  # the very model of Fig. 8
+        figure = "fig8"
     curves = {"fig6": PAPER["fig6_esat"], "fig8": PAPER["fig8_s_esat"], "fig16": PAPER["fig16_single_step"]}.get(figure, {})
     curves = curves.get(data, {}).get(kind, {})
     at = [i for i, f in enumerate(PAPER["fractions"]) if abs(f - share) < 0.004]
@@ -175,7 +205,7 @@ def gaps(group, vary):
 def curve_section(found, out, name, title, same, vary, panels):
     """Section text, and figure, of one of CURVES."""
     mine = lambda r: all(r[k] == v for k, v in same.items()) and r["order"] != "named"
-    base = lambda r: r["transfer"] == same["transfer"] and r["split"] in ("none", "full")
+    base = lambda r: r["transfer"] == same["transfer"] and r["split"] in ("none", "full") and r["attack"] == "pgd"
     groups = {k: g for k, g in grouped([r for r in found if mine(r) or base(r)], "data", "how").items() if any(map(mine, g))}
     if not groups:
         return [f"## {title}", "No runs yet."]
@@ -189,16 +219,16 @@ def curve_section(found, out, name, title, same, vary, panels):
 
 def matrix_section(found, out):
     """Fig. 2: single-class CSAT, as bars of A_val and B_val, and as the matrix of robust accuracies class by class."""
-    title, theirs = "Fig. 2: CSAT on a single class", PAPER["fig2_single_class_csat_cifar10"]
+    title, theirs = "Fig. 2: CSAT on a single class", published()["fig2_single_class_csat_cifar10"]
     single = lambda r: not r["transfer"] and r["order"] == "named" and len(r["A_classes"]) == 1 and r["weight"] == "vanilla" and r["attack"] == "pgd"
-    base = lambda r: not r["transfer"] and r["split"] in ("none", "full")
+    base = lambda r: not r["transfer"] and r["split"] in ("none", "full") and r["attack"] == "pgd"
     groups = {k: g for k, g in grouped([r for r in found if single(r) or base(r)], "data", "how").items() if any(map(single, g))}
     text = [f"## {title}", *([] if groups else ["No runs yet."])]
     for i, ((data, how), group) in enumerate(groups.items()):
         runs = {r["A_classes"][0]: r for r in group if single(r) and r["seed"] == min(q["seed"] for q in group if single(q))}
         classes = list(group[0]["accuracy"]["classes"])
         name = {"airplane": "plane", "automobile": "car"} if data == "cifar10" else {}
-        column = {c: theirs["classes"].index(name.get(c, c)) for c in classes} if data == "cifar10" else {}
+        column = {c: theirs["classes"].index(name.get(c, c)) for c in classes if data == "cifar10" and name.get(c, c) in theirs["classes"]}
         values = {a: {c: mean([r], "all", "robust") and 100 * (r["accuracy"]["classes"][c]["robust"]["accuracy"] or 0) for c in classes} for a, r in runs.items()}
         file = f"fig2{'' if i == 0 else f'-{i + 1}'}.png"
         figures.matrix(out / file, f"{title}\n{data}: {how}", classes, runs, values, {b: mean(baseline(group, b), "all", "robust") for b in ("AT", "no AT")})
@@ -207,9 +237,9 @@ def matrix_section(found, out):
             if a not in runs:
                 rows.append([a, *["no run yet"] + ["-"] * (4 + len(classes))])
                 continue
-            b = theirs["robust_B_val"][name.get(a, a)] if column else None
+            b = theirs["robust_B_val"][name.get(a, a)] if a in column else None
             ours = mean([runs[a]], "B_val", "robust")[0]
-            cells = [f"{values[a][c]:.0f}" + (f" ({theirs['robust_per_class_rows_are_A'][column[a]][column[c]]})" if column else "") for c in classes]
+            cells = [f"{values[a][c]:.0f}" + (f" ({theirs['robust_per_class_rows_are_A'][column[a]][column[c]]})" if {a, c} <= set(column) else "") for c in classes]
             rows.append([a, *(cell([runs[a]], p, "robust") for p in ("A_val", "B_val")), "-" if b is None else f"{b:.1f}",
                          "-" if b is None else f"{ours - b:+.1f}", cell([runs[a]], "all", "robust"), *cells])
         rows += [[line, "-", "-", "-", "-", cell(baseline(group, line), "all", "robust"), *["-"] * len(classes)] for line in ("no AT", "AT")]
@@ -220,7 +250,7 @@ def matrix_section(found, out):
 
 def difficulty_section(results, out):
     """Fig. 3: mean entropy and clean error of each class, from every rank.json."""
-    title, theirs = "Fig. 3: class entropy and class error", PAPER["fig3_class_difficulty_cifar10"]
+    title, theirs = "Fig. 3: class entropy and class error", published()["fig3_class_difficulty_cifar10"]
     ranks = {path: common.read_json(path) for path in sorted(Path(results).glob("**/rank.json"))}
     for path, r in ranks.items():
         if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint"} <= set(r):
@@ -235,9 +265,10 @@ def difficulty_section(results, out):
         metrics = [m for m in flags.METRICS if m in rows[0]]
         short = rows if len(rows) <= most else rows[:most // 2] + rows[-most // 2:]
         name = {"airplane": "plane", "automobile": "car"}
-        column = {q["class"]: theirs["classes"].index(name.get(q["class"], q["class"])) for q in rows} if data == "cifar10" else {}
+        column = {q["class"]: theirs["classes"].index(name.get(q["class"], q["class"])) for q in rows
+                  if data == "cifar10" and name.get(q["class"], q["class"]) in theirs["classes"]}
         body = [[q["class"], *(f"{q[m]:.4f}" for m in metrics), "-" if q["clean_error"] is None else f"{100 * q['clean_error']:.1f}", str(q["n"]),
-                 *([f"{theirs['mean_entropy_nats'][column[q['class']]]:.4f}", f"{100 * theirs['error_fraction'][column[q['class']]]:.1f}"] if column else [])]
+                 *([f"{theirs['mean_entropy_nats'][column[q['class']]]:.4f}", f"{100 * theirs['error_fraction'][column[q['class']]]:.1f}"] if q["class"] in column else ["-", "-"] * bool(column))]
                 for q in short]
         head = ["class, hardest first", *metrics, "clean error %", "n", *(["paper entropy", "paper error %"] if column else [])]
         said = [f"Spearman's correlation of {pair} over examples: {rho:.3f}." for pair, rho in r["spearman_of_examples"].items()]
@@ -260,7 +291,7 @@ def cost_section(found, out):
 
 def main(argv=None):
     """Reads all results, writes a section with a table and a figure for each figure of the paper."""
-    parser = flags.Parser(prog="report.py", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="report.py", usage="python report.py [--results DIR]", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
     results = parser.parse_args(argv).results
     found, out = records(results), results / "figures"

@@ -13,13 +13,13 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 RESULTS=${RESULTS:-results} DATA=${DATA:-data} NPROC=${NPROC:-${GPUS:-1}} EXTRA=${EXTRA:-} PYTHON=${PYTHON:-python}
-dry=false fig='' failed=()
+dry=false fig='' failed=() later=()
 declare -A listed counted runs_of transfers_of new_of cost_of
 
 # --- one stage ---------------------------------------------------------------------------------------------------------
 
 stage() {  # stage FOLDER DONE COST SCRIPT ARG...: makes FOLDER/DONE unless it is there or another copy is making it
-    local folder=$1 done_file=$1/$2 cost=$3 script=$4 command claim; shift 4
+    local folder=$1 done_file=$1/$2 cost=$3 script=$4 command; shift 4
     count "$folder" "$script" "$cost"
     [ -z "${listed[$folder]:-}" ] || return 0  # another figure's run
     listed[$folder]=1
@@ -27,18 +27,23 @@ stage() {  # stage FOLDER DONE COST SCRIPT ARG...: makes FOLDER/DONE unless it i
     [ "$NPROC" = 1 ] || command+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
     command+=("$here/$script" "$@" --results "$RESULTS" --data-dir "$DATA")
     if $dry; then printf '%s\n' "${command[*]}"; return; fi
-    claim=$(claim_of "$folder")
+    claimed "$done_file" "$(claim_of "$folder")" "${command[@]}"
+}
+claimed() {  # claimed DONE_FILE CLAIM COMMAND...: runs the command if DONE_FILE is missing and the claim can be had
+    local done_file=$1 claim=$2 heart rc=0; shift 2
     if [ -e "$done_file" ] || ! take "$claim"; then return 0; fi
     if [ ! -e "$done_file" ]; then
-        printf '\n> %s\n' "${command[*]}"
-        (while sleep 20; do touch "$claim" || exit; done) & local heart=$!
+        printf '\n> %s\n' "$*"
+        (while sleep 20; do touch -c "$claim" || exit; done) & heart=$!
         trap 'kill $heart 2>/dev/null; rmdir "$claim" 2>/dev/null' EXIT
-        "${command[@]}" || failed+=("${command[*]}")
+        "$@" || rc=$?
         trap - EXIT
         kill $heart
         wait $heart 2>/dev/null || true
+        [ $rc = 0 ] || failed+=("$*")
     fi
     rmdir "$claim"
+    if [ $rc -ge 128 ]; then echo "stopped; started again, it goes on from here" >&2; exit $rc; fi  # Ctrl-C is for the whole list
 }
 count() {  # count FOLDER SCRIPT COST: for the summary of --dry-run, per figure, shared runs in each figure that shows them
     [ -z "${counted[$fig|$1]:-}" ] || return 0
@@ -55,23 +60,35 @@ take() {  # take CLAIM: whether the claim is ours now. One whose heartbeat (its 
     [ -n "$(find "$1" -maxdepth 0 -mmin +2 2>/dev/null)" ] || return 1
     mv "$1" "$1.dead.$$" 2>/dev/null && rmdir "$1.dead.$$" && mkdir "$1" 2>/dev/null
 }
-wait_for() {  # wait_for FILE FOLDER: until FILE is there, or no copy is making it any more
+wait_for() {  # wait_for FILE FOLDER: while another copy is alive and making FILE
     $dry && return
-    while [ ! -e "$1" ] && [ -d "$(claim_of "$2")" ]; do sleep 2; done
+    while [ ! -e "$1" ] && [ -d "$(claim_of "$2")" ] && [ -z "$(find "$(claim_of "$2")" -maxdepth 0 -mmin +2 2>/dev/null)" ]; do sleep 2; done
 }
 
 sat() {  # sat NAME |A|/N FLAG...: a run of sat.py on $dataset
-    local name=$1 share=$2; shift 2
+    local name=$prefix$1 share=$2; shift 2
     stage "$RESULTS/$dataset/$name" result.json "$n * $epochs * (3 + ${attack_cost:-14} * $share)" \
         sat.py --config "$here/configs/$config.yaml" $dataset_flag --run "$name" "$@" $quick $EXTRA
 }
 transfer() {  # transfer NAME: the run NAME of $dataset as the source of a transfer to each of $targets
     local target source=$RESULTS/$dataset/$1
+    if ! $dry && [ ! -e "$source/result.json" ] && [ -z "${2:-}" ]; then  # another copy has the source: later
+        later+=("$dataset|$targets|$fig|$1")
+        return
+    fi
+    wait_for "$source/result.json" "$source"
     for target in $targets; do
-        wait_for "$source/result.json" "$source"
-        if ! $dry && [ ! -e "$source/result.json" ]; then failed+=("transfer of $source, which has no result"); continue; fi
+        if ! $dry && [ ! -e "$source/result.json" ]; then failed+=("transfer to $target of $source, which has no result"); continue; fi
         stage "$RESULTS/$target/$dataset-$1-seed0" result.json "${target_cost[$target]}" \
-            transfer.py "$source/best.pt" --config "$here/configs/transfer/$target.yaml" $quick $EXTRA
+            transfer.py "$source/best.pt" --config "$here/configs/transfer/$target.yaml" --run "$dataset-$1-seed0" $quick $EXTRA
+    done
+}
+late_transfers() {  # those whose source another copy was training
+    local one name
+    for one in "${later[@]}"; do
+        IFS='|' read -r name targets fig one <<<"$one"
+        use "$name" "$targets"
+        transfer "$one" wait
     done
 }
 ranking() {  # the ranking of $dataset, which the orders below need
@@ -94,16 +111,17 @@ orders() {  # orders COMMAND SIZE...: COMMAND SIZE ORDER SEED for each size, har
 baselines() { local fig="$dataset: baselines"; sat none-seed0 0 --split none; sat full-seed0 1 --split full; }
 csat() { sat "csat-$2-$1$tag-seed$3" "$1 / $n_classes" --split csat --size "$1" --order "$2" --seed "$3" $extra; }
 esat() { sat "esat-$2-$1$tag-seed$3" "$1" --split esat --frac "$1" --order "$2" --seed "$3" $extra; }
-s_csat() { csat "$@"; transfer "csat-$2-$1$tag-seed$3"; }
-s_esat() { esat "$@"; transfer "esat-$2-$1$tag-seed$3"; }
-source_baselines() { baselines; transfer none-seed0; transfer full-seed0; }
+s_csat() { csat "$@"; transfer "${prefix}csat-$2-$1$tag-seed$3"; }
+s_esat() { esat "$@"; transfer "${prefix}esat-$2-$1$tag-seed$3"; }
+source_baselines() { baselines; transfer "${prefix}none-seed0"; transfer "${prefix}full-seed0"; }
 
 fig2() { local c; baselines; for c in $classes; do sat "csat-$c-seed0" "1 / $n_classes" --split csat --classes "$c"; done; }
 fig3() { ranking; }
-fig5() { baselines; orders csat $sizes; }  # and 4, 13
-fig6() { baselines; orders esat $fracs; }
+fig5() { ranking; baselines; orders csat $sizes; }  # and 4, 13
+fig6() { ranking; baselines; orders esat $fracs; }
 fig7() {  # three loss weights; the vanilla runs are those of Fig. 5, the emphasis ones those of Fig. 15
     local size weight
+    ranking
     source_baselines
     for weight in vanilla balanced emphasis; do
         local tag="-$weight" extra="--weight $weight"
@@ -111,10 +129,11 @@ fig7() {  # three loss weights; the vanilla runs are those of Fig. 5, the emphas
         for size in $sizes; do s_csat "$size" hardest 0; done
     done
 }
-fig8() { local tag=-emphasis extra='--weight emphasis'; source_baselines; orders s_esat $fracs; }  # and 14: other targets
-fig15() { local tag=-emphasis extra='--weight emphasis'; source_baselines; orders s_csat $sizes; }
+fig8() { local tag=-emphasis extra='--weight emphasis'; ranking; source_baselines; orders s_esat $fracs; }  # and 14: other targets
+fig15() { local tag=-emphasis extra='--weight emphasis'; ranking; source_baselines; orders s_csat $sizes; }
 fig12() {
     local metric frac
+    ranking
     baselines
     for frac in $fracs; do esat "$frac" hardest 0; done
     for metric in svar vog; do
@@ -124,6 +143,7 @@ fig12() {
 }
 fig16() {
     local tag=-emphasis-fgsm-rs extra='--weight emphasis --attack fgsm-rs' attack_cost=2 frac
+    ranking
     source_baselines
     for frac in $fracs; do s_esat "$frac" hardest 0; done
     tag=-emphasis extra='--weight emphasis' attack_cost=14
@@ -134,24 +154,23 @@ fig16() {
 
 declare -A target_cost=([cifar10]="50000 * 40" [svhn]="73257 * 40" [caltech256]="24485 * 100" [flowers102]="1020 * 100" [digits5-9]="648 * 20")
 
-use() {  # use DATASET: what the figures need to know of it
-    dataset=$1 config=$1 dataset_flag='' quick='' tag='' extra='' metrics='entropy svar vog' targets=''
+use() {  # use DATASET TARGETS: what the figures need to know of it
+    dataset=$1 targets=$2 config=$1 dataset_flag='' quick='' prefix='' tag='' extra='' metrics='entropy svar'
     fracs='0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9' sizes='1 2 3 4 5 6 7 8 9' classes='' arch=preactresnet18 epochs=200
     case $1 in
         cifar10) n=50000 n_classes=10 seeds=10 classes='airplane automobile bird cat deer dog frog horse ship truck' ;;
-        cifar100) n=50000 n_classes=100 seeds=5 sizes='10 20 30 40 50 60 70 80 90' ;;
-        imagenet200) n=259906 n_classes=200 seeds=3 sizes='20 40 60 80 100 120 140 160 180' arch=resnet50 epochs=150 metrics='entropy svar' ;;
+        cifar100) n=50000 n_classes=100 seeds=5 metrics='entropy svar vog' sizes='10 20 30 40 50 60 70 80 90' ;;
+        imagenet200) n=259906 n_classes=200 seeds=3 sizes='20 40 60 80 100 120 140 160 180' arch=resnet50 epochs=150 ;;
         digits | digits0-4)  # small: fewer sizes and seeds, the two APGD attacks on 200 examples (the tables say so)
             config=digits n=1297 n_classes=10 seeds=2 sizes='3 5 7' fracs='0.1 0.3 0.5' classes='0 1 2 3 4 5 6 7 8 9'
-            arch=preactresnet8 epochs=30 quick='--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce' ;;
+            arch=preactresnet8 epochs=30 metrics='entropy svar vog' prefix=quick- quick='--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce' ;;
     esac
-    [ "$1" != digits0-4 ] || { dataset_flag='--dataset digits0-4' n=649 n_classes=5 sizes='1 2 3' targets=digits5-9; }
+    [ "$1" != digits0-4 ] || { dataset_flag='--dataset digits0-4' n=649 n_classes=5 sizes='1 2 3' metrics='entropy svar'; }
 }
 figures() {  # figures DATASET TARGETS FIG...: those of the figures that were asked for (all, when none was)
-    local name; use "$1"; targets=$2; shift 2
+    local name; use "$1" "$2"; shift 2
     for name in "$@"; do
         if [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" $name "* ]]; then
-            ranking
             fig="$dataset${targets:+ -> $targets}: $name"
             case $name in fig4 | fig13) fig5 ;; fig14) fig8 ;; *) $name ;; esac
         fi
@@ -186,6 +205,7 @@ main() {
     done
     [ ${#sections[@]} -gt 0 ] || { echo "error: name a section: cifar10 cifar100 imagenet200 transfer digits all (and --dry-run)" >&2; exit 2; }
     for word in "${sections[@]}"; do section "$word"; done
+    late_transfers
     local report=("$PYTHON" "$here/report.py" --results "$RESULTS")
     if $dry; then
         printf '%s\n' "${report[*]}"

@@ -21,7 +21,7 @@ import flags
 import models
 from common import HERE, UserError, all_sum, rank, say, world
 
-RANK_GROUPS = ("data and network", "training", "machine")
+RANK_GROUPS = ("data and network", "training", "machine", "the run")
 
 
 def how_many(amount, n, unit):
@@ -49,7 +49,8 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
     n = len(classes) if split == "csat" else len(y)
     k = how_many(amount, n, "classes" if split == "csat" else "examples")
     if order == "random":
-        first = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:k]
+        # A stream of its own: the batches of an epoch are dealt by a permutation drawn from the same seed.
+        first = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + 700_000))[:k]
     else:
         if split == "csat":
             scores = class_means(scores, y, n)
@@ -69,7 +70,8 @@ def weight_A(kind, n_A, n):
     if n_A in (0, n):
         return 1.0
     balanced = (n - n_A) / n_A
-    return {"vanilla": 1.0, "balanced": balanced, "emphasis": (1 + 10 * n_A / n) * balanced}.get(kind, kind)
+    named = {"vanilla": 1.0, "balanced": balanced, "emphasis": (1 + 10 * n_A / n) * balanced}
+    return named[kind] if isinstance(kind, str) else kind
 
 
 def sat_loss(logits, y, w, total=None):
@@ -80,19 +82,35 @@ def sat_loss(logits, y, w, total=None):
 
 def perturb(model, x, y, in_A, args, generator):
     """The inner maximisation of Eq. 2: x (b, C, H, W) with the examples of A (in_A, bool (b,) on the CPU) attacked."""
+    if not in_A.any():
+        return x
     start = None
     if args.attack == "fgsm-rs" or args.random_start:  # drawn for the global batch, so that world size changes nothing
         start = attacks.random_start(x.new_empty(args.batch_size, *x.shape[1:]), args.eps, args.norm, generator)
         start = start.tensor_split(world())[rank()]
     a = in_A.nonzero().squeeze(1).to(x.device, non_blocking=True)  # gather A, attack, put back
-    if len(a) == 0:
-        return x
     start = None if start is None else start[a]
     if args.attack == "fgsm-rs":
         x_adv = attacks.fgsm_rs(model, x[a], y[a], eps=args.eps, norm=args.norm, start=start)
     else:
         x_adv = attacks.pgd(model, x[a], y[a], eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm, start=start)
     return x.index_copy(0, a, x_adv)
+
+
+def sat_step(model, net, optimizer, x, y, in_A, w, args, amp, generator=None):
+    """One SGD step on Eq. 2: attacks the examples of A, then descends. Returns (loss, logits), detached.
+
+    x (b, C, H, W), y (b,) and the weights w (b,) on the device, in_A bool (b,) on the CPU. `net` is what is trained: the
+    model itself, or its DistributedDataParallel; the model is what is attacked. `amp`: the autocast of the forward passes.
+    """
+    with amp:
+        x = perturb(model, x.contiguous(memory_format=torch.channels_last), y, in_A, args, generator)
+        logits = net(x)
+    loss = sat_loss(logits, y, w, all_sum(w.sum()))  # Eq. 2
+    optimizer.zero_grad(set_to_none=True)
+    (loss * world()).backward()  # DistributedDataParallel averages gradients over the processes: times world = sum
+    optimizer.step()
+    return loss.detach(), logits.detach()
 
 
 def train(model, split, A, w_A, args, device, state=None):
@@ -111,36 +129,27 @@ def train(model, split, A, w_A, args, device, state=None):
     net = torch.nn.parallel.DistributedDataParallel(model) if world() > 1 else model
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda"))
     w = torch.where(A, w_A, 1.0).to(device)
-    attacking = bool(A.any())
-    attack_steps = 0 if not attacking else 1 if args.attack == "fgsm-rs" else args.steps
+    attack_steps = 0 if not A.any() else 1 if args.attack == "fgsm-rs" else args.steps
+    steps = len(split) // args.batch_size
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         began, attacked = time.perf_counter(), torch.zeros((), dtype=torch.int64)
         lr = args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + 500_000 + epoch)  # of random starts
-        sums, bad = torch.zeros(2, device=device), torch.full((), -1, device=device)  # loss and hits; first bad step
+        generator = torch.Generator(device)  # of random starts; seeded at each step, since a process may have no A in a batch
+        sums, bad = torch.zeros(2, device=device), torch.full((), steps, device=device)  # loss and hits; first bad step
         model.train()
-        steps = len(split) // args.batch_size
         todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
         for step, (x, y, index) in enumerate(common.progress(todo, total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")):
-            with amp:
-                x = x.contiguous(memory_format=torch.channels_last)
-                if attacking:
-                    x = perturb(model, x, y, A[index], args, generator)
-                logits = net(x)
+            generator.manual_seed(((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63)
             w_i = w[index.to(device, non_blocking=True)]
-            total = all_sum(w_i.sum())
-            loss = sat_loss(logits, y, w_i, total)  # Eq. 2
-            optimizer.zero_grad(set_to_none=True)
-            (loss * world()).backward()  # DistributedDataParallel averages gradients over the processes: times world = sum
-            optimizer.step()
+            loss, logits = sat_step(model, net, optimizer, x, y, A[index], w_i, args, amp, generator)
             attacked += A[index].sum()
-            sums += torch.stack([loss.detach(), (logits.detach().argmax(1) == y).sum()])
-            bad = torch.where((bad < 0) & ~loss.detach().isfinite(), step, bad)
+            sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
+            bad = torch.where((bad == steps) & ~loss.isfinite(), step, bad)
         attacked, (loss, hits) = int(all_sum(attacked.to(device))), all_sum(sums).tolist()
-        if all_sum((bad >= 0).int()) > 0:
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {int(bad) + 1}: stopped; the last good checkpoint "
+        if (first := int(all_sum(bad, "MIN"))) < steps:
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {first + 1}: stopped; the last good checkpoint "
                             f"is kept. Lower --lr (now {args.lr}) or a --weight-factor")
         if world() > 1:
             for buffer in model.buffers():  # without SyncBatchNorm each process has batch statistics of its own
@@ -175,41 +184,45 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     log, best = (state["log"], state["best"]) if state else ([], None)
     if state:
         say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
+        if best and best[2] == state["epoch"] and rank() == 0:  # perhaps stopped between last.pt and best.pt
+            common.save(run / "best.pt", {k: v for k, v in state.items() if k not in ("optimizer", "log", "best")})
     for state in train(model, data.train, A, w_A, args, device, state):
         row, epoch = state["row"], state["epoch"]
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} attacked, {seconds:.1f} s".format(**row))
         if epoch in when:
-            clean, robust = (f.float().mean().item() for f in evaluate.attack(
-                model, data, select, evaluate.settings(args, "select"), run / "chunks"))
+            setting = evaluate.settings(args, data, "select")
+            clean, robust = (f.float().mean().item() for f in evaluate.attack(model, data, select, setting, run / "chunks"))
             row["selection"] = {"n": len(select), "clean": clean, "robust": robust}
             say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select)} examples")
             if best is None or (robust, clean, epoch) >= tuple(best):
                 best = [robust, clean, epoch]
-                if rank() == 0:
-                    common.save(run / "best.pt", checkpoint(model, data, args, epoch, A_classes))
         log = [*log, row]
         if rank() == 0:
-            last = {"optimizer": state["optimizer"], "log": log, "best": best, **mark}
-            common.save_epoch(run, checkpoint(model, data, args, epoch, A_classes, **last), log)
+            kept = checkpoint(model, data, args, epoch, A_classes, **mark)
+            common.save_epoch(run, {**kept, "optimizer": state["optimizer"], "log": log, "best": best}, log)
+            if best and best[2] == epoch:
+                common.save(run / "best.pt", kept)
     common.barrier()
     model.load_state_dict(common.load(run / "best.pt")["model"])
-    clean, robust = evaluate.attack(model, data, final, evaluate.settings(args), run / "chunks")
+    setting = evaluate.settings(args, data)
+    clean, robust = evaluate.attack(model, data, final, setting, run / "chunks")
     y = data.test.y[final]
     total = {k: sum(r[k] for r in log) for k in ("attacked", "forward", "backward", "forward_equivalents", "seconds")}
     result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "versions": evaluate.versions(), "N": len(A),
-              "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "settings": evaluate.settings(args),
-              "selection": {**evaluate.settings(args, "select"), "n": len(select)}, "epoch": best[2],
+              "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "settings": setting,
+              "selection": {**evaluate.settings(args, data, "select"), "n": len(select)}, "epoch": best[2],
               "accuracy": evaluate.summary(clean, robust, y, data.classes, A_classes), "cost": total,
               "weights": evaluate.digest(model.state_dict()), "device": common.device_name(device), "processes": world(), **more}
     if rank() == 0:
         common.save(run / "robust.pt", {"index": final, "clean": clean, "robust": robust})
         common.write_json(run / "result.json", result)
-    common.remove_chunks(run / "chunks")
+    common.remove(run / "chunks")
     return result
 
 
 def ranking(args, data):
-    """The scores (N,) of args.metric, from rank.py's scores.pt for this data and network; runs rank.py when it is missing."""
+    """The scores (N,) of args.metric, and what result.json says of them, from rank.py's scores.pt for this data and network;
+    runs rank.py when it is missing. Scores of another number of epochs (or other flags) are used, and that is said."""
     path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
     command = rank_command(args)
     if not path.exists():
@@ -218,13 +231,19 @@ def ranking(args, data):
         say(f"no {path}: ranking the examples first (python rank.py {' '.join(command)})")
         if subprocess.run([sys.executable, str(HERE / "rank.py"), *command]).returncode:
             raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message is above")
-    found = common.load(path, ("fingerprint",))
+    found = common.load(path, ("fingerprint", "args", "epochs"))
     datasets.check_fingerprint(data, found["fingerprint"], path)
+    differ = [f"{k} {v} there, {getattr(args, k)} here" for k, v in found["args"].items()
+              if k not in ("seed", "metrics") and getattr(args, k) != v]
+    if differ:
+        say(f"note: {path} was made with other flags ({'; '.join(differ)}); python rank.py {' '.join(command)} --force remakes it")
     if args.metric not in found:
         raise UserError(f"{path} has no {args.metric}: first run python rank.py {' '.join(command)} --force")
+    scores = found[args.metric]
+    said = {"metric": args.metric, "epochs": found["epochs"], "scores": hashlib.sha256(scores.numpy().tobytes()).hexdigest()[:16]}
     if args.metric == "vog" and args.split == "esat":  # gradients differ in size between classes (Agarwal et al. 2022)
-        return within_class(found["vog"], data.train.y)
-    return found[args.metric]
+        scores = within_class(scores, data.train.y)
+    return scores, said
 
 
 def within_class(scores, y):
@@ -238,7 +257,7 @@ def rank_command(args):
     """The arguments with which rank.py makes the ranking that these flags of sat.py ask for."""
     parser = flags.Parser(add_help=False)
     flags.add_flags(parser, *RANK_GROUPS)
-    words = ["--config", str(args.config)] + ["--metrics", *flags.METRICS] * (args.metric == "vog")
+    words = ["--config", str(args.config)]
     for action in parser._actions:
         value = getattr(args, action.dest)
         if action.dest not in ("seed", "run", "force") and value != args.base[action.dest]:
@@ -248,9 +267,10 @@ def rank_command(args):
 
 def command_line(argv=None):
     """The command line, with the checks that need more than one flag."""
-    parser = flags.Parser(prog="sat.py", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="sat.py", usage="python sat.py [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
     flags.add_flags(parser, *(g for g in flags.FLAGS if g != "ranking"))
     args = flags.parse(parser, argv)
+    args.classes = args.classes and sorted(set(args.classes))
     sized = [f for f in ("frac", "size", "classes") if getattr(args, f) is not None]
     if args.split in ("none", "full") and sized or args.split == "esat" and args.classes:
         raise UserError(f"--split {args.split} takes no --{sized[-1]}")
@@ -264,7 +284,7 @@ def run_folder(args):
     """The folder of the run that these flags describe, and whether it is finished."""
     lead, told = [args.split], {"split", "frac", "size", "classes", "order", "metric", "weight", "weight_factor"}
     if args.classes:
-        lead += sorted(args.classes)
+        lead += args.classes
     elif args.split in ("csat", "esat"):
         lead += [args.order, args.size or args.frac] + [args.metric] * (args.metric != "entropy" and args.order != "random")
     if args.weight_factor or args.weight != "vanilla":
@@ -282,10 +302,10 @@ def main(argv=None):
     device = common.set_up(args)
     data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
-    y, amount, scores = data.train.y, args.frac or args.size, None
+    y, amount, scores, ranked = data.train.y, args.frac or args.size, None, None
     if amount and args.order != "random":
         how_many(amount, *((len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")))  # before the work
-        scores = ranking(args, data)
+        scores, ranked = ranking(args, data)
     A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order, scores=scores, seed=args.seed)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes = [data.classes[c] for c in y[A].unique()] if args.split == "csat" else None
@@ -294,7 +314,7 @@ def main(argv=None):
     common.start_run(run, args)
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    result = fit(run, model, data, A, w_A, args, device, A_classes)
+    result = fit(run, model, data, A, w_A, args, device, A_classes, ranking=ranked)
     say(f"{evaluate.head_line(result)}\nwrote {run}/result.json")
 
 

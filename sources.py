@@ -51,6 +51,8 @@ def packed(path):
             raise UserError(f"{path}: {s} must hold x, uint8 (N, C, H, W), and y, int64 (N,)")
         if y.min() < 0 or y.max() >= len(found["classes"]):
             raise UserError(f"{path}: {s} has labels outside 0..{len(found['classes']) - 1}, its classes")
+        if len(y.unique()) < len(found["classes"]) and s == "train":
+            raise UserError(f"{path}: {len(found['classes']) - len(y.unique())} of its {len(found['classes'])} classes have no training image")
         parts.append((x, y))
     return *parts, [str(c) for c in found["classes"]]
 
@@ -182,7 +184,7 @@ def find(name, root):
         return digits(name)
     if path.exists():
         found = packed(path)
-    elif name != "imagenet200" and (root / name).is_dir() and not (root / name / "256_ObjectCategories").is_dir():
+    elif name != "imagenet200" and (root / name / ("" if name not in TABLE_1 else "train")).is_dir():
         found = image_folder(root / name)
     elif name in TABLE_1:
         found = publisher(name, root)
@@ -196,7 +198,12 @@ def find(name, root):
             raise UserError(f"{name} under {root} has {len(classes)} classes, not {n_classes}: give other data another name")
         if [len(y), len(y_test)] != counts:
             say(f"warning: {name} here has {len(y):,} / {len(y_test):,} images, the paper's (Table 1) {counts[0]:,} / {counts[1]:,}")
+    if isinstance(x, torch.Tensor) and x.shape[2] != x.shape[3]:
+        raise UserError(f"{name} under {root} has images of {x.shape[2]} x {x.shape[3]} pixels: small images must be square")
     if not path.exists() and isinstance(x, torch.Tensor):
-        save(path, {"train": {"x": x, "y": y}, "test": {"x": x_test, "y": y_test}, "classes": classes})
-        say(f"wrote {path}, which is read from now on (delete it when the images change)")
+        try:
+            save(path, {"train": {"x": x, "y": y}, "test": {"x": x_test, "y": y_test}, "classes": classes})
+            say(f"wrote {path}, which is read from now on (delete it when the images change)")
+        except UserError as e:
+            say(f"warning: {e}; the images will be read one by one again next time")
     return found

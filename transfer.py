@@ -3,7 +3,7 @@
 Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked on the target's test images.
     python transfer.py results/digits0-4/<run>/best.pt --config configs/transfer/digits5-9.yaml
 Files in: a checkpoint of sat.py, the target's data. Files out, in results/<target>/<source data set>-<source run>-seed<seed>/:
-those of sat.py.
+those of sat.py. The network is the checkpoint's, whatever --arch says.
 """
 from pathlib import Path
 
@@ -16,12 +16,12 @@ import flags
 from common import UserError, say
 from sat import fit
 
-GROUPS = ("data and network", "threat model", "training", "evaluation (AutoAttack)", "machine")
+GROUPS = ("data and network", "threat model", "training", "evaluation (AutoAttack)", "selection of the checkpoint", "machine", "the run")
 
 
 def command_line(argv=None):
     """The command line."""
-    parser = flags.Parser(prog="transfer.py", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="transfer.py", usage="python transfer.py CHECKPOINT --config YAML [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt of the source run")
     flags.add_flags(parser, *GROUPS)
     return flags.parse(parser, argv)
