@@ -34,7 +34,7 @@ claimed() {  # claimed DONE_FILE CLAIM COMMAND...: runs the command if DONE_FILE
     if [ -e "$done_file" ] || ! take "$claim"; then return 0; fi
     if [ ! -e "$done_file" ]; then
         printf '\n> %s\n' "$*"
-        (while sleep 20; do touch -c "$claim" || exit; done) & heart=$!
+        (while sleep 20; do touch -c "$claim" || exit; done) >/dev/null 2>&1         (while sleep 20; do touch -c "$claim" || exit; done) & heart=$! heart=$!  # or its sleep would hold a pipe open
         trap 'kill $heart 2>/dev/null; rmdir "$claim" 2>/dev/null' EXIT
         "$@" || rc=$?
         trap - EXIT
@@ -51,7 +51,7 @@ count() {  # count FOLDER SCRIPT COST: for the summary of --dry-run, per figure,
     if [ "$2" = transfer.py ]; then transfers_of[$fig]=$((${transfers_of[$fig]:-0} + 1)); else runs_of[$fig]=$((${runs_of[$fig]:-0} + 1)); fi
     [ -z "${listed[$1]:-}" ] || return 0
     new_of[$fig]=$((${new_of[$fig]:-0} + 1))
-    cost_of[$fig]=$(awk "BEGIN {print ${cost_of[$fig]:-0} + $3}")
+    cost_of[$fig]="${cost_of[$fig]:-0} + $3"  # a sum for awk, worked out at the end
 }
 claim_of() { local name=${1//\//_}; printf '%s' "$RESULTS/claims/$name"; }
 take() {  # take CLAIM: whether the claim is ours now. One whose heartbeat (its modification time) stopped is taken over
@@ -211,7 +211,7 @@ main() {
         printf '%s\n' "${report[*]}"
         printf '# %-42s %6s %9s %6s %s\n' figure runs transfers new 'forward passes of the new ones (training: 3 + 14 |A|/N an example)'
         for key in "${!new_of[@]}" "${!runs_of[@]}" "${!transfers_of[@]}"; do
-            printf '# %-42s %6d %9d %6d %10.3g\n' "$key" "${runs_of[$key]:-0}" "${transfers_of[$key]:-0}" "${new_of[$key]:-0}" "${cost_of[$key]:-0}"
+            printf '# %-42s %6d %9d %6d %10.3g\n' "$key" "${runs_of[$key]:-0}" "${transfers_of[$key]:-0}" "${new_of[$key]:-0}" "$(awk "BEGIN {print ${cost_of[$key]:-0}}")"
         done | sort -Vu
         return
     fi

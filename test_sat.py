@@ -1,4 +1,5 @@
 """All tests: plain pytest on the CPU, against oracles written out here.    python -m pytest -q test_sat.py"""
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import attacks
 import common
 import data as datasets
 import evaluate
+import flags
 import models
 import rank
 import report
@@ -802,7 +804,8 @@ NEW = {"cifar10: fig5": 0, "cifar10: fig13": 0, "cifar100: fig12": 18, "cifar100
        "cifar100 -> svhn: fig14": 63 + 2, "cifar100 -> cifar10: fig7": 18 + 27 + 2, "cifar100 -> cifar10: fig15": 54 + 54}
 
 
-def test_run_all_lists_every_run_of_the_paper():
+def test_run_all_lists_every_run_of_the_paper(monkeypatch):
+    monkeypatch.setattr(flags, "from_yaml", functools.cache(flags.from_yaml))  # a thousand commands share a few configs
     commands, counts = dry_run("cifar10", "cifar100", "imagenet200", "transfer")
     assert {k: v[:2] for k, v in counts.items()} == COUNTS
     assert {k: counts[k][2] for k in NEW} == NEW
@@ -827,7 +830,8 @@ def test_run_all_lists_every_run_of_the_paper():
     assert sorted(c for r in runs if r.classes for c in r.classes) == sorted("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
-def test_every_command_of_run_all_parses_in_order():
+def test_every_command_of_run_all_parses_in_order(monkeypatch):
+    monkeypatch.setattr(flags, "from_yaml", functools.cache(flags.from_yaml))
     commands, _ = dry_run("all")
     made = set()
     for name, argv in commands:
