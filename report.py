@@ -16,25 +16,19 @@ from common import HERE, UserError, say
 ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
 # Figures that show accuracy against |A|: (name, title, what the runs agree in, in what the lines differ, panels).
+PLAIN = {"metric": "entropy", "weight": "vanilla", "attack": "pgd", "transfer": False}
+SSAT = {**PLAIN, "weight": "emphasis", "transfer": True}  # Sec. 4.3: every transfer, but for Fig. 7
 CURVES = [
-    ("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", {"transfer": False, "split": "csat", "metric": "entropy", "weight": "vanilla", "attack": "pgd"},
-     "order", [ROBUST, ("B_val", "robust"), CLEAN]),
-    ("fig13", "Fig. 13: CSAT on all parts", {"transfer": False, "split": "csat", "metric": "entropy", "weight": "vanilla", "attack": "pgd"}, "order", PARTS),
-    ("fig6", "Fig. 6: ESAT, A made of single examples", {"transfer": False, "split": "esat", "metric": "entropy", "weight": "vanilla", "attack": "pgd"},
-     "order", [ROBUST, CLEAN]),
-    ("fig12", "Fig. 12: ESAT by three difficulty metrics", {"transfer": False, "split": "esat", "order": "hardest", "weight": "vanilla", "attack": "pgd"},
-     "metric", [ROBUST, CLEAN]),
-    ("fig7", "Fig. 7: three loss weights, S-CSAT", {"transfer": True, "split": "csat", "order": "hardest", "metric": "entropy", "attack": "pgd"},
-     "weight", [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN]),
-    ("fig8", "Fig. 8 and 14: transfer from S-ESAT", {"transfer": True, "split": "esat", "metric": "entropy", "weight": "emphasis", "attack": "pgd"},
-     "order", [ROBUST, CLEAN]),
-    ("fig15", "Fig. 15: transfer from S-CSAT", {"transfer": True, "split": "csat", "metric": "entropy", "weight": "emphasis", "attack": "pgd"},
-     "order", [ROBUST, CLEAN]),
-    ("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT",
-     {"transfer": True, "split": "esat", "order": "hardest", "metric": "entropy", "weight": "emphasis"}, "attack", [ROBUST, CLEAN]),
+    ("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", {**PLAIN, "split": "csat"}, "order", [ROBUST, ("B_val", "robust"), CLEAN]),
+    ("fig13", "Fig. 13: CSAT on all parts", {**PLAIN, "split": "csat"}, "order", PARTS),
+    ("fig6", "Fig. 6: ESAT, A made of single examples", {**PLAIN, "split": "esat"}, "order", [ROBUST, CLEAN]),
+    ("fig12", "Fig. 12: ESAT by three difficulty metrics", {**PLAIN, "split": "esat", "order": "hardest"}, "metric", [ROBUST, CLEAN]),
+    ("fig7", "Fig. 7: three loss weights, S-CSAT", {**SSAT, "split": "csat", "order": "hardest"}, "weight",
+     [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN]),
+    ("fig8", "Fig. 8 and 14: transfer from S-ESAT", {**SSAT, "split": "esat"}, "order", [ROBUST, CLEAN]),
+    ("fig15", "Fig. 15: transfer from S-CSAT", {**SSAT, "split": "csat"}, "order", [ROBUST, CLEAN]),
+    ("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", {**SSAT, "split": "esat", "order": "hardest"}, "attack", [ROBUST, CLEAN]),
 ]
-
-
 SUBSET = ("split", "frac", "size", "classes", "order", "metric", "weight", "weight_factor", "attack", "seed")  # may differ in a table
 
 
@@ -203,8 +197,8 @@ def gaps(group, vary):
 
 
 def curve_section(found, out, name, title, same, vary, panels):
-    """Section text, and figure, of one of CURVES."""
-    mine = lambda r: all(r[k] == v for k, v in same.items()) and r["order"] != "named"
+    """Section text, and figure, of one of CURVES: runs that agree in `same`, but for what the lines `vary` in."""
+    mine = lambda r: all(r[k] == v for k, v in same.items() if k != vary) and r["order"] != "named"
     base = lambda r: r["transfer"] == same["transfer"] and r["split"] in ("none", "full") and r["attack"] == "pgd"
     groups = {k: g for k, g in grouped([r for r in found if mine(r) or base(r)], "data", "how").items() if any(map(mine, g))}
     if not groups:

@@ -34,7 +34,7 @@ claimed() {  # claimed DONE_FILE CLAIM COMMAND...: runs the command if DONE_FILE
     if [ -e "$done_file" ] || ! take "$claim"; then return 0; fi
     if [ ! -e "$done_file" ]; then
         printf '\n> %s\n' "$*"
-        (while sleep 20; do touch -c "$claim" || exit; done) >/dev/null 2>&1         (while sleep 20; do touch -c "$claim" || exit; done) & heart=$! heart=$!  # or its sleep would hold a pipe open
+        (while sleep 20; do touch -c "$claim" || exit; done) >/dev/null 2>&1 & heart=$!  # or its sleep would hold a pipe open
         trap 'kill $heart 2>/dev/null; rmdir "$claim" 2>/dev/null' EXIT
         "$@" || rc=$?
         trap - EXIT

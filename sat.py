@@ -255,13 +255,11 @@ def within_class(scores, y):
 
 def rank_command(args):
     """The arguments with which rank.py makes the ranking that these flags of sat.py ask for."""
-    parser = flags.Parser(add_help=False)
-    flags.add_flags(parser, *RANK_GROUPS)
     words = ["--config", str(args.config)]
-    for action in parser._actions:
-        value = getattr(args, action.dest)
-        if action.dest not in ("seed", "run", "force") and value != args.base[action.dest]:
-            words += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
+    for flag in (flag for group in RANK_GROUPS for flag, *_ in flags.FLAGS[group]):
+        dest = flag[2:].replace("-", "_")
+        if dest not in ("seed", "run", "force") and (value := getattr(args, dest)) != args.base[dest]:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
