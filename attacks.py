@@ -176,9 +176,9 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
 
     x: images, or anything whose slices x[i:j] are images. The examples are attacked in fixed chunks of `batch_size`, chunk
     c seeded by seed + c: batch size and seed change the result, and belong beside it. `folder` keeps finished chunks, from
-    which a later call goes on: it belongs to this model, data and settings alone. Of several processes, number `rank` of `world` does every world-th chunk; the flags of the
-    other chunks are False, so that a sum over the processes gives all. `progress(examples done, robust, what is going on)`.
-    Errors: as attack_chunk.
+    which a later call goes on: it belongs to this model, data and settings alone. Of several processes, number `rank` of
+    `world` does every world-th chunk; the flags of the other chunks are False, so that a sum over the processes gives all.
+    `progress(examples done, robust, what is going on)`. Errors: as attack_chunk.
     """
     flags = torch.zeros(2, len(y), dtype=torch.bool)  # clean, robust
     device, done = next(model.parameters()).device, 0

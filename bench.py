@@ -149,20 +149,19 @@ def bf16_peak(device):
 
 
 def steps_table(bench, args, device):
-    """Times all kinds of steps; returns rows [{"step", "images_per_s", "relative", "model", ...}]."""
-    kinds = {f"|A|/N = {f:g}": (lambda f=f: bench.ours(f)) for f in args.fractions}
-    kinds["naive, all attacked"] = bench.naive
+    """Times all kinds of steps; returns rows [{"step", "images_per_s", "time_to_full", "model", ...}]."""
+    kinds = {f"|A|/N = {f:g}": (lambda f=f: bench.ours(f), 3 + 2 * args.steps * f) for f in sorted(set(args.fractions))}
+    kinds["naive, all attacked"] = bench.naive, 3 + 3 * args.steps  # its attack steps compute the weights' gradients too
     try:
         import torchattacks
-        kinds["torchattacks PGDL2, all attacked"] = lambda: bench.torchattacks(torchattacks)
+        kinds["torchattacks PGDL2, all attacked"] = lambda: bench.torchattacks(torchattacks), 3 + 2 * args.steps
     except ImportError:
         say("torchattacks is not installed: no comparison with it")
-    found, times = medians(kinds, args.repeats, device)
-    full, flops, peak, rows = found.get("|A|/N = 1", (None,))[0], bench.flops(), bf16_peak(device), []
-    for i, (name, (seconds, mib)) in enumerate(found.items()):
-        share = args.fractions[i] if i < len(args.fractions) else 1.0
-        passes = 3 + 2 * args.steps * share
-        ratio = statistics.median(t / u for t, u in zip(times[name], times["|A|/N = 1"])) if full else None  # pair by pair
+    found, times = medians({name: run for name, (run, _) in kinds.items()}, args.repeats, device)
+    flops, peak, rows = bench.flops(), bf16_peak(device), []
+    for name, (_, passes) in kinds.items():
+        seconds, mib = found[name]
+        ratio = statistics.median(t / u for t, u in zip(times[name], times["|A|/N = 1"]))  # pair by pair
         rate = args.batch_size * passes * flops / seconds
         rows.append({"step": name, "seconds": seconds, "images_per_s": args.batch_size / seconds, "time_to_full": ratio,
                      "model": passes / (3 + 2 * args.steps), "GFLOP_per_s": rate / 1e9, "share_of_bf16_peak": peak and rate / peak, "peak_MiB": mib})
@@ -187,9 +186,11 @@ def autoattack_rates(bench, n, device):
         y = bench.model(x).argmax(1)  # all right, so that all are attacked
     bench.model.eval().requires_grad_(False)
     flags_of, seconds = {}, {}
+
     def plain():
         aa = AutoAttack(bench.model, norm="L2", eps=0.5, version="standard", device=device, seed=0)
         flags_of["package"] = aa.run_standard_evaluation(x, y, batch_size=n)[1].cpu() == y.cpu()
+
     runs = {"ours": lambda: flags_of.update(ours=attacks.autoattack(bench.model, x, y, eps=0.5, batch_size=n)[1]), "package": plain}
     for name, run in runs.items():
         began = time.perf_counter()
@@ -203,7 +204,7 @@ def main(argv=None):
     """Times, prints, writes."""
     args = command_line(argv)
     if 1.0 not in args.fractions:
-        raise UserError(f"--fractions {args.fractions} lacks 1, to which the others are compared")
+        raise UserError(f"--fractions {' '.join(map(str, args.fractions))} lacks 1, to which the others are compared")
     device = common.set_up(args)
     bench = Bench(args, device)
     say(f"one training step, {args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, augmentation included, "
@@ -218,7 +219,8 @@ def main(argv=None):
         say("memory after a tenth of {steps} steps {MiB_at_a_tenth:.0f} MiB, at the end {MiB_at_the_end:.0f} MiB".format(**result["growth"]))
     if args.autoattack:
         result["autoattack"] = autoattack_rates(bench, args.autoattack, device)
-        say("AutoAttack on {n} examples: ours {ours_examples_per_s:.2f}/s, the package {package_examples_per_s:.2f}/s, equal flags: {flags_agree}".format(**result["autoattack"]))
+        say("AutoAttack on {n} examples: ours {ours_examples_per_s:.2f}/s, the package {package_examples_per_s:.2f}/s, equal flags: "
+            "{flags_agree}".format(**result["autoattack"]))
     if args.json:
         common.write_json(args.json, json.loads(json.dumps(result)))
 

@@ -130,7 +130,8 @@ def load_model(path):
 
 def command_line(argv):
     """The command line; what it leaves out is as in the checkpoint's own run."""
-    parser = flags.Parser(prog="evaluate.py", usage="python evaluate.py CHECKPOINT [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
+    usage = "python evaluate.py CHECKPOINT [--flag VALUE ...]"
+    parser = flags.Parser(prog="evaluate.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
     flags.add_flags(parser, *GROUPS)
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")

@@ -47,7 +47,8 @@ def curves(path, title, groups, panels, lines_of, baseline, mean, paper):
                 if points:
                     x, y, std = zip(*points)
                     axis.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=4, label=line)
-                    axis.fill_between(x, [m - s for m, s in zip(y, std)], [m + s for m, s in zip(y, std)], color=colour, alpha=0.2, linewidth=0)
+                    band = [[m + sign * s for m, s in zip(y, std)] for sign in (-1, 1)]
+                    axis.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
                 theirs = [(f / 10, v) for f in range(1, 10) if part == "all" and (v := paper(data, line, f / 10, kind)) is not None]
                 if theirs:
                     axis.plot(*zip(*theirs), linestyle=style, color=colour, alpha=0.4, linewidth=0.8, label=f"{line}, paper")
@@ -59,7 +60,7 @@ def curves(path, title, groups, panels, lines_of, baseline, mean, paper):
     write(fig, path, title)
 
 
-def matrix(path, title, classes, runs, values, baselines):
+def matrix(path, title, classes, runs, baselines):
     """Fig. 2: left, bars of robust accuracy on A_val and B_val with the baselines; right, class by class as a heat map."""
     fig, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.42 * len(classes) + 2), width_ratios=(1, 1.5))
     for part, shift, colour in (("A_val", -0.2, "tab:blue"), ("B_val", 0.2, "tab:green")):
@@ -73,11 +74,11 @@ def matrix(path, title, classes, runs, values, baselines):
     left.set(yticks=range(len(classes)), yticklabels=classes, xlabel="robust accuracy (%)", ylabel="A")
     left.invert_yaxis()
     left.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1))
-    grid = [[values[a][c] if a in values else float("nan") for c in classes] for a in classes]
+    grid = [[100 * (runs[a]["accuracy"]["classes"][c]["robust"]["accuracy"] or 0) if a in runs else float("nan") for c in classes] for a in classes]
     right.imshow(grid, cmap="Greens", vmin=0, vmax=100, aspect="auto")
     for i, a in enumerate(classes):
         for j in range(len(classes)):
-            if a in values:
+            if a in runs:
                 right.text(j, i, f"{grid[i][j]:.0f}", ha="center", va="center", fontsize=8, color="white" if grid[i][j] > 60 else "black",
                            bbox={"facecolor": "tab:blue", "pad": 2, "linewidth": 0} if i == j else None)
     right.set(xticks=range(len(classes)), yticks=range(len(classes)), yticklabels=classes, xlabel="robust accuracy on (%)", ylabel="A")
@@ -110,7 +111,8 @@ def cost(path, title, groups, mean):
         for split, (marker, colour) in markers.items():
             points = [(r["cost"], mean([r], "all", "robust")[0]) for r in group if r["split"] == split]
             if points:
-                axis.scatter(*zip(*points), marker=marker, color=colour, label={"none": "no AT", "full": "AT"}.get(split, split.upper()), s=22)
+                name = {"none": "no AT", "full": "AT"}.get(split, split.upper())
+                axis.scatter(*zip(*points), marker=marker, color=colour, label=name, s=22)
         axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)")
         axis.set_title(short(data, how), fontsize=6.5)
         axis.grid(alpha=0.3)

@@ -4,16 +4,14 @@
 Files in: the data. Files out, in results/<dataset>/rank-<arch>-seed<seed>/: scores.pt (per example, higher = harder),
 rank.json (per class; agreement of the metrics), args.json, log.jsonl, last.pt.
 """
-import json
-
 import torch
 
 import common
 import data as datasets
-import evaluate
 import flags
 import models
-from common import HERE, UserError, rank, say, world
+import paper
+from common import UserError, rank, say, world
 from sat import RANK_GROUPS, checkpoint, class_means, train
 
 
@@ -85,10 +83,9 @@ def spearman(a, b):
 def with_paper(name, hardest_first):
     """Spearman's correlation of a class order with the paper's (Fig. 4, 10, 11) on the classes that the paper lists:
     {"rho", "n"}, or None for a data set that it does not list."""
-    paper = json.loads((HERE / "configs" / "paper.json").read_text())["class_order_hardest_first"].get(name)
-    names = {"airplane": "plane", "automobile": "car"}
-    mine = [c for c in (names.get(c, c) for c in hardest_first) if c in (paper or [])]
-    return {"rho": spearman(range(len(mine)), [paper.index(c) for c in mine]), "n": len(mine)} if len(mine) > 2 else None
+    theirs = paper.published()["class_order_hardest_first"].get(name, [])
+    mine = [c for c in (paper.NAMES.get(c, c) for c in hardest_first) if c in theirs]
+    return {"rho": spearman(range(len(mine)), [theirs.index(c) for c in mine]), "n": len(mine)} if len(mine) > 2 else None
 
 
 def summary(scores, data, errors):

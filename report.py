@@ -3,7 +3,6 @@
     python report.py
 Files in: results/**/result.json and rank.json, configs/paper.json. Files out: results/tables.md, results/figures/*.png.
 """
-import functools
 import json
 import statistics
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import common
 import figures
 import flags
-from common import HERE, UserError, say
+import paper
+from common import UserError, say
 
 ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
@@ -43,13 +43,16 @@ def record(path, result):
     key = {k: v for k, v in made_args.items() if k not in SUBSET}
     if source:
         key |= {f"target's {k}": v for k, v in a.items() if k not in ("source", "source_weights", "seed")}
-    how = f"{s['norm']} eps {s['eps']:g}, {attack}, n = {result['accuracy']['all']['robust']['n']}, {a['arch']}, {made_args['epochs']} epochs"
+    n = result["accuracy"]["all"]["robust"]["n"]
+    how = f"{s['norm']} eps {s['eps']:g}, {attack}, n = {n}, {a['arch']}, {made_args['epochs']} epochs"
+    classes = made["A_classes"] or []
     return {"path": str(path.parent), "data": f"{source['dataset']}->{a['dataset']}" if source else a["dataset"], "how": how, "key": key,
             "transfer": bool(source), "split": made_args["split"], "order": "named" if made_args["classes"] else made_args["order"],
             "metric": made_args["metric"] if made_args["order"] != "random" else "entropy", "attack": made_args["attack"],
             "weight": f"w_A {made_args['weight_factor']:g}" if made_args["weight_factor"] else made_args["weight"],
-            "seed": made_args["seed"], "size": len(made["A_classes"]) if made["A_classes"] else made["A"], "A": made["A"], "N": made["N"],
-            "share": len(made["A_classes"]) / len(made["fingerprint"]["classes"]) if made["A_classes"] else made["A"] / made["N"], "w_A": made["w_A"], "A_classes": made["A_classes"] or [],
+            "seed": made_args["seed"], "A": made["A"], "N": made["N"], "w_A": made["w_A"], "A_classes": classes,
+            "size": len(classes) or made["A"],  # |A| in classes or in examples
+            "share": len(classes) / len(made["fingerprint"]["classes"]) if classes else made["A"] / made["N"],
             "cost": made["cost"]["forward_equivalents"], "weights": made["weights"], "accuracy": result["accuracy"]}
 
 
@@ -110,41 +113,6 @@ def cell(runs, part, kind):
     return f"{found[0]:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
 
 
-# --- the paper's numbers -----------------------------------------------------------------------------------------------
-
-@functools.cache
-def published():
-    """The paper's numbers, configs/paper.json; its "about" says where they come from."""
-    return json.loads((HERE / "configs" / "paper.json").read_text())
-
-
-def paper(figure, data, line, share, kind):
-    """The paper's accuracy (percent) in a figure for a line at |A|/N = share, or None. Lines "AT" and "no AT": baselines."""
-    PAPER = published()
-    if line == "AT" and figure in ("fig7", "fig15"):  # the very model of Fig. 8
-        figure = "fig8"
-    curves = {"fig6": PAPER["fig6_esat"], "fig8": PAPER["fig8_s_esat"], "fig16": PAPER["fig16_single_step"]}.get(figure, {})
-    curves = curves.get(data, {}).get(kind, {})
-    at = [i for i, f in enumerate(PAPER["fractions"]) if abs(f - share) < 0.004]
-    if line == "AT":
-        if "full_at" in curves or kind == "clean":
-            return curves.get("full_at")
-        known = {("fig8", "cifar100->svhn"): PAPER["fig14_s_esat_cifar100_to_svhn_robust"]["full_at"]}
-        whole = PAPER["fig6_esat"].get(data, {}).get("robust", {}).get("full_at") if figure in ("fig2", "fig5", "fig12", "fig13") else None
-        return known.get((figure, data), whole)
-    if line == "no AT":
-        return PAPER["fig2_single_class_csat_cifar10"]["no_at_robust"] if data == "cifar10" and kind == "robust" else None
-    if not at:
-        return None
-    key = {"random": "random_mean", "pgd": "pgd7_hardest", "fgsm-rs": "fgsm_rs_hardest"}.get(line, line)
-    if key in curves:
-        return curves[key][at[0]]
-    text = {("fig12", "cifar100", "robust"): PAPER["fig12_metrics_cifar100_esat_robust"].get(line, {}).get(f"{share:.1f}"),
-            ("fig7", "cifar100->cifar10", "robust"): PAPER["fig7_loss_weights_s_csat_cifar100_to_cifar10"]["A_10_classes"].get(line) if at == [0] else None,
-            ("fig8", "cifar100->svhn", "robust"): PAPER["fig14_s_esat_cifar100_to_svhn_robust"]["0.3"] if (line, at) == ("hardest", [2]) else None}
-    return text.get((figure, data, kind))
-
-
 # --- tables ------------------------------------------------------------------------------------------------------------
 
 def markdown(head, rows):
@@ -168,22 +136,27 @@ def amount(run):
     return f"{run['size']:,} class{'es' * (run['size'] > 1)}" if run["A_classes"] else f"{run['size']:,}"
 
 
+def beside(runs, part, kind, theirs):
+    """Two cells: the paper's number, and ours minus it."""
+    ours = mean(runs, part, kind)
+    return ["-" if theirs is None else f"{theirs:.1f}", "-" if theirs is None or not ours else f"{ours[0] - theirs:+.1f}"]
+
+
 def curve_table(name, data, group, vary, panels):
     """The table of one data set in a figure of curves: ours, the paper's and the difference where the paper has a number."""
     rows = [(line, baseline(group, line), {"AT": 1.0, "no AT": 0.0}[line]) for line in ("no AT", "AT")]
     for line, sizes in lines_of(group, vary).items():
         rows += [(line, runs, runs[0]["share"]) for runs in sizes.values()]
-    theirs = [{kind: paper(name, data, line, share, kind) for kind in ("robust", "clean")} for line, _, share in rows]
+    theirs = [{kind: paper.value(name, data, line, share, kind) for kind in ("robust", "clean")} for line, _, share in rows]
     kinds = [k for k in ("robust", "clean") if any(t[k] is not None for t in theirs)]
     head = [vary, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds", *(f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in panels),
             *(text for k in kinds for text in (f"paper {k} %", "difference"))]
     text = []
     for (line, runs, share), their in zip(rows, theirs):
-        sizes = [amount(runs[0]), f"{share:.2f}", f"{runs[0]['w_A']:.3g}", str(len(runs))] if runs else ["no run yet", f"{share:.0f}", "-", "0"]
-        text.append([line, *sizes, *(cell(runs, *p) for p in panels)])
-        for k in kinds:
-            ours = mean(runs, "all", k)
-            text[-1] += ["-" if their[k] is None else f"{their[k]:.1f}", "-" if their[k] is None or not ours else f"{ours[0] - their[k]:+.1f}"]
+        sizes = ["no run yet", f"{share:.0f}", "-", "0"]
+        if runs:
+            sizes = [amount(runs[0]), f"{share:.2f}", f"{runs[0]['w_A']:.3g}", str(len(runs))]
+        text.append([line, *sizes, *(cell(runs, *p) for p in panels), *(c for k in kinds for c in beside(runs, "all", k, their[k]))])
     return markdown(head, text)
 
 
@@ -204,71 +177,85 @@ def curve_section(found, out, name, title, same, vary, panels):
     if not groups:
         return [f"## {title}", "No runs yet."]
     figures.curves(out / f"{name}.png", title, groups, panels, lambda g: lines_of(g, vary), baseline, mean,
-                   lambda data, line, share, kind: paper(name, data, line, share, kind))
+                   lambda data, line, share, kind: paper.value(name, data, line, share, kind))
     text = [f"## {title}", f"![{title}](figures/{name}.png)"]
     for (data, how), group in groups.items():
         text += [f"### {data}: {how}", curve_table(name, data, group, vary, panels), gaps(group, vary)]
     return text
 
 
+def matrix_table(group, classes, runs, theirs):
+    """Fig. 2's table: a row a class A; the last columns are the matrix, the paper's in brackets. `theirs`: {} or the paper's."""
+    column = {c: theirs["classes"].index(paper.NAMES.get(c, c)) for c in classes if paper.NAMES.get(c, c) in theirs.get("classes", [])}
+    rows = []
+    for a in classes:
+        mine = [runs[a]] if a in runs else []
+        cells = []
+        for c in classes:
+            found = mine and mine[0]["accuracy"]["classes"][c]["robust"]["accuracy"]
+            cells.append("-" if found in ([], None) else f"{100 * found:.0f}")
+            if {a, c} <= set(column):
+                cells[-1] += f" ({theirs['robust_per_class_rows_are_A'][column[a]][column[c]]})"
+        b = theirs["robust_B_val"][paper.NAMES.get(a, a)] if a in column else None
+        rows.append([a if mine else f"{a}: no run yet", *(cell(mine, p, "robust") for p in ("A_val", "B_val")), *beside(mine, "B_val", "robust", b),
+                     cell(mine, "all", "robust"), *cells])
+    for line in ("no AT", "AT"):
+        rows.append([line, "-", "-", "-", "-", cell(baseline(group, line), "all", "robust"), *["-"] * len(classes)])
+    return markdown(["A", "robust A_val %", "robust B_val %", "paper B_val %", "difference", "robust all %", *(f"on {c} %" for c in classes)], rows)
+
+
 def matrix_section(found, out):
     """Fig. 2: single-class CSAT, as bars of A_val and B_val, and as the matrix of robust accuracies class by class."""
-    title, theirs = "Fig. 2: CSAT on a single class", published()["fig2_single_class_csat_cifar10"]
-    single = lambda r: not r["transfer"] and r["order"] == "named" and len(r["A_classes"]) == 1 and r["weight"] == "vanilla" and r["attack"] == "pgd"
-    base = lambda r: not r["transfer"] and r["split"] in ("none", "full") and r["attack"] == "pgd"
-    groups = {k: g for k, g in grouped([r for r in found if single(r) or base(r)], "data", "how").items() if any(map(single, g))}
-    text = [f"## {title}", *([] if groups else ["No runs yet."])]
-    for i, ((data, how), group) in enumerate(groups.items()):
-        runs = {r["A_classes"][0]: r for r in group if single(r) and r["seed"] == min(q["seed"] for q in group if single(q))}
-        classes = list(group[0]["accuracy"]["classes"])
-        name = {"airplane": "plane", "automobile": "car"} if data == "cifar10" else {}
-        column = {c: theirs["classes"].index(name.get(c, c)) for c in classes if data == "cifar10" and name.get(c, c) in theirs["classes"]}
-        values = {a: {c: mean([r], "all", "robust") and 100 * (r["accuracy"]["classes"][c]["robust"]["accuracy"] or 0) for c in classes} for a, r in runs.items()}
+    title = "Fig. 2: CSAT on a single class"
+    plain = [r for r in found if not r["transfer"] and r["weight"] == "vanilla" and r["attack"] == "pgd"]
+    single = [r for r in plain if r["order"] == "named" and len(r["A_classes"]) == 1]
+    text = [f"## {title}", *([] if single else ["No runs yet."])]
+    for i, ((data, how), mine) in enumerate(grouped(single, "data", "how").items()):
+        group = [r for r in plain if (r["data"], r["how"]) == (data, how)]
+        runs = {r["A_classes"][0]: r for r in mine if r["seed"] == min(q["seed"] for q in mine)}
+        classes = list(mine[0]["accuracy"]["classes"])
         file = f"fig2{'' if i == 0 else f'-{i + 1}'}.png"
-        figures.matrix(out / file, f"{title}\n{data}: {how}", classes, runs, values, {b: mean(baseline(group, b), "all", "robust") for b in ("AT", "no AT")})
-        rows = []
-        for a in classes:
-            if a not in runs:
-                rows.append([a, *["no run yet"] + ["-"] * (4 + len(classes))])
-                continue
-            b = theirs["robust_B_val"][name.get(a, a)] if a in column else None
-            ours = mean([runs[a]], "B_val", "robust")[0]
-            cells = [f"{values[a][c]:.0f}" + (f" ({theirs['robust_per_class_rows_are_A'][column[a]][column[c]]})" if {a, c} <= set(column) else "") for c in classes]
-            rows.append([a, *(cell([runs[a]], p, "robust") for p in ("A_val", "B_val")), "-" if b is None else f"{b:.1f}",
-                         "-" if b is None else f"{ours - b:+.1f}", cell([runs[a]], "all", "robust"), *cells])
-        rows += [[line, "-", "-", "-", "-", cell(baseline(group, line), "all", "robust"), *["-"] * len(classes)] for line in ("no AT", "AT")]
-        head = ["A", "robust A_val %", "robust B_val %", "paper B_val %", "difference", "robust all %", *(f"on {c} %" for c in classes)]
-        text += [f"![{title}](figures/{file})", f"### {data}: {how}", "In brackets: the paper's." if column else "", markdown(head, rows)]
+        lines = {line: mean(baseline(group, line), "all", "robust") for line in ("AT", "no AT")}
+        figures.matrix(out / file, f"{title}\n{data}: {how}", classes, runs, lines)
+        theirs = paper.published()["fig2_single_class_csat_cifar10"] if data == "cifar10" else {}
+        text += [f"![{title}](figures/{file})", f"### {data}: {how}", "In brackets: the paper's." if theirs else "",
+                 matrix_table(group, classes, runs, theirs)]
     return text
+
+
+def difficulty_table(ranking):
+    """Fig. 3's table: the classes hardest first (the ends of a long list), the paper's numbers for CIFAR-10 beside ours."""
+    rows, most, theirs = ranking["classes_hardest_first"], 20, paper.published()["fig3_class_difficulty_cifar10"]
+    metrics, known = [m for m in flags.METRICS if m in rows[0]], ranking["fingerprint"]["name"] == "cifar10"
+    body = []
+    for r in rows if len(rows) <= most else rows[:most // 2] + rows[-most // 2:]:
+        error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
+        body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
+        if known:
+            name = paper.NAMES.get(r["class"], r["class"])
+            i = theirs["classes"].index(name) if name in theirs["classes"] else None
+            body[-1] += ["-", "-"] if i is None else [f"{theirs['mean_entropy_nats'][i]:.4f}", f"{100 * theirs['error_fraction'][i]:.1f}"]
+    return markdown(["class, hardest first", *metrics, "clean error %", "n", *["paper entropy", "paper error %"] * known], body)
 
 
 def difficulty_section(results, out):
     """Fig. 3: mean entropy and clean error of each class, from every rank.json."""
-    title, theirs = "Fig. 3: class entropy and class error", published()["fig3_class_difficulty_cifar10"]
+    title = "Fig. 3: class entropy and class error"
     ranks = {path: common.read_json(path) for path in sorted(Path(results).glob("**/rank.json"))}
     for path, r in ranks.items():
         if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint"} <= set(r):
             raise UserError(f"{path} is not a ranking of this project: move it away, or repeat it with rank.py --force")
-    text = [f"## {title}", *([] if ranks else ["No rankings yet."])]
-    if ranks:
-        figures.difficulty(out / "fig3.png", title, {f"{r['fingerprint']['name']}, {r['args']['arch']}, {r['epochs']} epochs": r["classes_hardest_first"]
-                                                     for r in ranks.values()})
-        text.append(f"![{title}](figures/fig3.png)")
+    text, shown = [f"## {title}", *([] if ranks else ["No rankings yet."])], {}
     for r in ranks.values():
-        data, rows, most = r["fingerprint"]["name"], r["classes_hardest_first"], 20
-        metrics = [m for m in flags.METRICS if m in rows[0]]
-        short = rows if len(rows) <= most else rows[:most // 2] + rows[-most // 2:]
-        name = {"airplane": "plane", "automobile": "car"}
-        column = {q["class"]: theirs["classes"].index(name.get(q["class"], q["class"])) for q in rows
-                  if data == "cifar10" and name.get(q["class"], q["class"]) in theirs["classes"]}
-        body = [[q["class"], *(f"{q[m]:.4f}" for m in metrics), "-" if q["clean_error"] is None else f"{100 * q['clean_error']:.1f}", str(q["n"]),
-                 *([f"{theirs['mean_entropy_nats'][column[q['class']]]:.4f}", f"{100 * theirs['error_fraction'][column[q['class']]]:.1f}"] if q["class"] in column else ["-", "-"] * bool(column))]
-                for q in short]
-        head = ["class, hardest first", *metrics, "clean error %", "n", *(["paper entropy", "paper error %"] if column else [])]
+        name, n = f"{r['fingerprint']['name']}: {r['args']['arch']}, {r['epochs']} epochs", len(r["classes_hardest_first"])
+        shown[name] = r["classes_hardest_first"]
         said = [f"Spearman's correlation of {pair} over examples: {rho:.3f}." for pair, rho in r["spearman_of_examples"].items()]
-        said += [f"Of {m} with the paper's class order: {v['rho']:.3f} ({v['n']} classes)." for m, v in r["spearman_of_classes_with_paper"].items() if v]
-        more = f" ({most} of {len(rows)} classes)" if short is not rows else ""
-        text += [f"### {data}: {r['args']['arch']}, {r['epochs']} epochs{more}", markdown(head, body), " ".join(said)]
+        for metric, found in r["spearman_of_classes_with_paper"].items():
+            said += [f"Of {metric} with the paper's class order: {found['rho']:.3f} ({found['n']} classes)."] if found else []
+        text += [f"### {name}{f' (20 of {n} classes)' if n > 20 else ''}", difficulty_table(r), " ".join(said)]
+    if shown:
+        figures.difficulty(out / "fig3.png", title, shown)
+        text.insert(1, f"![{title}](figures/fig3.png)")
     return text
 
 

@@ -204,17 +204,21 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
                 common.save(run / "best.pt", kept)
     common.barrier()
     model.load_state_dict(common.load(run / "best.pt")["model"])
+    return conclude(run, model, data, final, args, log, {
+        "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "epoch": best[2],
+        "selection": {**evaluate.settings(args, data, "select"), "n": len(select)}, "device": common.device_name(device), **more})
+
+
+def conclude(run, model, data, index, args, log, about):
+    """Evaluates the selected model on the test examples `index`; writes robust.pt and result.json, whose content it returns."""
     setting = evaluate.settings(args, data)
-    clean, robust = evaluate.attack(model, data, final, setting, run / "chunks")
-    y = data.test.y[final]
-    total = {k: sum(r[k] for r in log) for k in ("attacked", "forward", "backward", "forward_equivalents", "seconds")}
-    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "versions": evaluate.versions(), "N": len(A),
-              "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "settings": setting,
-              "selection": {**evaluate.settings(args, data, "select"), "n": len(select)}, "epoch": best[2],
-              "accuracy": evaluate.summary(clean, robust, y, data.classes, A_classes), "cost": total,
-              "weights": evaluate.digest(model.state_dict()), "device": common.device_name(device), "processes": world(), **more}
+    clean, robust = evaluate.attack(model, data, index, setting, run / "chunks")
+    cost = {k: sum(row[k] for row in log) for k in ("attacked", "forward", "backward", "forward_equivalents", "seconds")}
+    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "versions": evaluate.versions(), **about,
+              "settings": setting, "accuracy": evaluate.summary(clean, robust, data.test.y[index], data.classes, about["A_classes"]),
+              "cost": cost, "weights": evaluate.digest(model.state_dict()), "processes": world()}
     if rank() == 0:
-        common.save(run / "robust.pt", {"index": final, "clean": clean, "robust": robust})
+        common.save(run / "robust.pt", {"index": index, "clean": clean, "robust": robust})
         common.write_json(run / "result.json", result)
     common.remove(run / "chunks")
     return result

@@ -23,6 +23,7 @@ import data as datasets
 import evaluate
 import flags
 import models
+import paper
 import rank
 import report
 import sat
@@ -1014,7 +1015,7 @@ def test_report_groups_random_classes_by_their_number(pipeline, tmp_path):
 
 
 def test_report_shows_the_papers_numbers():
-    value = report.paper
+    value = paper.value
     assert value("fig6", "cifar10", "hardest", 0.5, "robust") == 66.4 and value("fig6", "cifar10", "random", 0.1, "clean") == 92.9
     assert value("fig6", "cifar10", "AT", 1.0, "robust") == 69.0 and value("fig6", "cifar10", "hardest", 0.55, "robust") is None
     assert value("fig8", "cifar100->cifar10", "easiest", 0.3, "robust") == 29.0 and value("fig8", "cifar100->svhn", "hardest", 0.3, "robust") == 22

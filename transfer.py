@@ -21,7 +21,8 @@ GROUPS = ("data and network", "threat model", "training", "evaluation (AutoAttac
 
 def command_line(argv=None):
     """The command line."""
-    parser = flags.Parser(prog="transfer.py", usage="python transfer.py CHECKPOINT --config YAML [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
+    usage = "python transfer.py CHECKPOINT --config YAML [--flag VALUE ...]"
+    parser = flags.Parser(prog="transfer.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt of the source run")
     flags.add_flags(parser, *GROUPS)
     return flags.parse(parser, argv)
