@@ -1,4 +1,6 @@
 """Draws report.py's figures (matplotlib, PNG), laid out like the paper's. No numbers are made here."""
+import textwrap
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -26,8 +28,8 @@ def write(fig, path, title):
 
 
 def short(data, how):
-    """A panel's title: the data set, and how it was measured on a line of its own."""
-    return f"{data.replace('->', ' → ')}\n{how}"
+    """A panel's title: the data set, and how it was measured on lines of their own."""
+    return f"{data.replace('->', ' → ')}\n{textwrap.fill(how, 70)}"
 
 
 def curves(path, title, groups, panels, lines_of, baseline, mean, paper):

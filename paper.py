@@ -4,6 +4,10 @@ import json
 
 from common import HERE
 
+# source: (N, network, epochs, eps, attacks of AutoAttack); Table 1, Table 2, A.1
+SETTINGS = {"cifar10": (50000, "preactresnet18", 200, 0.5, 4), "cifar100": (50000, "preactresnet18", 200, 0.5, 4),
+            "imagenet200": (259906, "resnet50", 150, 3.0, 4)}
+FINAL = {"cifar10": 9000, "cifar100": 9000, "imagenet200": 9000, "svhn": 23429, "caltech256": 5510, "flowers102": 918}  # 90 % of the test set
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
 
 
@@ -11,6 +15,19 @@ NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the 
 def published():
     """configs/paper.json as it stands: percent unless said."""
     return json.loads((HERE / "configs" / "paper.json").read_text())
+
+
+def caution(data, setting):
+    """A sentence for runs of a data set of the paper at other settings than the paper's, else nothing.
+
+    setting: (N, network, epochs, eps, number of AutoAttack's attacks, n) of our runs; data: a data set, or source->target.
+    """
+    source, target = data.split("->")[0], data.split("->")[-1]
+    if source not in SETTINGS or setting == (*SETTINGS[source], FINAL.get(target)):
+        return ""
+    n, network, epochs, eps, _ = SETTINGS[source]
+    return (f"Not the paper's setting, so the differences from it are no reproduction. The paper: N = {n:,}, {network}, {epochs} epochs, "
+            f"eps {eps:g}, standard AutoAttack, n = {FINAL.get(target, 0):,}.")
 
 
 def value(figure, data, line, share, kind):

@@ -44,9 +44,10 @@ def record(path, result):
     if source:
         key |= {f"target's {k}": v for k, v in a.items() if k not in ("source", "source_weights", "seed")}
     n = result["accuracy"]["all"]["robust"]["n"]
-    how = f"{s['norm']} eps {s['eps']:g}, {attack}, n = {n}, {a['arch']}, {made_args['epochs']} epochs"
+    how = f"{s['norm']} eps {s['eps']:g}, {attack}, n = {n}, {a['arch']}, {made_args['epochs']} epochs, N = {made['N']:,}"
+    setting = (made["N"], a["arch"], made_args["epochs"], s["eps"], len(set(s["attacks"])), n)
     classes = made["A_classes"] or []
-    return {"path": str(path.parent), "data": f"{source['dataset']}->{a['dataset']}" if source else a["dataset"], "how": how, "key": key,
+    return {"path": str(path.parent), "data": f"{source['dataset']}->{a['dataset']}" if source else a["dataset"], "how": how, "key": key, "setting": setting,
             "transfer": bool(source), "split": made_args["split"], "order": "named" if made_args["classes"] else made_args["order"],
             "metric": made_args["metric"] if made_args["order"] != "random" else "entropy", "attack": made_args["attack"],
             "weight": f"w_A {made_args['weight_factor']:g}" if made_args["weight_factor"] else made_args["weight"],
@@ -136,6 +137,16 @@ def amount(run):
     return f"{run['size']:,} class{'es' * (run['size'] > 1)}" if run["A_classes"] else f"{run['size']:,}"
 
 
+def without_at(group, runs):
+    """A cell: robust accuracy without AT on the very classes of B_val, over the runs: what B would have anyway."""
+    base, found = baseline(group, "no AT"), []
+    for r in runs if base else []:
+        parts = [v["robust"] for c, v in base[0]["accuracy"]["classes"].items() if c not in r["A_classes"] and v["robust"]["n"]]
+        if parts and r["A_classes"]:
+            found.append(100 * sum(p["accuracy"] * p["n"] for p in parts) / sum(p["n"] for p in parts))
+    return f"{statistics.mean(found):.1f}" if found else "-"
+
+
 def beside(runs, part, kind, theirs):
     """Two cells: the paper's number, and ours minus it."""
     ours = mean(runs, part, kind)
@@ -149,14 +160,15 @@ def curve_table(name, data, group, vary, panels):
         rows += [(line, runs, runs[0]["share"]) for runs in sizes.values()]
     theirs = [{kind: paper.value(name, data, line, share, kind) for kind in ("robust", "clean")} for line, _, share in rows]
     kinds = [k for k in ("robust", "clean") if any(t[k] is not None for t in theirs)]
-    head = [vary, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds", *(f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in panels),
+    bare = ["no AT on that B %"] * (("B_val", "robust") in panels)
+    head = [vary, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds", *(f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in panels), *bare,
             *(text for k in kinds for text in (f"paper {k} %", "difference"))]
     text = []
     for (line, runs, share), their in zip(rows, theirs):
         sizes = ["no run yet", f"{share:.0f}", "-", "0"]
         if runs:
             sizes = [amount(runs[0]), f"{share:.2f}", f"{runs[0]['w_A']:.3g}", str(len(runs))]
-        text.append([line, *sizes, *(cell(runs, *p) for p in panels), *(c for k in kinds for c in beside(runs, "all", k, their[k]))])
+        text.append([line, *sizes, *(cell(runs, *p) for p in panels), *(without_at(group, runs) for _ in bare), *(c for k in kinds for c in beside(runs, "all", k, their[k]))])
     return markdown(head, text)
 
 
@@ -180,7 +192,7 @@ def curve_section(found, out, name, title, same, vary, panels):
                    lambda data, line, share, kind: paper.value(name, data, line, share, kind))
     text = [f"## {title}", f"![{title}](figures/{name}.png)"]
     for (data, how), group in groups.items():
-        text += [f"### {data}: {how}", curve_table(name, data, group, vary, panels), gaps(group, vary)]
+        text += [f"### {data}: {how}", curve_table(name, data, group, vary, panels), paper.caution(data, group[0]["setting"]), gaps(group, vary)]
     return text
 
 
@@ -197,11 +209,12 @@ def matrix_table(group, classes, runs, theirs):
             if {a, c} <= set(column):
                 cells[-1] += f" ({theirs['robust_per_class_rows_are_A'][column[a]][column[c]]})"
         b = theirs["robust_B_val"][paper.NAMES.get(a, a)] if a in column else None
-        rows.append([a if mine else f"{a}: no run yet", *(cell(mine, p, "robust") for p in ("A_val", "B_val")), *beside(mine, "B_val", "robust", b),
+        rows.append([a if mine else f"{a}: no run yet", *(cell(mine, p, "robust") for p in ("A_val", "B_val")), without_at(group, mine), *beside(mine, "B_val", "robust", b),
                      cell(mine, "all", "robust"), *cells])
     for line in ("no AT", "AT"):
-        rows.append([line, "-", "-", "-", "-", cell(baseline(group, line), "all", "robust"), *["-"] * len(classes)])
-    return markdown(["A", "robust A_val %", "robust B_val %", "paper B_val %", "difference", "robust all %", *(f"on {c} %" for c in classes)], rows)
+        rows.append([line, "-", "-", "-", "-", "-", cell(baseline(group, line), "all", "robust"), *["-"] * len(classes)])
+    head = ["A", "robust A_val %", "robust B_val %", "no AT on that B %", "paper B_val %", "difference", "robust all %"]
+    return markdown([*head, *(f"on {c} %" for c in classes)], rows)
 
 
 def matrix_section(found, out):
@@ -219,7 +232,7 @@ def matrix_section(found, out):
         figures.matrix(out / file, f"{title}\n{data}: {how}", classes, runs, lines)
         theirs = paper.published()["fig2_single_class_csat_cifar10"] if data == "cifar10" else {}
         text += [f"![{title}](figures/{file})", f"### {data}: {how}", "In brackets: the paper's." if theirs else "",
-                 matrix_table(group, classes, runs, theirs)]
+                 matrix_table(group, classes, runs, theirs), paper.caution(data, group[0]["setting"])]
     return text
 
 

@@ -1026,7 +1026,7 @@ def test_report_shows_the_papers_numbers():
 
 def fake_run(split, A, order="hardest", seed=0, robust=0.5, data="cifar10", **made):
     part = {"clean": evaluate.accuracy(torch.ones(10)), "robust": evaluate.accuracy(torch.arange(10) < round(10 * robust))}
-    return {"transfer": False, "split": split, "order": order, "metric": "entropy", "weight": "vanilla", "attack": "pgd", "seed": seed, "A": A, "N": 50000, "path": f"{split}-{order}-{A}-{seed}", "key": {},
+    return {"transfer": False, "split": split, "order": order, "metric": "entropy", "weight": "vanilla", "attack": "pgd", "seed": seed, "A": A, "N": 50000, "path": f"{split}-{order}-{A}-{seed}", "key": {}, "setting": (50000, "preactresnet18", 200, 0.5, 4, 9000),
             "size": A, "share": A / 50000, "w_A": 1.0, "A_classes": [], "cost": A, "weights": str((A, order, seed)), "data": data, "how": "h", "accuracy": {"all": part}, **made}
 
 
@@ -1047,7 +1047,10 @@ def test_report_tables(tmp_path):
     assert "| hardest | 25,000 | 0.50 | 1 | 1 | 60.0 [31.3, 83.2] | 100.0 [72.2, 100.0] | 66.4 | -6.4 | 89.3 | +10.7 |" in text
     assert "| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 | 64.5 | -14.5 | 91.0 | +9.0 |" in text
     assert "| AT | 50,000 | 1.00 | 1 | 1 | 70.0 [39.7, 89.2] |" in text and "| no AT | no run yet |" in text
-    assert "Missing runs (gaps in the figure): random at |A| = 5,000, the baseline no AT." in text
+    assert "Missing runs (gaps in the figure): random at |A| = 5,000, the baseline no AT." in text and "Not the paper's setting" not in text
+    assert "The paper: N = 50,000, preactresnet18, 200 epochs, eps 0.5" in paper.caution("cifar10", (5000, "preactresnet18", 200, 0.5, 4, 9000))
+    assert paper.caution("digits", ()) == ""
+    assert paper.FINAL == {name: len(datasets.selection_and_final(n_test)[1]) for name, (_, _, n_test) in sources.TABLE_1.items()}
     assert (tmp_path / "fig6.png").stat().st_size > 5000
 
 
