@@ -5,6 +5,7 @@ Files in: none (random images). Prints a table; --json FILE also writes it. Besi
 a naive baseline (attack everything, weight gradients computed in the attack) and, if installed, torchattacks' PGDL2.
 """
 import argparse
+import copy
 import json
 import resource
 import statistics
@@ -35,6 +36,7 @@ def command_line(argv=None):
     parser.add_argument("--grow", type=flags.number(int, 0), default=0, help="steps of a run whose memory is watched, e.g. 2000; 0: none")
     parser.add_argument("--autoattack", type=flags.number(int, 0), default=0, help="examples for AutoAttack's timing; 0: none")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="bf16 autocast; auto: on GPUs")
     flags.add_flags(parser, "machine")
     return parser.parse_args(argv)
 
@@ -80,9 +82,10 @@ class Bench:
         self.split = datasets.Split(torch.randint(0, 256, (n, 3, args.side, args.side), generator=g, dtype=torch.uint8).to(device),
                                     torch.randint(0, 10, (n,), generator=g))
         torch.manual_seed(0)
-        self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device).to(memory_format=torch.channels_last)
-        self.model.train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, 0.9, weight_decay=5e-4)
+        self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device)
+        self.plain = copy.deepcopy(self.model)  # in the default memory format, as the others' code has it
+        self.model = self.model.to(memory_format=torch.channels_last).train()
+        self.optimizer, self.plain_optimizer = (torch.optim.SGD(m.parameters(), 0.01, 0.9, weight_decay=5e-4) for m in (self.model, self.plain))
         self.how = argparse.Namespace(attack="pgd", eps=0.5, step_size=0.1, steps=args.steps, norm="l2", random_start=False, batch_size=args.batch_size)
         bf16 = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
         self.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -99,37 +102,38 @@ class Bench:
         in_A = torch.arange(len(x)) < round(share * len(x))
         sat.sat_step(self.model, self.model, self.optimizer, x, y, in_A, torch.ones(len(x), device=self.device), self.how, self.amp)
 
-    def train_on(self, x, y):
+    def plain_step(self, x, y):
         """A plain training step on x."""
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.plain.train()
+        self.plain_optimizer.zero_grad(set_to_none=True)
         with self.amp:
-            logits = self.model(x)
+            logits = self.plain(x)
         F.cross_entropy(logits.float(), y).backward()
-        self.optimizer.step()
+        self.plain_optimizer.step()
 
     def naive(self):
         """Attacks everything with loss.backward(), which computes the gradients of all weights in every attack step."""
         x, y, _ = self.batch()
-        self.model.eval()
+        x = x.contiguous()
+        self.plain.eval()
         delta = torch.zeros_like(x)
         for _ in range(self.args.steps):
             delta.requires_grad_()
             with self.amp:
-                loss = F.cross_entropy(self.model(x + delta).float(), y)
+                loss = F.cross_entropy(self.plain(x + delta).float(), y)
             loss.backward()
             delta = attacks.project(delta.detach() + 0.1 * attacks.ascent(delta.grad, "l2"), 0.5, "l2")
             delta = (x + delta).clamp(0, 1) - x
-        self.train_on(x + delta, y)
+        self.plain_step(x + delta, y)
 
     def torchattacks(self, module):
         """The same step with torchattacks' PGDL2 on everything."""
         x, y, _ = self.batch()
-        self.model.eval()
-        attack = module.PGDL2(self.model, eps=0.5, alpha=0.1, steps=self.args.steps, random_start=False)
+        self.plain.eval()
+        attack = module.PGDL2(self.plain, eps=0.5, alpha=0.1, steps=self.args.steps, random_start=False)
         with self.amp:
-            x = attack(x, y)
-        self.train_on(x, y)
+            x = attack(x.contiguous(), y)
+        self.plain_step(x, y)
 
     def flops(self):
         """Floating-point operations of one forward pass of one example."""

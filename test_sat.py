@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import attacks
+import bench
 import common
 import data as datasets
 import evaluate
@@ -1088,12 +1089,12 @@ BAD = {
     "unknown dataset": (["--split", "full", "--dataset", "mnist"], "no data set 'mnist'"),
     "dataset is a path": (["--dataset", "../x"], "not a plain name"),
     "no such flag": (["--split", "full", "--lrr", "1"], "unrecognized arguments"),
-    "wrong type": (["--split", "full", "--lr", "fast"], "'fast' is not a number above 0"),
+    "wrong type": (["--split", "full", "--lr", "fast"], "'fast' is not a finite number above 0"),
     "negative": (["--split", "full", "--epochs", "0"], "whole number of at least 1"),
     "wrong choice": (["--split", "half"], "invalid choice: 'half'"),
     "unknown class": (["--split", "csat", "--classes", "cat"], "unknown class cat; valid: 0, 1, 2"),
-    "frac 0": (["--split", "esat", "--frac", "0"], "'0' is not a number above 0 and at most 1"),
-    "frac above 1": (["--split", "esat", "--frac", "1.5"], "'1.5' is not a number above 0 and at most 1"),
+    "frac 0": (["--split", "esat", "--frac", "0"], "'0' is not a finite number above 0 and at most 1"),
+    "frac above 1": (["--split", "esat", "--frac", "1.5"], "'1.5' is not a finite number above 0 and at most 1"),
     "frac of no class": (["--split", "csat", "--frac", "0.01"], "makes 0; it must be 1 to 10"),
     "size above N": (["--split", "esat", "--size", "1298"], "it must be 1 to 1297"),
     "too many classes": (["--split", "csat", "--size", "11"], "it must be 1 to 10"),
@@ -1121,7 +1122,7 @@ def test_bad_flags(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text,message", [
-    ("learning-rate: 1", "unknown key 'learning-rate'; valid keys: amp, arch"), ("lr: fast", "lr: 'fast' is not a number|'fast' is not a number"),
+    ("learning-rate: 1", "unknown key 'learning-rate'; valid keys: amp, arch"), ("lr: fast", "lr: 'fast' is not a finite number|'fast' is not a finite number"),
     ("epochs: 2.5", "'2.5' is not a whole number"), ("split: half", "invalid choice: 'half'"), ("lr: true", "lr: True is not a value"),
     ("random-start: 1", "random-start: 1 is not a value"), ("lr: ", "lr: None is not a value"), ("lr: {a: 1}", "is not a value"),
     ("- lr", "flat list"), ("lr: [", "cannot read the config"), ("!!python/object/apply:os.system ['touch pwned']", "cannot read the config"),
@@ -1223,3 +1224,21 @@ def test_transfer_of_a_transferred_network(pipeline):
 def test_help_shows_units_and_defaults():
     done = script("sat.py", "--help")
     assert done.returncode == 0 and "default: 0.5" in done.stdout and "pixels in [0, 1]" in done.stdout
+
+
+def test_bench_counts_by_the_cost_model(tmp_path, capsys):
+    """Runs every kind of step once, untimed: the table's shape and the model's numbers, never a duration."""
+    bench.main(["--side", "8", "--batch-size", "8", "--repeats", "1", "--fractions", "0.5", "1", "--autoattack", "2", "--grow", "3",
+                "--threads", "1", "--json", str(tmp_path / "b.json")])
+    found = json.loads((tmp_path / "b.json").read_text())
+    model = {r["step"]: r["model"] for r in found["steps"]}
+    assert model["|A|/N = 0.5"] == pytest.approx(10 / 17) and model["|A|/N = 1"] == 1 and model["naive, all attacked"] == pytest.approx(24 / 17)
+    assert found["autoattack"]["flags_agree"] is True and "cost model" in capsys.readouterr().out
+    with pytest.raises(UserError, match="lacks 1"):
+        bench.main(["--fractions", "0.5"])
+
+
+def test_transfer_of_an_unfinished_run(pipeline, tmp_path):
+    (tmp_path / "last.pt").write_bytes((pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt").read_bytes())
+    with pytest.raises(UserError, match="result.json is missing beside .*last.pt: give the best.pt of a finished run"):
+        transfer.main([str(tmp_path / "last.pt"), "--config", str(HERE / "configs/transfer/digits5-9.yaml"), "--results", str(tmp_path)])

@@ -30,9 +30,10 @@ def command_line(argv=None):
 
 def source_of(ckpt, path):
     """What the target's result says of its source run: names, weights, and the source's |A| and w_A from its result.json."""
-    result = common.read_json(path.parent / "result.json")
+    about = path.parent / "result.json"
+    result = common.read_json(about) if about.exists() else {}
     if result.get("weights") != evaluate.digest(ckpt["model"]):
-        raise UserError(f"{path.parent / 'result.json'} was not made by {path}: transfer the best.pt of a finished run of sat.py")
+        raise UserError(f"{about} {'was not made by' if result else 'is missing beside'} {path}: give the best.pt of a finished run of sat.py")
     return {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "weights": result["weights"],
             **{k: result[k] for k in ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint")}}
 
