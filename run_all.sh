@@ -24,7 +24,7 @@ stage() {  # stage FOLDER DONE COST SCRIPT ARG...: makes FOLDER/DONE unless it i
     [ -z "${listed[$folder]:-}" ] || return 0  # another figure's run
     listed[$folder]=1
     command=("$PYTHON")
-    [ "$NPROC" = 1 ] || command+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
+    [ "$NPROC" = 1 ] || command+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC" --)  # -- : or it takes our --run for its own
     command+=("$here/$script" "$@" --results "$RESULTS" --data-dir "$DATA")
     if $dry; then printf '%s\n' "${command[*]}"; return; fi
     claimed "$done_file" "$(claim_of "$folder")" "${command[@]}"

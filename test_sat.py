@@ -853,9 +853,16 @@ def test_every_command_of_run_all_parses_in_order(monkeypatch):
 
 
 def test_run_all_with_torchrun_and_a_wrong_section():
+    from torch.distributed.run import parse_args as torchrun
     out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", "digits", "fig2"], capture_output=True, text=True, env={**os.environ, "NPROC": "4"}).stdout
     stages = [line for line in out.splitlines() if "report.py" not in line and not line.startswith("#")]
-    assert len(stages) == 2 + 10 and all("torch.distributed.run --standalone --nproc-per-node 4" in line for line in stages)
+    assert len(stages) == 2 + 10
+    for line in stages:
+        words = shlex.split(line)
+        assert words[1:3] == ["-m", "torch.distributed.run"]
+        args = torchrun(words[3:])  # torchrun's own parser
+        assert args.nproc_per_node == "4" and Path(args.training_script).name == "sat.py"
+        assert sat.command_line(args.training_script_args).run.startswith("quick-")
     for argv in (["mnist"], ["digits", "fig99"], []):
         done = subprocess.run([str(HERE / "run_all.sh"), *argv], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "cifar10" in done.stderr
