@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -191,6 +192,8 @@ def script(main):
     try:
         main()
     except (UserError, OSError) as e:
+        if rank():
+            time.sleep(5)  # a mistake that all processes find is told by rank 0; torchrun then ends the others
         print(f"error: {f'[rank {rank()}] ' if rank() else ''}{e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

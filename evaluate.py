@@ -69,7 +69,8 @@ def settings(args, data, which="eval"):
 
 def attack(model, data, index, setting, folder):
     """AutoAttack on the test examples `index`: bool (n,) clean and robust. Chunks are kept in `folder` and dealt to ranks."""
-    class Images:  # sliced by autoattack one chunk at a time: a 224x224 test set does not fit into memory
+    class Images:
+        """Sliced by autoattack one chunk at a time: a 224x224 test set does not fit into memory."""
         def __getitem__(self, part):
             return data.test.pixels(index[part], "cpu")
 
