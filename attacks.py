@@ -27,6 +27,19 @@ def eval_mode(model):
             module.training = True
 
 
+@contextlib.contextmanager
+def fixed_weights(model):
+    """No parameter asks for a gradient inside: backward passes go to the input alone, and .grad stays as it was."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_()
+
+
 def l2_norm(delta):
     """(N, C, H, W) -> (N, 1, 1, 1): the L2 norm of each example."""
     return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -66,12 +79,13 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None):
     if len(x) == 0:
         return x
     delta = torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
-    with eval_mode(model), torch.enable_grad():
+    # No weight asks for a gradient: autograd.grad would leave them out, but a compiled model's backward pass would not.
+    with eval_mode(model), fixed_weights(model), torch.enable_grad():
         for _ in range(steps):
             delta.requires_grad_()
             # Summed, not averaged: an example's gradient must not depend on the batch around it.
             loss = F.cross_entropy(model(x + delta).float(), y, reduction="sum")
-            grad, = torch.autograd.grad(loss, delta)  # with respect to the input alone: no weight gradients
+            grad, = torch.autograd.grad(loss, delta)  # with respect to the input alone
             delta = project(delta.detach() + step_size * ascent(grad, norm), eps, norm)
             delta = (x + delta).clamp(0, 1) - x
     return (x + delta).clamp(0, 1)
@@ -144,19 +158,6 @@ def listening(watch):
         log.removeHandler(watch)
         log.setLevel(before[0])
         log.propagate = before[1]
-
-
-@contextlib.contextmanager
-def fixed_weights(model):
-    """No parameter asks for a gradient: FAB calls backward(), which would write into .grad (and cost its time)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_()
 
 
 def keep(path, value):

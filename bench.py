@@ -86,7 +86,7 @@ class Bench:
         self.plain = copy.deepcopy(self.model)  # in the default memory format, as the others' code has it
         self.model = self.model.to(memory_format=torch.channels_last).train()
         self.optimizer, self.plain_optimizer = (torch.optim.SGD(m.parameters(), 0.01, 0.9, weight_decay=5e-4) for m in (self.model, self.plain))
-        self.how = argparse.Namespace(attack="pgd", eps=0.5, step_size=0.1, steps=args.steps, norm="l2", random_start=False, batch_size=args.batch_size)
+        self.how = argparse.Namespace(attack="pgd", eps=0.5, step_size=0.1, steps=args.steps, norm="l2", random_start=False, batch_size=args.batch_size, compile=False)
         bf16 = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
         self.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.epoch = 0

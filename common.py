@@ -2,6 +2,7 @@
 
 Admission rule for this file: three callers, no mathematics.
 """
+import atexit
 import contextlib
 import datetime
 import hashlib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # Flags that say where and how fast, not what: they do not belong to a run's identity.
-NOT_IDENTITY = {"config", "device", "threads", "amp", "workers", "data_dir", "results", "run", "force"}
+NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "data_dir", "results", "run", "force"}
 
 
 class UserError(Exception):
@@ -154,11 +155,14 @@ def set_up(args):
             raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} GPUs: start one a GPU, or --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
+    elif getattr(args, "compile", False) and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError("--compile needs a C++ compiler on a CPU (g++ or clang++), and there is none here: install one, or leave --compile out")
     if args.threads:
         torch.set_num_threads(args.threads)
     if world() > 1 and not torch.distributed.is_initialized():
         # Others wait while rank 0 downloads or packs data, and for the slowest chunk of AutoAttack: far longer than the default.
         torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+        atexit.register(torch.distributed.destroy_process_group)  # or gloo's threads may abort a process that has done its work
     return device
 
 

@@ -27,10 +27,13 @@ class Files(Dataset):
 
     def __init__(self, paths, side=224, workers=0):
         self.paths, self.side, self.shape = paths, side, (len(paths), 3, side, side)
-        self.workers = min(workers, os.cpu_count())
+        self.workers, self.loader, self.todo = min(workers, os.cpu_count()), None, []
 
     def __len__(self):
         return len(self.paths)
+
+    def __getstate__(self):
+        return {**self.__dict__, "loader": None}  # what a worker needs, where workers are not forked
 
     def __getitem__(self, item):
         from torchvision.transforms import RandomResizedCrop
@@ -47,10 +50,16 @@ class Files(Dataset):
         return T.pil_to_tensor(image)
 
     def load(self, batches):
-        """Yields a uint8 tensor (n, 3, side, side) for each list of (index, seed) in `batches`, read by the workers."""
+        """Yields a uint8 tensor (n, 3, side, side) for each list of (index, seed) in `batches`, read ahead by the workers,
+        which live from the first call to the last (starting them takes seconds)."""
+        if self.loader is None:
+            self.loader = DataLoader(self, batch_sampler=self.todo, num_workers=self.workers, persistent_workers=self.workers > 0,
+                                     pin_memory=torch.cuda.is_available())
+        self.todo[:] = batches
         try:
-            yield from DataLoader(self, batch_sampler=batches, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+            yield from self.loader
         except UserError as e:  # a worker's error arrives with its traceback
+            self.loader = None
             raise UserError(str(e).splitlines()[-1].removeprefix("common.UserError: ")) from None
 
 
@@ -144,10 +153,13 @@ def selection_and_final(n):
 
 def draw(b, shape, how, streamed, generator):
     """Augmentation parameters of b examples of `shape` (..., H, W), drawn on the CPU: tensors whose first dimension is b.
+    `how`: "full" (Fig. 9), "crop" (the crop alone), "none" (nothing to draw: {}).
 
     Streamed images are cropped where they are read, by a "seed" each, and jittered less (Fig. 9, right).
     """
     pad = shape[-1] // 8  # 4 for 32x32 (Fig. 9), 1 for 8x8
+    if how == "none":
+        return {}
     if streamed:
         params = {"seed": torch.randint(0, 2**62, (b,), generator=generator)}
     else:
@@ -195,23 +207,25 @@ def augment(x, params):
 def batches(split, batch_size, seed, epoch, how, device):
     """The training batches of an epoch: x (b, C, H, W) augmented and on `device`, y (b,) there too, index (b,) on the CPU.
 
-    Order and augmentation are drawn from (seed, epoch) for the whole global batch, of which each process takes its slice:
+    Order and augmentation are drawn from (seed, epoch) for the whole epoch, and of each batch every process takes its slice:
     a resumed run, or another number of processes, sees the same. An incomplete last batch is dropped.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(split), generator=generator)
-    mine = torch.arange(batch_size).tensor_split(world())[rank()]
-    todo = []  # (index, parameters) of this process's part of every batch
-    for i in range(0, len(order) - batch_size + 1, batch_size):
-        params = {} if how == "none" else draw(batch_size, split.x.shape, how, split.streamed, generator)
-        todo.append((order[i:i + batch_size][mine], {k: v[mine] for k, v in params.items()}))
+    n = len(split) // batch_size * batch_size
+    order = torch.randperm(len(split), generator=generator)[:n]
+    params = draw(n, split.x.shape, how, split.streamed, generator)
+    mine = torch.arange(n).view(-1, batch_size).tensor_split(world(), 1)[rank()]  # (steps, b): this process's part of each batch
     if split.streamed:
-        seeds = [p["seed"].tolist() if p else [None] * len(mine) for _, p in todo]
-        read = split.x.load([list(zip(index.tolist(), s)) for (index, _), s in zip(todo, seeds)])
-    for index, params in todo:
-        x = next(read).to(device, non_blocking=True).float().div_(255) if split.streamed else split.pixels(index, device)
-        x = augment(x, {k: v.to(device, non_blocking=True) for k, v in params.items()}) if params else x
-        yield x, split.y[index].to(device, non_blocking=True), index
+        seeds = params.pop("seed")[mine].tolist() if params else [[None] * mine.shape[1]] * len(mine)
+        read = split.x.load([list(zip(index.tolist(), s)) for index, s in zip(order[mine], seeds)])
+    # One copy an epoch of what was drawn, none a step: small copies would stall a GPU that runs ahead.
+    y, params = split.y[order].to(device), {k: v.to(device) for k, v in params.items()}
+    there = order.to(device)
+    for part in mine:
+        i = slice(int(part[0]), int(part[-1]) + 1)
+        x = next(read).to(device, non_blocking=True) if split.streamed else split.x[there[i]]
+        x = x.float().div_(255)
+        yield augment(x, {k: v[i] for k, v in params.items()}) if params else x, y[i], order[i]
 
 
 def ordered(split, index, batch_size, device):

@@ -3,7 +3,8 @@
 #
 #   ./run_all.sh digits                    each figure in small, on the embedded data, on a CPU
 #   ./run_all.sh cifar10 fig2 fig6         some figures of a data set at the paper's settings
-#   ./run_all.sh all                       everything: cifar10 cifar100 imagenet200 transfer digits
+#   ./run_all.sh cifar10-small             the paper's claims on 5,000 real images and a small network: hours on a CPU
+#   ./run_all.sh all                       everything: cifar10 cifar100 imagenet200 transfer cifar10-small digits
 #   ./run_all.sh --dry-run all             print every command, run nothing; ends with the number of runs and their cost
 #   NPROC=4 ./run_all.sh cifar10           each run on 4 GPUs (or processes) of this machine by torchrun; GPUS is the same
 #   RESULTS=dir DATA=dir PYTHON=python3 EXTRA="--epochs 2" ./run_all.sh digits     EXTRA is added to every training run
@@ -152,7 +153,7 @@ fig16() {
 
 # --- data sets: Table 1 and 2 ------------------------------------------------------------------------------------------
 
-declare -A target_cost=([cifar10]="50000 * 40" [svhn]="73257 * 40" [caltech256]="24485 * 100" [flowers102]="1020 * 100" [digits5-9]="648 * 20")
+declare -A target_cost=([cifar10]="50000 * 40" [svhn]="73257 * 40" [caltech256]="24485 * 100" [flowers102]="1020 * 100" [digits5-9]="648 * 20" [cifar10-small]="5000 * 15")
 
 use() {  # use DATASET TARGETS: what the figures need to know of it
     dataset=$1 targets=$2 config=$1 dataset_flag='' quick='' prefix='' tag='' extra='' metrics='entropy svar'
@@ -165,6 +166,11 @@ use() {  # use DATASET TARGETS: what the figures need to know of it
             config=digits n=1297 n_classes=10 seeds=2 sizes='3 5 7' fracs='0.1 0.3 0.5' classes='0 1 2 3 4 5 6 7 8 9'
             arch=preactresnet8 epochs=30 metrics='entropy svar vog' prefix=quick- quick='--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce' ;;
     esac
+    case $1 in *-small)  # the paper's claims on a CPU: 5,000 + 1,000 real images, PreActResNet-8, 15 epochs, one random subset
+        config=cifar10-small dataset_flag="--dataset $1" n=5000 n_classes=10 seeds=1 arch=preactresnet8 epochs=15
+        fracs='0.1 0.3 0.5' classes='airplane automobile bird cat deer dog frog horse ship truck' ;;
+    esac
+    [ "$1" != cifar100-small ] || n_classes=100 sizes='10 30'
     [ "$1" != digits0-4 ] || { dataset_flag='--dataset digits0-4' n=649 n_classes=5 sizes='1 2 3' metrics='entropy svar'; }
 }
 figures() {  # figures DATASET TARGETS FIG...: those of the figures that were asked for (all, when none was)
@@ -185,6 +191,9 @@ section() {
             figures cifar100 cifar10 fig7 fig8 fig15 fig16
             figures cifar100 svhn fig14
             figures imagenet200 'caltech256 flowers102' fig8 fig15 fig16 ;;
+        cifar10-small)
+            figures cifar10-small '' fig2 fig3 fig6
+            figures cifar100-small cifar10-small fig7 ;;
         digits)
             figures digits '' fig2 fig3 fig4 fig5 fig6 fig12 fig13
             figures digits0-4 digits5-9 fig7 fig8 fig14 fig15 fig16 ;;
@@ -197,13 +206,13 @@ main() {
     for word in "$@"; do
         case $word in
             --dry-run) dry=true ;;
-            digits | cifar10 | cifar100 | imagenet200 | transfer) sections+=("$word") ;;
-            all) sections+=(cifar10 cifar100 imagenet200 transfer digits) ;;
+            digits | cifar10-small | cifar10 | cifar100 | imagenet200 | transfer) sections+=("$word") ;;
+            all) sections+=(cifar10 cifar100 imagenet200 transfer cifar10-small digits) ;;
             fig2 | fig3 | fig4 | fig5 | fig6 | fig7 | fig8 | fig12 | fig13 | fig14 | fig15 | fig16) wanted+=("$word") ;;
-            *) echo "error: no section '$word'; valid: cifar10 cifar100 imagenet200 transfer digits all, then fig2-8 fig12-16, and --dry-run" >&2; exit 2 ;;
+            *) echo "error: no section '$word'; valid: cifar10 cifar100 imagenet200 transfer cifar10-small digits all, then fig2-8 fig12-16, and --dry-run" >&2; exit 2 ;;
         esac
     done
-    [ ${#sections[@]} -gt 0 ] || { echo "error: name a section: cifar10 cifar100 imagenet200 transfer digits all (and --dry-run)" >&2; exit 2; }
+    [ ${#sections[@]} -gt 0 ] || { echo "error: name a section: cifar10 cifar100 imagenet200 transfer cifar10-small digits all (and --dry-run)" >&2; exit 2; }
     for word in "${sections[@]}"; do section "$word"; done
     late_transfers
     local report=("$PYTHON" "$here/report.py" --results "$RESULTS")

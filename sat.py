@@ -88,13 +88,26 @@ def perturb(model, x, y, in_A, args, generator):
     if args.attack == "fgsm-rs" or args.random_start:  # drawn for the global batch, so that world size changes nothing
         start = attacks.random_start(x.new_empty(args.batch_size, *x.shape[1:]), args.eps, args.norm, generator)
         start = start.tensor_split(world())[rank()]
-    a = in_A.nonzero().squeeze(1).to(x.device, non_blocking=True)  # gather A, attack, put back
+    a, n_A = in_A.nonzero().squeeze(1), int(in_A.sum())
+    if args.compile:  # filled up to a multiple of 16 with copies of one example, so that few shapes are compiled
+        a = F.pad(a, (0, -n_A % 16), value=int(a[0]))
+    a = ahead(a, x.device)  # gather A, attack, put back
     start = None if start is None else start[a]
     if args.attack == "fgsm-rs":
         x_adv = attacks.fgsm_rs(model, x[a], y[a], eps=args.eps, norm=args.norm, start=start)
     else:
         x_adv = attacks.pgd(model, x[a], y[a], eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm, start=start)
-    return x.index_copy(0, a, x_adv)
+    return x.index_copy(0, a[:n_A], x_adv[:n_A])
+
+
+def ahead(tensor, device):
+    """A small CPU tensor on `device`; from pinned memory to a GPU, which then need not be waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def compiled(net, device):
+    """The network compiled by torch (the attack's and the training step's graphs apart); CUDA graphs on GPUs."""
+    return torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 def sat_step(model, net, optimizer, x, y, in_A, w, args, amp, generator=None):
@@ -121,14 +134,15 @@ def train(model, split, A, w_A, args, device, state=None):
     """
     if world() > 1 and device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; it does not exist for CPUs
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], args.lr, 0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], args.lr, 0.9, weight_decay=args.weight_decay,
+                                fused=device.type == "cuda")
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     model = model.to(memory_format=torch.channels_last)
-    net = torch.nn.parallel.DistributedDataParallel(model) if world() > 1 else model
+    attacked_net = compiled(model, device) if args.compile else model
+    net = torch.nn.parallel.DistributedDataParallel(attacked_net) if world() > 1 else attacked_net
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda"))
-    w = torch.where(A, w_A, 1.0).to(device)
     attack_steps = 0 if not A.any() else 1 if args.attack == "fgsm-rs" else args.steps
     steps = len(split) // args.batch_size
     for epoch in range(state["epoch"] if state else 0, args.epochs):
@@ -142,9 +156,10 @@ def train(model, split, A, w_A, args, device, state=None):
         todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
         for step, (x, y, index) in enumerate(common.progress(todo, total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")):
             generator.manual_seed(((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63)
-            w_i = w[index.to(device, non_blocking=True)]
-            loss, logits = sat_step(model, net, optimizer, x, y, A[index], w_i, args, amp, generator)
-            attacked += A[index].sum()
+            in_A = A[index]
+            w = torch.where(ahead(in_A, device), w_A, 1.0)
+            loss, logits = sat_step(attacked_net, net, optimizer, x, y, in_A, w, args, amp, generator)
+            attacked += in_A.sum()
             sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
             bad = torch.where((bad == steps) & ~loss.isfinite(), step, bad)
         attacked, (loss, hits) = int(all_sum(attacked.to(device))), all_sum(sums).tolist()

@@ -5,12 +5,16 @@ A data set is looked for under --data-dir as <name>.pt, then as an image folder 
 <name>/val, then as the files that torchvision knows, then downloaded by torchvision. Format of <name>.pt:
 {"train": {"x": uint8 (N, C, H, W), "y": int64 (N,)}, "test": {...}, "classes": [str]}. Paper: Table 1.
 """
+import hashlib
+
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from common import HERE, UserError, load, progress, save, say
 
 DIGITS = {"digits": (0, 9), "digits0-4": (0, 4), "digits5-9": (5, 9)}
+SMALLER = {"cifar10-small": ("cifar10", 500, 100), "cifar100-small": ("cifar100", 50, 10)}  # training and test images a class
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SMALL = 64  # a folder of equal images of at most this side is kept in memory; any other is streamed
 TABLE_1 = {"cifar10": (10, 50000, 10000), "cifar100": (100, 50000, 10000), "imagenet200": (200, 259906, 10000),
@@ -38,6 +42,21 @@ def digits(name):
         parts = [(torch.from_numpy(f[f"{s}_x"])[:, None], torch.from_numpy(f[f"{s}_y"])) for s in ("train", "test")]
     kept = [(x[(y >= low) & (y <= high)], y[(y >= low) & (y <= high)] - low) for x, y in parts]
     return *kept, [str(c) for c in range(low, high + 1)]
+
+
+def smaller(name, root):
+    """A part of a data set that is small enough for a CPU: of each class the images with the lowest SHA-256 of their pixels,
+    in that order, so that it is the same whatever order the publisher's files have."""
+    whole, *sizes = SMALLER[name]
+    *splits, classes = find(whole, root)
+    parts = []
+    for (x, y), size in zip(splits, sizes):
+        hashes = [hashlib.sha256(image.numpy().tobytes()).digest() for image in x]
+        order = torch.tensor(sorted(range(len(y)), key=hashes.__getitem__))
+        place = F.one_hot(y[order], len(classes)).cumsum(0).gather(1, y[order][:, None]).squeeze(1)  # 1 for the first of its class
+        kept = order[place <= size]
+        parts.append((x[kept], y[kept]))
+    return *parts, classes
 
 
 def packed(path):
@@ -186,11 +205,13 @@ def find(name, root):
         found = packed(path)
     elif name != "imagenet200" and (root / name / ("" if name not in TABLE_1 else "train")).is_dir():
         found = image_folder(root / name)
+    elif name in SMALLER:
+        found = smaller(name, root)
     elif name in TABLE_1:
         found = publisher(name, root)
     else:
         raise UserError(f"no data set {name!r}: {root} has neither {name}.pt nor {name}/train and {name}/test; known by "
-                        f"name: {', '.join([*DIGITS, *TABLE_1])}")
+                        f"name: {', '.join([*DIGITS, *TABLE_1, *SMALLER])}")
     (x, y), (x_test, y_test), classes = found
     if name in TABLE_1:
         n_classes, *counts = TABLE_1[name]
