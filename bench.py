@@ -1,14 +1,15 @@
-"""Times one training step of SAT for several |A|/N against the cost model 3 + 14 |A|/N, and AutoAttack, on this machine.
+"""Times one training step of SAT for several |A|/N against the cost model 3 + 14 |A|/N, AutoAttack and the loader, on this machine.
 
     python bench.py --arch preactresnet18 --batch-size 128
-Files in: none (random images). Prints a table; --json FILE also writes it. Beside ours, in the same run and interleaved:
+Files in: none (random images). Prints tables; --json FILE also writes them. Beside ours, in the same run and interleaved:
 a naive baseline (attack everything, weight gradients computed in the attack) and, if installed, torchattacks' PGDL2.
 """
 import argparse
 import copy
-import json
+import os
 import resource
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,11 +36,19 @@ def command_line(argv=None):
     parser.add_argument("--repeats", type=flags.count, default=7, help="timed steps of each kind; medians are printed")
     parser.add_argument("--grow", type=flags.number(int, 0), default=0, help="steps of a run whose memory is watched, e.g. 2000; 0: none")
     parser.add_argument("--autoattack", type=flags.number(int, 0), default=0, help="examples for AutoAttack's timing; 0: none")
+    parser.add_argument("--chunks", type=flags.count, nargs="+", default=[250], help="AutoAttack's batch sizes to compare")
+    parser.add_argument("--loader", type=flags.number(int, 0), default=0, help="JPEGs (500x375) for the loader's timing at 224; 0: none")
+    parser.add_argument("--compile", action="store_true", help="time sat.py --compile's steps too (compiling takes minutes)")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="bf16 autocast; auto: on GPUs")
     flags.add_flags(parser, "machine")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if 1.0 not in args.fractions:
+        raise UserError(f"--fractions {' '.join(map(str, args.fractions))} lacks 1, to which the others are compared")
+    return args
 
+
+# --- clocks and memory -------------------------------------------------------------------------------------------------
 
 def sync(device):
     """Waits for the device, so that a clock read is true."""
@@ -48,19 +57,25 @@ def sync(device):
 
 
 def memory(device):
-    """Peak memory in MiB since the last call: the GPU's own, or the process's largest so far on a CPU."""
+    """Peak memory in MiB since the last call: the GPU's tensors, or on a CPU the whole process (where the kernel cannot forget
+    an earlier peak, since the start)."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
         return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def medians(kinds, repeats, device):
     """Times every function of `kinds` {name: function} in turn, `repeats` rounds after one warm-up:
     {name: (median seconds, peak MiB)}, and {name: [seconds]}. Interleaved, so that a drift of the machine meets all alike."""
     times, peaks = {name: [] for name in kinds}, {}
-    for r in range(repeats + 1):
+    for r in common.progress(range(repeats + 1), desc="rounds"):
         for name, run in kinds.items():
             memory(device)
             sync(device)
@@ -73,34 +88,53 @@ def medians(kinds, repeats, device):
     return {name: (statistics.median(t), peaks[name]) for name, t in times.items()}, times
 
 
+def bf16_peak(device):
+    """FLOP/s of a large bf16 matrix product on a GPU, or None on a CPU."""
+    if device.type != "cuda":
+        return None
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    found, _ = medians({"matmul": lambda: [a @ a for _ in range(10)]}, 5, device)
+    return 10 * 2 * 8192**3 / found["matmul"][0]
+
+
+# --- one training step -------------------------------------------------------------------------------------------------
+
 class Bench:
     """One network, optimizer and data set of random images on a device, and the steps that are compared."""
 
     def __init__(self, args, device):
         self.args, self.device, g = args, device, torch.Generator().manual_seed(0)
-        n = 4 * args.batch_size
+        n = 8 * args.batch_size
         self.split = datasets.Split(torch.randint(0, 256, (n, 3, args.side, args.side), generator=g, dtype=torch.uint8).to(device),
                                     torch.randint(0, 10, (n,), generator=g))
         torch.manual_seed(0)
         self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device)
         self.plain = copy.deepcopy(self.model)  # in the default memory format, as the others' code has it
         self.model = self.model.to(memory_format=torch.channels_last).train()
-        self.optimizer, self.plain_optimizer = (torch.optim.SGD(m.parameters(), 0.01, 0.9, weight_decay=5e-4) for m in (self.model, self.plain))
-        self.how = argparse.Namespace(attack="pgd", eps=0.5, step_size=0.1, steps=args.steps, norm="l2", random_start=False, batch_size=args.batch_size, compile=False)
+        self.optimizer, self.plain_optimizer = (torch.optim.SGD(m.parameters(), 0.01, 0.9, weight_decay=5e-4, fused=device.type == "cuda")
+                                                for m in (self.model, self.plain))
+        self.compiled = sat.compiled(self.model, device)  # lazily: nothing is compiled before it is called
+        self.how = argparse.Namespace(attack="pgd", eps=0.5, step_size=0.1, steps=args.steps, norm="l2", random_start=False,
+                                      batch_size=args.batch_size, compile=False)
         bf16 = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
         self.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        self.epoch = 0
+        self.dtype = "bf16 autocast" if bf16 else "float32"
+        self.todo, self.epoch = iter(()), 0
 
     def batch(self):
         """The next augmented batch, as training gets it."""
-        self.epoch += 1
-        return next(datasets.batches(self.split, self.args.batch_size, 0, self.epoch, "full", self.device))
+        while (found := next(self.todo, None)) is None:
+            self.todo = datasets.batches(self.split, self.args.batch_size, 0, self.epoch, "full", self.device)
+            self.epoch += 1
+        return found
 
-    def ours(self, share):
+    def ours(self, share, compiled=False):
         """sat.py's step with the first `share` of the batch in A."""
         x, y, _ = self.batch()
         in_A = torch.arange(len(x)) < round(share * len(x))
-        sat.sat_step(self.model, self.model, self.optimizer, x, y, in_A, torch.ones(len(x), device=self.device), self.how, self.amp)
+        net, self.how.compile = self.compiled if compiled else self.model, compiled
+        self.model.train()
+        sat.sat_step(net, net, self.optimizer, x, y, in_A, torch.ones(len(x), device=self.device), self.how, self.amp)
 
     def plain_step(self, x, y):
         """A plain training step on x."""
@@ -143,18 +177,12 @@ class Bench:
         return counter.get_total_flops()
 
 
-def bf16_peak(device):
-    """FLOP/s of a large bf16 matrix product on a GPU, or None on a CPU."""
-    if device.type != "cuda":
-        return None
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    found, _ = medians({"matmul": lambda: [a @ a for _ in range(10)]}, 5, device)
-    return 10 * 2 * 8192**3 / found["matmul"][0]
-
-
 def steps_table(bench, args, device):
     """Times all kinds of steps; returns rows [{"step", "images_per_s", "time_to_full", "model", ...}]."""
     kinds = {f"|A|/N = {f:g}": (lambda f=f: bench.ours(f), 3 + 2 * args.steps * f) for f in sorted(set(args.fractions))}
+    if args.compile:
+        kinds |= {f"{name}, --compile": (lambda f=f: bench.ours(f, True), kinds[name][1])
+                  for f in sorted(set(args.fractions)) for name in [f"|A|/N = {f:g}"]}
     kinds["naive, all attacked"] = bench.naive, 3 + 3 * args.steps  # its attack steps compute the weights' gradients too
     try:
         import torchattacks
@@ -172,61 +200,105 @@ def steps_table(bench, args, device):
     return rows
 
 
+def show_steps(rows):
+    """Prints the rows of steps_table."""
+    say(f"{'step':<34} {'images/s':>9} {'time to full':>13} {'cost model':>11} {'GFLOP/s':>9} {'of peak':>8} {'peak MiB':>9}")
+    for r in rows:
+        peak = "-" if r["share_of_bf16_peak"] is None else f"{r['share_of_bf16_peak']:.1%}"
+        say(f"{r['step']:<34} {r['images_per_s']:9.1f} {r['time_to_full']:13.3f} {r['model']:11.3f} {r['GFLOP_per_s']:9.1f} {peak:>8} {r['peak_MiB']:9.0f}")
+
+
+# --- memory over a run, the loader, AutoAttack -------------------------------------------------------------------------
+
 def growth(bench, steps, device):
-    """Memory in MiB after a tenth of a run of `steps` and at its end."""
-    memory(device)
+    """Peak memory in MiB of the second tenth and of the last tenth of a run of `steps` with half of each batch in A."""
+    peaks, tenth = [], max(1, steps // 10)
     for s in common.progress(range(steps), desc="memory"):
         bench.ours(0.5)
-        if s == steps // 10:
-            early = memory(device)
-    return {"steps": steps, "MiB_at_a_tenth": early, "MiB_at_the_end": memory(device)}
+        if (s + 1) % tenth == 0:
+            peaks.append(memory(device))
+    found = {"steps": steps, "second_tenth_MiB": peaks[min(1, len(peaks) - 1)], "last_tenth_MiB": peaks[-1]}
+    say("peak memory of a run of {steps} steps, |A|/N = 0.5: {second_tenth_MiB:.1f} MiB in its second tenth, {last_tenth_MiB:.1f} MiB in its last".format(**found))
+    return found
 
 
-def autoattack_rates(bench, n, device):
-    """Examples a second of our wrapper and of the plain package on the same n examples, and whether their flags agree."""
+def loader_rates(bench, args, device):
+    """Images a second at 224: the loader alone (decoding, crop), loader and augmentation, training on one batch, and all
+    together, which comes near the slower of the two when the loader works ahead of the step."""
+    from PIL import Image
+    with tempfile.TemporaryDirectory() as folder:
+        g, paths = torch.Generator().manual_seed(0), []
+        for i in range(args.loader):  # smooth noise, about as many bytes a file as ImageNet's
+            noise = F.interpolate(torch.rand(1, 3, 75, 100, generator=g), size=(375, 500), mode="bicubic").clamp(0, 1)[0]
+            paths.append(Path(folder) / f"{i}.jpg")
+            Image.fromarray((255 * noise).byte().permute(1, 2, 0).numpy()).save(paths[-1], quality=95)
+        split = datasets.Split(datasets.Files(paths, 224, args.workers), torch.zeros(args.loader, dtype=torch.int64))
+        size = min(args.batch_size, max(1, args.loader // 4))
+        list(split.x.load([[(0, 0)]]))  # start the workers
+        order = [[(i, i) for i in range(j, j + size)] for j in range(0, args.loader - size + 1, size)]
+        read = lambda epoch: datasets.batches(split, size, 0, epoch, "full", device)
+
+        def train(todo):
+            for x, y, _ in todo:
+                bench.model.train()
+                nothing = torch.zeros(len(x), dtype=torch.bool)
+                sat.sat_step(bench.model, bench.model, bench.optimizer, x, y, nothing, torch.ones(len(x), device=device), bench.how, bench.amp)
+
+        one = next(read(0))
+        runs = {"decode": lambda: list(split.x.load(order)), "decode and augment": lambda: [None for _ in read(1)],
+                "train": lambda: train([one] * len(order)), "all together": lambda: train(read(2))}
+        found, _ = medians(runs, args.repeats, device)
+    rates = {name: len(order) * size / seconds for name, (seconds, _) in found.items()}
+    say(f"loader, {split.x.workers} workers, {args.arch} at 224, no attack, images/s: " + ", ".join(f"{k} {v:.1f}" for k, v in rates.items()))
+    return rates
+
+
+def autoattack_rates(bench, n, size, device):
+    """Examples a second of standard AutoAttack, ours and the plain package's on the same n examples, both in chunks of `size`
+    with the same seeds, and whether their flags agree."""
     from pyautoattack import AutoAttack
-    x, y = bench.split.pixels(torch.arange(n), device), bench.split.y[:n]
-    with torch.no_grad(), attacks.eval_mode(bench.model):
-        y = bench.model(x).argmax(1)  # all right, so that all are attacked
-    bench.model.eval().requires_grad_(False)
-    flags_of, seconds = {}, {}
+    x = bench.split.pixels(torch.arange(n), device)
+    model = bench.model.eval().requires_grad_(False)
+    with torch.no_grad():
+        y = model(x).argmax(1)  # all right, so that all are attacked
+    robust, seconds = {}, {}
 
     def plain():
-        aa = AutoAttack(bench.model, norm="L2", eps=0.5, version="standard", device=device, seed=0)
-        flags_of["package"] = aa.run_standard_evaluation(x, y, batch_size=n)[1].cpu() == y.cpu()
+        parts = [AutoAttack(model, norm="L2", eps=0.05, version="standard", device=device, seed=c).run_standard_evaluation(
+            x[i:i + size], y[i:i + size], batch_size=size)[1] for c, i in enumerate(range(0, n, size))]
+        robust["package"] = torch.cat(parts).cpu() == y.cpu()
 
-    runs = {"ours": lambda: flags_of.update(ours=attacks.autoattack(bench.model, x, y, eps=0.5, batch_size=n)[1]), "package": plain}
+    runs = {"ours": lambda: robust.update(ours=attacks.autoattack(model, x, y, eps=0.05, batch_size=size)[1]), "package": plain}
     for name, run in runs.items():
         began = time.perf_counter()
         run()
         sync(device)
         seconds[name] = time.perf_counter() - began
-    return {"n": n, **{f"{k}_examples_per_s": n / s for k, s in seconds.items()}, "flags_agree": torch.equal(flags_of["ours"], flags_of["package"])}
+    bench.model.requires_grad_(True)
+    found = {"n": n, "chunk": size, **{f"{k}_examples_per_s": n / s for k, s in seconds.items()}, "robust": int(robust["ours"].sum()),
+             "flags_agree": torch.equal(robust["ours"], robust["package"])}
+    say("AutoAttack, {n} examples in chunks of {chunk}, {robust} robust: ours {ours_examples_per_s:.2f}/s, the package "
+        "{package_examples_per_s:.2f}/s, equal flags: {flags_agree}".format(**found))
+    return found
 
 
 def main(argv=None):
     """Times, prints, writes."""
     args = command_line(argv)
-    if 1.0 not in args.fractions:
-        raise UserError(f"--fractions {' '.join(map(str, args.fractions))} lacks 1, to which the others are compared")
     device = common.set_up(args)
     bench = Bench(args, device)
     say(f"one training step, {args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, augmentation included, "
-        f"{'bf16' if bench.amp._enabled else 'float32'}, {common.device_name(device)}; medians of {args.repeats}")
+        f"{bench.dtype}, {common.device_name(device)}, {os.cpu_count()} cores; medians of {args.repeats}")
     result = {"args": {k: str(v) for k, v in vars(args).items()}, "device": common.device_name(device), "steps": steps_table(bench, args, device)}
-    say(f"{'step':<34} {'images/s':>9} {'time to full':>13} {'cost model':>11} {'GFLOP/s':>9} {'of peak':>8} {'peak MiB':>9}")
-    for r in result["steps"]:
-        peak = "-" if r["share_of_bf16_peak"] is None else f"{r['share_of_bf16_peak']:.1%}"
-        say(f"{r['step']:<34} {r['images_per_s']:9.1f} {r['time_to_full']:13.3f} {r['model']:11.3f} {r['GFLOP_per_s']:9.1f} {peak:>8} {r['peak_MiB']:9.0f}")
+    show_steps(result["steps"])
     if args.grow:
         result["growth"] = growth(bench, args.grow, device)
-        say("memory after a tenth of {steps} steps {MiB_at_a_tenth:.0f} MiB, at the end {MiB_at_the_end:.0f} MiB".format(**result["growth"]))
+    if args.loader:
+        result["loader"] = loader_rates(bench, args, device)
     if args.autoattack:
-        result["autoattack"] = autoattack_rates(bench, args.autoattack, device)
-        say("AutoAttack on {n} examples: ours {ours_examples_per_s:.2f}/s, the package {package_examples_per_s:.2f}/s, equal flags: "
-            "{flags_agree}".format(**result["autoattack"]))
+        result["autoattack"] = [autoattack_rates(bench, args.autoattack, size, device) for size in args.chunks]
     if args.json:
-        common.write_json(args.json, json.loads(json.dumps(result)))
+        common.write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ class PreActBlock(nn.Module):
         self.shortcut = None if c_in == c_out and stride == 1 else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x):
-        out = F.relu(self.bn1(x))
+        out = F.relu(self.bn1(x), inplace=True)
         identity = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + identity
+        return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + identity
 
 
 def preactresnet(channels, widths, blocks):
@@ -31,7 +31,7 @@ def preactresnet(channels, widths, blocks):
         for block in range(blocks):
             layers.append(PreActBlock(c_in, width, 2 if stage > 0 and block == 0 else 1))
             c_in = width
-    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def resnet50():

@@ -335,6 +335,67 @@ def test_empty_A_is_vanilla_training_and_full_A_is_AT(everything):
     assert [r["lr"] for r in rows] == pytest.approx([0.1, 0.01])
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+def short_training(device, compile, amp):
+    """Four steps of SAT on digits with A = every third example; the weights, and the log's row."""
+    args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--batch-size", "40", "--steps", "2", "--lr", "0.02", "--amp", amp,
+                             "--compile" if compile else "--no-compile"])
+    data = datasets.get("digits", "data", device)
+    torch.manual_seed(0)
+    model = models.Classifier(models.preactresnet(1, (8, 8), 1), nn.Linear(8, 10), [0.3], [0.35]).to(device)
+    split, A = datasets.Split(data.train.x[:160], data.train.y[:160]), torch.arange(160) % 3 == 0
+    row, = [s["row"] for s in sat.train(model, split, A, 2.0, args, torch.device(device))]
+    return {k: v.cpu().float() for k, v in model.state_dict().items()}, row
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("compile,amp,atol", [(True, "off", 2e-4), (False, "bf16", 2e-2), (True, "bf16", 2e-2)])
+def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compile, amp, atol):
+    """--compile (A filled up to 16 and 32 examples) and bf16 autocast, against float32 on the CPU."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    (plain, row), (fast, row2) = short_training("cpu", False, "off"), short_training(device, compile, amp)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2) == compile, "a graph of the step, one or two of the attack"
+    before = models.Classifier(models.preactresnet(1, (8, 8), 1), nn.Linear(8, 10), [0.3], [0.35])
+    assert row2["attacked"] == row["attacked"] == 54 and row2["loss"] == pytest.approx(row["loss"], rel=0.02)
+    for k, v in plain.items():
+        if "num_batches" not in k:
+            torch.testing.assert_close(fast[k], v, atol=atol, rtol=0.02, msg=lambda m: f"{k}: {m}")
+    assert set(plain) == set(before.state_dict()) == set(fast), "a checkpoint of a compiled network is like any other"
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_the_attack_under_bf16_keeps_images_and_projection_in_float32(trained, device):
+    model, data = trained
+    x, y = data.test.pixels(torch.arange(64), "cpu"), data.test.y[:64]
+    exact = attacks.pgd(model, x, y, eps=0.5, step_size=0.1)
+    with torch.autocast(device, torch.bfloat16):
+        adv = attacks.pgd(model.to(device), x.to(device), y.to(device), eps=0.5, step_size=0.1).cpu()
+    model.cpu()
+    assert adv.dtype == torch.float32 and adv.min() >= 0 and adv.max() <= 1
+    size = (adv - x).flatten(1).norm(dim=1)
+    assert size.max() <= 0.5 + 1e-6, "a bfloat16 norm would miss the ball by 1e-3"
+    assert F.cosine_similarity((adv - x).flatten(1), (exact - x).flatten(1)).mean() > 0.98
+    with torch.no_grad():
+        gain = [(F.cross_entropy(model(a), y) - F.cross_entropy(model(x), y)).item() for a in (adv, exact)]
+    assert gain[0] == pytest.approx(gain[1], rel=0.02) and gain[1] > 0.5
+
+
+def test_filling_A_up_to_16_changes_nothing(trained):
+    model, data = trained
+    x, y, args = data.train.pixels(torch.arange(64), "cpu"), data.train.y[:64], vars(sat.command_line(["--split", "none"]))
+    for n_A, flags in ((1, {}), (16, {}), (21, {"random_start": True}), (64, {"attack": "fgsm-rs"})):
+        seen, in_A = [], torch.randperm(64, generator=torch.Generator().manual_seed(n_A)) < n_A
+        watched = lambda z: seen.append(len(z)) or model(z)
+        watched.modules, watched.parameters, watched.eval = model.modules, model.parameters, model.eval
+        plain, filled = (sat.perturb(watched, x, y, in_A, SimpleNamespace(**{**args, "batch_size": 64, "compile": c, **flags}),
+                                     torch.Generator().manual_seed(0)) for c in (False, True))
+        torch.testing.assert_close(plain, filled, atol=1e-5, rtol=0)
+        assert set(seen) == {n_A, -(-n_A // 16) * 16}
+
+
 def test_only_A_is_attacked(trained):
     model, data = trained
     args = sat.command_line(["--split", "none", *QUICK])
@@ -681,12 +742,15 @@ def test_streamed_views(tmp_path):
     assert x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01) and x[0, 0, :, 0].mean().item() == pytest.approx(58.5 / 341, abs=0.01)
     first, again, other = (next(datasets.batches(data.train, 6, 0, e, "full", "cpu"))[0] for e in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (6, 3, 224, 224)
+    half = next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0]
     width = [(c[0].amax() - c[0].amin()).item() for c in (next(datasets.batches(data.train, 6, 0, 2, "crop", "cpu"))[0])]
     assert len({round(w, 3) for w in width}) == 6 and min(width) > 0.1 and max(width) < 1.01, "each example has a crop of its own"
     params = datasets.draw(1000, (3, 224, 224), "full", True, torch.Generator().manual_seed(0))
     assert 0.9 <= params["factor"].min() < 0.91 and 1.09 < params["factor"].max() <= 1.1 and "crop" not in params
-    data.train.x.workers = 2
-    assert torch.equal(next(datasets.batches(data.train, 6, 0, 0, "full", "cpu"))[0], first), "workers change nothing"
+    data.train.x.workers, data.train.x.loader = 2, None
+    for _ in range(2):  # the same workers twice, the first time left before the epoch's end
+        assert torch.equal(next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0], half), "workers change nothing"
+    assert [len(x) for x, _, _ in datasets.batches(data.train, 3, 0, 0, "full", "cpu")] == [3, 3]
 
 
 def test_corrupt_and_doubled(tmp_path, capsys):
@@ -1235,14 +1299,20 @@ def test_help_shows_units_and_defaults():
 
 def test_bench_counts_by_the_cost_model(tmp_path, capsys):
     """Runs every kind of step once, untimed: the table's shape and the model's numbers, never a duration."""
-    bench.main(["--side", "8", "--batch-size", "8", "--repeats", "1", "--fractions", "0.5", "1", "--autoattack", "2", "--grow", "3",
-                "--threads", "1", "--json", str(tmp_path / "b.json")])
+    bench.main(["--side", "8", "--batch-size", "8", "--repeats", "1", "--fractions", "0.5", "1", "--autoattack", "2", "--chunks", "2",
+                "--grow", "20", "--threads", "1", "--json", str(tmp_path / "b.json")])
     found = json.loads((tmp_path / "b.json").read_text())
     model = {r["step"]: r["model"] for r in found["steps"]}
     assert model["|A|/N = 0.5"] == pytest.approx(10 / 17) and model["|A|/N = 1"] == 1 and model["naive, all attacked"] == pytest.approx(24 / 17)
-    assert found["autoattack"]["flags_agree"] is True and "cost model" in capsys.readouterr().out
+    assert [(r["chunk"], r["flags_agree"]) for r in found["autoattack"]] == [(2, True)] and "cost model" in capsys.readouterr().out
+    assert found["growth"]["steps"] == 20 and found["growth"]["last_tenth_MiB"] > 100
     with pytest.raises(UserError, match="lacks 1"):
         bench.main(["--fractions", "0.5"])
+
+
+def test_bench_of_the_loader(capsys):
+    bench.main(["--side", "32", "--batch-size", "4", "--repeats", "1", "--fractions", "1", "--steps", "1", "--loader", "8", "--workers", "1", "--threads", "1"])
+    assert "loader, 1 workers, preactresnet8 at 224, no attack, images/s: decode " in capsys.readouterr().out
 
 
 def test_transfer_of_an_unfinished_run(pipeline, tmp_path):
