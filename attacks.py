@@ -124,7 +124,7 @@ def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
     """AutoAttack on one batch: (x_adv, clean, robust), clean and robust being bool (N,).
 
     Raises FloatingPointError for logits that are not finite (the package would count them as robust), ArithmeticError for
-    an adversarial example outside the ball or the box.
+    an adversarial example outside the ball or the box and for a robust accuracy above the clean one.
     """
     from pyautoattack import AutoAttack
     with torch.no_grad():
@@ -140,8 +140,11 @@ def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
     size = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
     if size.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
         raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] (it reached {size.max():.6f})")
-    clean = logits.argmax(1) == y
-    return x_adv, clean, clean & (predicted == y)
+    clean, right = logits.argmax(1) == y, predicted == y
+    if right.sum() > clean.sum():
+        raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the {int(clean.sum())} that were right "
+                              f"before: the network does not give the same logits twice")
+    return x_adv, clean, clean & right
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,9 +55,9 @@ def start_run(folder, args):
     """Makes the run's folder (rank 0), emptied of an earlier run's files with --force, with its args.json."""
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        if args.force:
-            for name in ("result.json", "rank.json", "last.pt", "best.pt", "robust.pt", "scores.pt", "log.jsonl"):
-                (folder / name).unlink(missing_ok=True)
+        for name in ("result.json", "rank.json", "last.pt", "best.pt", "robust.pt", "scores.pt", "log.jsonl"):
+            for path in [*folder.glob(f"{name}.*.part"), *[folder / name] * args.force]:  # of a killed process, or of an earlier run
+                path.unlink(missing_ok=True)
         write_json(folder / "args.json", identity(args))
     barrier()
 
@@ -73,8 +74,9 @@ def atomic(path, write):
     except BaseException as e:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+        if isinstance(e, (OSError, RuntimeError)):  # torch.save turns the first into the second
+            why = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or " ".join(str(e).split())[:100]
+            raise UserError(f"cannot write {path}: {why} (finished work is kept: mend it and start again)") from None
         raise
 
 
@@ -191,15 +193,33 @@ def progress(steps, **how):
     return tqdm(steps, disable=rank() != 0 or not sys.stderr.isatty(), leave=False, dynamic_ncols=True, **how)
 
 
+class Stopped(KeyboardInterrupt):
+    """Raised by SIGTERM and Ctrl-C: the signal's number is its argument."""
+
+
+def stop(number, frame):
+    """A signal handler."""
+    raise Stopped(number)
+
+
 def script(main):
-    """Runs a script's main(): a user's mistake becomes one line on stderr and exit code 2."""
+    """Runs a script's main(): a user's mistake becomes one line on stderr and exit code 2, a signal one line and 128 + its number."""
+    who = f"[rank {rank()}] " if rank() else ""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         main()
     except (UserError, OSError) as e:
         if rank():
             time.sleep(5)  # a mistake that all processes find is told by rank 0; torchrun then ends the others
-        print(f"error: {f'[rank {rank()}] ' if rank() else ''}{e}", file=sys.stderr)
+        print(f"error: {who}{e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: started again without --force, a run goes on from its last whole epoch", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as e:
+        if rank() == 0:
+            print("stopped: the same command, without --force, goes on from the last whole epoch or AutoAttack chunk", file=sys.stderr)
+        sys.exit(128 + e.args[0])
+    except RuntimeError as e:
+        if world() == 1 or not any(word in str(e) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
+            raise
+        print(f"error: {who}another process of this run is gone; the same command goes on from the last whole epoch", file=sys.stderr)
+        sys.exit(1)

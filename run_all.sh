@@ -31,17 +31,19 @@ stage() {  # stage FOLDER DONE COST SCRIPT ARG...: makes FOLDER/DONE unless it i
     claimed "$done_file" "$(claim_of "$folder")" "${command[@]}"
 }
 claimed() {  # claimed DONE_FILE CLAIM COMMAND...: runs the command if DONE_FILE is missing and the claim can be had
-    local done_file=$1 claim=$2 heart rc=0; shift 2
+    local done_file=$1 claim=$2 log heart rc=0; shift 2
+    log=$RESULTS/logs/${claim##*/}.log
     if [ -e "$done_file" ] || ! take "$claim"; then return 0; fi
     if [ ! -e "$done_file" ]; then
         printf '\n> %s\n' "$*"
         (while sleep 20; do touch -c "$claim" || exit; done) >/dev/null 2>&1 & heart=$!  # or its sleep would hold a pipe open
         trap 'kill $heart 2>/dev/null; rmdir "$claim" 2>/dev/null' EXIT
-        "$@" || rc=$?
+        mkdir -p "$RESULTS/logs"
+        "$@" 2>&1 | tee -ia "$log" || rc=${PIPESTATUS[0]}
         trap - EXIT
         kill $heart
         wait $heart 2>/dev/null || true
-        [ $rc = 0 ] || failed+=("$*")
+        [ $rc = 0 ] || failed+=("$*    (its output: $log)")
     fi
     rmdir "$claim"
     if [ $rc -ge 128 ]; then echo "stopped; started again, it goes on from here" >&2; exit $rc; fi  # Ctrl-C is for the whole list

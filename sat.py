@@ -161,11 +161,11 @@ def train(model, split, A, w_A, args, device, state=None):
             loss, logits = sat_step(attacked_net, net, optimizer, x, y, in_A, w, args, amp, generator)
             attacked += in_A.sum()
             sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
-            bad = torch.where((bad == steps) & ~loss.isfinite(), step, bad)
+            bad = torch.where((bad == steps) & ~(loss.isfinite() & logits.isfinite().all()), step, bad)
         attacked, (loss, hits) = int(all_sum(attacked.to(device))), all_sum(sums).tolist()
         if (first := int(all_sum(bad, "MIN"))) < steps:
-            raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {first + 1}: stopped; the last good checkpoint "
-                            f"is kept. Lower --lr (now {args.lr}) or a --weight-factor")
+            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: stopped; the last good "
+                            f"checkpoint is kept. Lower --lr (now {args.lr}) or a --weight-factor")
         if world() > 1:
             for buffer in model.buffers():  # without SyncBatchNorm each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)

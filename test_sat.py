@@ -464,7 +464,8 @@ TWO = """
 import sys, torch, common, data, sat
 from torch import nn
 torch.set_num_threads(1)
-args = sat.command_line(["--split", "none", "--epochs", "2", "--lr-decays", "1", "--batch-size", "63", "--steps", "2", *sys.argv[2:]])
+out, w_A, start, epochs, *flags = sys.argv[1:]
+args = sat.command_line(["--split", "none", "--epochs", epochs, "--lr-decays", "1", "--batch-size", "63", "--steps", "2", *flags])
 device = common.set_up(args)
 digits = data.get("digits", "data")
 digits.train = data.Split(digits.train.x[:300], digits.train.y[:300])
@@ -472,26 +473,81 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))  # no batch norm
 model.frozen = False
 A = torch.arange(300) % 29 == 0  # so few that batches of a process often hold none
-rows = [state["row"] for state in sat.train(model, digits.train, A, 5.0, args, device)]
+state = common.load(start) if start != "-" else None
+for state in sat.train(model, digits.train, A, float(w_A), args, device, state):
+    pass
 if common.rank() == 0:
-    keep = ("loss", "train_accuracy", "attacked", "forward_equivalents")
-    torch.save({"model": model.state_dict(), "rows": [{k: r[k] for k in keep} for r in rows]}, sys.argv[1])
+    torch.save(state, out)
 """
 
 
-@pytest.mark.parametrize("flags_", [[], ["--random-start"]])
-def test_two_processes_equal_one(tmp_path, flags_):
+def processes(n, *command):
+    """Runs a Python script with n processes under torchrun, or alone."""
+    launch = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--"]
+    return subprocess.run([sys.executable, *launch, *map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("w_A,flags_", [(5.0, []), (1.0, ["--random-start"])])
+def test_two_processes_equal_one(tmp_path, w_A, flags_):
+    """The same weights (so the same gradients), loss and counts from 1 process, from 2, and from 2 that become 1 after an epoch."""
     (tmp_path / "two.py").write_text(TWO)
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    for n in (1, 2):
-        command = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run([*command, str(tmp_path / "two.py"), str(tmp_path / f"{n}.pt"), *flags_], capture_output=True, text=True, env=env)
+    for name, n, start, epochs in (("one", 1, "-", 2), ("two", 2, "-", 2), ("half", 2, "-", 1), ("rest", 1, tmp_path / "half", 2)):
+        done = processes(n, tmp_path / "two.py", tmp_path / name, w_A, start, epochs, *flags_)
         assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    for k, v in one["model"].items():
-        torch.testing.assert_close(two["model"][k], v, atol=1e-5, rtol=1e-4)
-    for a, b in zip(one["rows"], two["rows"]):
-        assert b == pytest.approx(a, rel=1e-4) and a["attacked"] > 0
+    one, *others = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two", "rest"))
+    for other in others:
+        for k, v in one["model"].items():
+            torch.testing.assert_close(other["model"][k], v, atol=1e-5, rtol=1e-4)
+        for k in ("loss", "train_accuracy", "attacked", "forward_equivalents"):
+            assert other["row"][k] == pytest.approx(one["row"][k], rel=1e-4)
+    assert one["row"]["attacked"] > 0
+
+
+STAGES = """
+import sys, common, evaluate, sat
+results, other = sys.argv[1:]
+def main():
+    sat.main(["--dataset", "digits0-4", "--epochs", "2", "--lr-decays", "--eval-attacks", "apgd-ce", "--eval-n", "24", "--select-attacks", "apgd-ce",
+              "--select-n", "8", "--split", "esat", "--frac", "0.3", "--run", "n", "--results", results])
+    evaluate.main([other, "--eval-batch", "7"])
+common.script(main)
+"""
+
+
+def test_stages_with_two_processes(pipeline, tmp_path):
+    """Given the same scores.pt: the same A, n and keys from sat.py; the same flags of one checkpoint from evaluate.py."""
+    import shutil
+    (tmp_path / "stages.py").write_text(STAGES)
+    for n in (1, 2):
+        scores = tmp_path / f"{n}" / "digits0-4" / "rank-preactresnet8-seed0"
+        shutil.copytree(pipeline / "digits0-4" / "rank-preactresnet8-seed0", scores)
+        shutil.copytree(pipeline / "digits0-4" / "b", tmp_path / f"b{n}", ignore=shutil.ignore_patterns("eval*"))
+        done = processes(n, tmp_path / "stages.py", tmp_path / f"{n}", tmp_path / f"b{n}" / "best.pt")
+        assert done.returncode == 0 and done.stdout.count("SAT on digits0-4") == 1, done.stderr + done.stdout
+    one, two = (common.read_json(tmp_path / f"{n}" / "digits0-4" / "n" / "result.json") for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2) and one["A"] == two["A"] == round(0.3 * 649)
+    masks = [common.load(tmp_path / f"{n}" / "digits0-4" / "n" / "last.pt")["A"] for n in (1, 2)]
+    assert masks[0] == masks[1], "the hash of A"
+    shape = lambda v: {k: shape(w) for k, w in v.items()} if isinstance(v, dict) else None
+    assert shape(one) == shape(two) and {k: v["clean"]["n"] for k, v in one["accuracy"].items() if k != "classes"} == {"all": 24}
+    assert one["cost"]["attacked"] == two["cost"]["attacked"] > 0 and one["ranking"] == two["ranking"]
+    evals = [common.read_json(*(tmp_path / f"b{n}").glob("eval-*.json")) for n in (1, 2)]
+    assert evals[0] == evals[1], "AutoAttack in chunks of 7, dealt to two"
+
+
+def test_a_process_that_dies_ends_the_job(undisturbed, tmp_path):
+    """Rank 1 is killed in the second epoch: the job ends with a message, and one process takes the run to its end."""
+    stage, argv, _ = CHAIN[0]
+    command = [f"{tmp_path}/marker", "epoch", str(undisturbed[1]["rank"]["epoch"] // 2), stage, *argv, "--results", str(tmp_path)]
+    (tmp_path / "killer.py").write_text(KILLER.replace("if where == phase", "if common.rank() == 1 and where == phase"))
+    done = processes(2, tmp_path / "killer.py", *command)
+    assert done.returncode != 0 and "exitcode  : -9" in done.stderr and "Traceback (most recent call last):\n  File \"%s" % tmp_path not in done.stderr
+    folder = tmp_path / "digits0-4" / "rank-preactresnet8-seed0"
+    assert common.load(folder / "last.pt")["epoch"] == 1 and not (folder / "scores.pt").exists()
+    done, _ = run_stage(tmp_path, stage, argv)
+    assert done.returncode == 0 and "going on after epoch 1" in done.stdout
+    assert set(contents(tmp_path)) == {p for p in undisturbed[0] if "/rank-" in p}
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -1152,6 +1208,127 @@ def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
         assert all(torch.equal(a[k], b[k]) for k in a)
     drop = lambda r: {k: v for k, v in r.items() if k not in ("cost", "args")}
     assert drop(common.read_json(whole / "result.json")) == drop(common.read_json(parts / "result.json"))
+
+
+KILLER = """
+import importlib, os, signal, sys, torch
+marker, phase, moment, stage, *argv = sys.argv[1:]
+import attacks, common, data
+seen = {"epoch": 0, "chunk": 0, "save": 0}
+real_batches, real_chunk, real_fsync = data.batches, attacks.attack_chunk, os.fsync
+
+def at(where):
+    seen[where] += 1
+    if where == phase and seen[where] == int(moment):
+        with open(marker, "w") as f:
+            f.write(f"{where} {seen[where]}")
+        os.kill(os.getpid(), getattr(signal, os.environ.get("WITH", "SIGKILL")))
+
+def batches(*a):
+    for batch in real_batches(*a):
+        yield batch
+        at("epoch")  # the step is done, the epoch is not saved
+
+def attack_chunk(model, *a, **k):
+    watch = model.register_forward_pre_hook(lambda *_: at("chunk"))
+    try:
+        return real_chunk(model, *a, **k)
+    finally:
+        watch.remove()
+
+def fsync(file):
+    at("save")  # written beside its place, and not yet in it
+    real_fsync(file)
+
+data.batches, attacks.attack_chunk, os.fsync = batches, attack_chunk, fsync
+common.script(lambda: importlib.import_module(stage).main(argv))
+print("SEEN", seen["epoch"], seen["chunk"], seen["save"])
+"""
+SHORT = ["--dataset", "digits0-4", "--epochs", "3", "--lr-decays", "1", "--steps", "2", "--eval-attacks", "apgd-ce", "--eval-n", "30",
+         "--eval-batch", "10", "--select-attacks", "apgd-ce", "--select-n", "10"]
+CHAIN = [  # stage, its arguments, what it can be killed in
+    ("rank", [*SHORT[:6], "--batch-size", "64"], ("epoch", "save")),
+    ("sat", [*SHORT, "--split", "esat", "--frac", "0.3", "--random-start", "--run", "a"], ("epoch", "chunk", "save")),
+    ("evaluate", ["{results}/digits0-4/a/best.pt", "--eps", "0.3"], ("chunk", "save")),
+    ("transfer", ["{results}/digits0-4/a/best.pt", "--config", str(HERE / "configs/transfer/digits5-9.yaml"), *SHORT[2:6], *SHORT[8:], "--run", "t"],
+     ("epoch", "chunk", "save"))]
+
+
+def run_stage(folder, stage, argv, phase="none", moment=0, **env):
+    """A stage under KILLER; its process and what its marker says."""
+    argv = [word.replace("{results}", str(folder)) for word in argv] + ([] if stage == "evaluate" else ["--results", str(folder)])
+    (folder / "marker").unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, "-c", KILLER, str(folder / "marker"), phase, str(moment), stage, *argv], capture_output=True, text=True,
+                          cwd=folder, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **env})
+    return done, (folder / "marker").read_text() if (folder / "marker").exists() else ""
+
+
+def contents(folder):
+    """Everything a chain of stages wrote, times aside: {path: content}."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if k != "seconds"}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+    read = {".json": common.read_json, ".pt": lambda p: torch.load(p, weights_only=True), ".jsonl": lambda p: [json.loads(r) for r in open(p)]}
+    return {p.relative_to(folder).as_posix(): plain(read[p.suffix](p)) for p in folder.rglob("*") if p.suffix in read}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """What CHAIN writes when nothing happens, and how many moments each phase of each stage has."""
+    folder, moments = tmp_path_factory.mktemp("whole"), {}
+    for stage, argv, _ in CHAIN:
+        done, _ = run_stage(folder, stage, argv)
+        assert done.returncode == 0, done.stderr
+        moments[stage] = dict(zip(("epoch", "chunk", "save"), map(int, done.stdout.rsplit("SEEN", 1)[1].split())))
+    return contents(folder), moments
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 2))))  # KILLS=20 python -m pytest -k killed
+def test_killed_at_any_moment_ends_with_the_same_result(undisturbed, tmp_path, seed):
+    """SIGKILL once in each stage, at a random moment of a phase that changes with the seed (two seeds hit every phase), then
+    the same command again: all that was written is bit-identical to the undisturbed chain's."""
+    import random
+    chance, (expected, moments) = random.Random(seed), undisturbed
+    for i, (stage, argv, phases) in enumerate(CHAIN):
+        phase = phases[(seed + i) % len(phases)]
+        moment = chance.randint(1, moments[stage][phase])
+        done, marker = run_stage(tmp_path, stage, argv, phase, moment)
+        print(f"{stage} killed in {phase} {moment} of {moments[stage][phase]}")
+        assert done.returncode == -9 and marker == f"{phase} {moment}", (stage, phase, moment, done.stderr)
+        assert list(tmp_path.rglob("*.part")) or phase != "save", "killed with the file beside its place"
+        done, _ = run_stage(tmp_path, stage, argv)
+        assert done.returncode == 0, done.stderr
+    found = contents(tmp_path)
+    assert set(found) == set(expected)
+    for path in expected:
+        assert found[path] == expected[path], path
+
+
+@pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_sigterm_and_ctrl_c(undisturbed, tmp_path, name, code):
+    stage, argv, _ = CHAIN[0]
+    done, marker = run_stage(tmp_path, stage, argv, "epoch", undisturbed[1]["rank"]["epoch"] // 2, WITH=name)
+    assert done.returncode == code and marker and done.stderr.splitlines()[-1].startswith("stopped: the same command, without --force, goes on")
+    assert "Traceback" not in done.stderr and len(common.load(tmp_path / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt")["log"]) == 1
+    done, _ = run_stage(tmp_path, stage, argv)
+    assert "going on after epoch 1" in done.stdout
+    assert all(undisturbed[0][path] == value for path, value in contents(tmp_path).items())
+
+
+def test_full_disk(undisturbed, tmp_path):
+    """A file-size limit stands for a full disk: one line, no half-written file, and the run goes on when there is room."""
+    stage, argv, _ = CHAIN[0]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+    folder = tmp_path / "r"
+    command = [sys.executable, "-c", limit + f"import common, {stage}; common.script({stage}.main)", *argv, "--results", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "last.pt: File too large (finished work is kept" in done.stderr, done.stderr
+    assert {p.name for p in folder.rglob("*") if p.is_file()} == {"args.json", "log.jsonl"}
+    assert run_stage(folder, stage, argv)[0].returncode == 0
+    (tmp_path / "file").write_text("")
+    done = script("rank.py", *argv, "--results", tmp_path / "file" / "r")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 # --- bad input: one line that says what is valid, nothing written ------------------------------------------------------
