@@ -240,7 +240,7 @@ def ordered(split, index, batch_size, device):
 def main(argv=None):
     """Reads every image of a data set, names each that cannot be read, prints the counts."""
     parser = flags.Parser(prog="data.py", usage="python data.py NAME [--data-dir DIR]", description=__doc__, formatter_class=flags.Help)
-    parser.add_argument("name", help="the data set")
+    parser.add_argument("name", type=flags.plain_name, help="the data set")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     args = parser.parse_args(argv)
     data, bad = get(args.name, args.data_dir), []

@@ -47,7 +47,7 @@ def number(kind, low, high=float("inf"), open_low=False):
             value = None
         if value is None or not (low < value <= high if open_low else low <= value <= high) or value == float("inf"):
             what = "a whole number" if kind is int else "a finite number"
-            bound = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < 1e9 else "")
+            bound = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < float("inf") else "")
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
         return value
     return convert

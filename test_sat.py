@@ -991,7 +991,7 @@ def test_run_all_with_torchrun_and_a_wrong_section():
 def test_run_all_claims(tmp_path):
     """A finished run is skipped, one that another copy has claimed too; a failure is listed and does not stop the rest."""
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\ncase \"$*\" in *csat-2-*) exit 2;; esac\n")
+    python.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\ncase \"$*\" in *csat-2-*) echo no such luck >&2; exit 2;; esac\n")
     python.chmod(0o755)
     results = tmp_path / "results"
     (results / "digits" / "quick-csat-0-seed0").mkdir(parents=True)
@@ -1003,10 +1003,46 @@ def test_run_all_claims(tmp_path):
     done, calls = go(), lambda: (tmp_path / "calls").read_text()
     assert "csat-0-seed0" not in calls() and "csat-1-seed0" not in calls() and "csat-9-seed0" in calls() and "report.py" in calls()
     assert done.returncode == 1 and "1 failed:" in done.stderr and "csat-2-seed0" in done.stderr
+    log = done.stderr.split("(its output: ")[1].split(")")[0]
+    assert "no such luck" in Path(log).read_text() and "no such luck" in done.stdout
     assert [p.name for p in (results / "claims").iterdir()] == [claim.name], "its own claims are given back"
     os.utime(claim, (1, 1))  # a copy that died long ago
     go()
     assert "csat-1-seed0" in calls()
+
+
+def test_two_run_alls_at_once(tmp_path):
+    """Every run of a section exactly once, whichever of two copies makes it; a transfer after its source."""
+    python, results = tmp_path / "python", tmp_path / "results"
+    python.write_text(f"""#!{sys.executable}
+import sys, time
+from pathlib import Path
+words = sys.argv[1:]
+with open("{tmp_path}/calls", "a") as f:
+    f.write(" ".join(words) + chr(10))
+if "--run" in words:
+    config = words[words.index("--config") + 1]
+    data = words[words.index("--dataset") + 1] if "--dataset" in words else Path(config).stem
+    if "transfer.py" in words[0]:
+        assert Path(words[1]).with_name("result.json").exists()
+    folder = Path("{results}") / data / words[words.index("--run") + 1]
+    folder.mkdir(parents=True)  # a second one would fail
+    time.sleep(0.02)
+    (folder / "result.json").write_text("")
+elif "rank.py" in words[0]:
+    folder = Path("{results}") / (words[words.index("--dataset") + 1] if "--dataset" in words else "digits") / "rank-preactresnet8-seed0"
+    folder.mkdir(parents=True)
+    (folder / "rank.json").write_text("")
+""")
+    python.chmod(0o755)
+    copies = [subprocess.Popen([str(HERE / "run_all.sh"), "digits"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHON": str(python), "RESULTS": str(results)}) for _ in range(2)]
+    for copy in copies:
+        _, errors = copy.communicate(timeout=300)
+        assert copy.returncode == 0, errors
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "report.py" not in line]
+    commands, _ = dry_run("digits")
+    assert len(calls) == len(set(calls)) == len(commands) - 1 and not list((results / "claims").iterdir())
 
 
 def test_wilson_interval():
@@ -1355,18 +1391,73 @@ BAD = {
     "no config": (["--config", "none.yaml", "--split", "full"], "cannot read the config none.yaml"),
     "abbreviated flag": (["--split", "full", "--conf", "configs/cifar10.yaml"], "unrecognized arguments: --conf"),
     "cuda without a GPU": (["--split", "full", "--device", "cuda"], "sees no GPU"),
+    "negative eps": (["--eps", "-1"], "'-1' is not a finite number of at least 0"),
+    "eps is no number": (["--eps", "nan"], "'nan' is not a finite number"),
+    "eps is empty": (["--eps", ""], "'' is not a finite number"),
+    "infinite lr": (["--lr", "inf"], "'inf' is not a finite number"),
+    "frac is no number": (["--frac", "nan"], "'nan' is not a finite number above 0 and at most 1"),
+    "seed of 32 bits": (["--seed", "2147483648"], "at most 2147483647"),
+    "decay before the start": (["--lr-decays", "-1"], "'-1' is not a whole number of at least 0"),
+    "another norm": (["--norm", "l1"], "invalid choice: 'l1' (choose from l2, linf)|invalid choice: 'l1' (choose from 'l2', 'linf')"),
+    "another attack in training": (["--attack", "cw"], "invalid choice: 'cw'"),
+    "another AutoAttack": (["--eval-attacks", "apgd"], "invalid choice: 'apgd'"),
+    "another metric": (["--metric", "loss"], "invalid choice: 'loss'"),
+    "another order": (["--order", "hard"], "invalid choice: 'hard'"),
+    "another network": (["--arch", "vgg"], "invalid choice: 'vgg'"),
+    "another precision": (["--amp", "fp16"], "invalid choice: 'fp16'"),
+    "another augmentation": (["--augment", "mixup"], "invalid choice: 'mixup'"),
+    "weight factor 0": (["--weight-factor", "0"], "'0' is not a finite number above 0"),
+    "no class named": (["--split", "csat", "--classes"], "expected at least one argument"),
+    "classes and size": (["--split", "csat", "--classes", "3", "--size", "1"], "given: size, classes"),
+    "run name empty": (["--split", "full", "--run", ""], "not a plain name"),
+    "run name climbs": (["--split", "full", "--run", ".."], "not a plain name"),
+    "run name with a line": (["--split", "full", "--run", "a\nb"], "not a plain name"),
+    "dataset empty": (["--dataset", ""], "not a plain name"),
+    "small side": (["--side", "8"], "'8' is not a whole number of at least 32"),
+    "half a batch": (["--batch-size", "0.5"], "'0.5' is not a whole number"),
+    "no steps": (["--steps", "0"], "'0' is not a whole number of at least 1"),
+    "negative threads": (["--threads", "-2"], "'-2' is not a whole number of at least 0"),
+    "a word too many": (["results/a/best.pt"], "unrecognized arguments: results/a/best.pt"),
+    "config is a folder": (["--config", "."], "cannot read the config ."),
+    "config without a name": (["--config"], "expected one argument"),
+    "compile without a compiler": (["--split", "full", "--compile"], "--compile needs a C++ compiler"),
+}
+OTHERS = {  # main, arguments, message
+    "rank takes no split": (rank.main, ["--split", "esat"], "unrecognized arguments: --split esat"),
+    "rank by nothing": (rank.main, ["--metrics"], "expected at least one argument"),
+    "rank by loss": (rank.main, ["--metrics", "loss"], "invalid choice: 'loss'"),
+    "transfer of nothing": (transfer.main, [], "the following arguments are required: checkpoint"),
+    "transfer attacks nothing": (transfer.main, ["x.pt", "--attack", "pgd"], "unrecognized arguments: --attack pgd"),
+    "evaluate nothing": (evaluate.main, [], "the following arguments are required: checkpoint"),
+    "evaluate a folder": (evaluate.main, ["."], ". is truncated or not a file of this project"),
+    "report of nothing": (report.main, ["--results", "nowhere"], "nowhere"),
+    "data is a path": (datasets.main, ["../x"], "not a plain name"),
+    "data unknown": (datasets.main, ["mnist"], "no data set 'mnist'"),
+    "bench without 1": (bench.main, ["--fractions", "0.5"], "lacks 1"),
+    "bench of 2": (bench.main, ["--fractions", "2"], "'2' is not a finite number of at least 0 and at most 1"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", [*BAD, *OTHERS])
 def test_bad_flags(case, tmp_path, monkeypatch):
+    import shutil
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    argv, message = BAD[case]
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    main, argv, messages = OTHERS[case] if case in OTHERS else (sat.main, *BAD[case])
     with pytest.raises(UserError) as e:
-        sat.main(argv)
-    assert message in str(e.value) and "\n" not in str(e.value)
-    assert not list(tmp_path.iterdir()), "nothing is written"
+        main(argv)
+    assert any(message in str(e.value) for message in messages.split("|")), str(e.value)
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir()), "one line, and nothing is written"
+
+
+def test_every_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    """What script() makes of a UserError, for one of each script; the inputs above and below are more than 60."""
+    for name, *argv in (("sat.py", "--lr", "fast"), ("rank.py", "--lr", "fast"), ("transfer.py",), ("evaluate.py", "none.pt"), ("report.py", "--results", "no"),
+                        ("data.py", "mnist"), ("bench.py", "--fractions", "2")):
+        done = script(name, *argv, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    assert len(BAD) + len(OTHERS) >= 60 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text,message", [
@@ -1386,6 +1477,16 @@ def test_bad_config(text, message, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
 
 
+class Malicious:
+    """Unpickled, it would run a command."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.root}/pwned",)
+
+
 def bad_files(root):
     """name -> (main, argv, message) over files in `root`."""
     write_images(root / "a" / "no_test", classes=("x",)), write_images(root / "a" / "uneven"), write_images(root / "a" / "torn")
@@ -1398,6 +1499,8 @@ def bad_files(root):
     torch.save(["no", "dict"], root / "list.pt")
     with open(root / "pickle.pt", "wb") as f:
         pickle.dump(SimpleNamespace(), f)
+    torch.save({"model": Malicious(root), "arch": "preactresnet8"}, root / "malicious.pt")
+    torch.save({"train": Malicious(root), "test": {}, "classes": []}, root / "a" / "malicious.pt")
     data = ["--data-dir", str(root / "a"), "--split", "full", "--augment", "none", "--batch-size", "2"]
     yield "folder without test", sat.main, [*data, "--dataset", "no_test"], "lacks test/ or val/"
     yield "uneven classes", sat.main, [*data, "--dataset", "uneven"], "lacks 1 class folders: dog"
@@ -1407,11 +1510,17 @@ def bad_files(root):
     torch.save({"train": {"x": x[:, :, :6], "y": y}, "test": {"x": x[:, :, :6], "y": y}, "classes": ["a", "b"]}, root / "a" / "oblong.pt")
     torch.save({"train": {"x": x, "y": y}, "test": {"x": x, "y": y}, "classes": ["a", "b", "c"]}, root / "a" / "empty.pt")
     torch.save({"train": {"x": x, "y": y}, "test": {"x": x[:1], "y": y[:1]}, "classes": ["a", "b"]}, root / "a" / "one.pt")
+    scores = root / "results" / "digits" / "rank-preactresnet8-seed0" / "scores.pt"
+    scores.parent.mkdir(parents=True)
+    torch.save({"entropy": torch.zeros(3)}, scores)
+    yield "scores of something", sat.main, ["--split", "esat", "--frac", "0.5"], "scores.pt is not a file of this kind: it lacks fingerprint"
     yield "not square", sat.main, [*data, "--dataset", "oblong"], "images of 6 x 8 pixels: small images must be square"
     yield "a class without images", sat.main, [*data, "--dataset", "empty"], "1 of its 3 classes have no training image"
     yield "one test image", sat.main, [*data, "--dataset", "one", "--arch", "preactresnet8"], "the test set has 1 image"
     yield "float data", sat.main, [*data, "--dataset", "floats"], "train must hold x, uint8"
-    for name, message in (("foreign", "lacks model"), ("list", "lacks model"), ("pickle", "truncated or not a file"), ("none", "no file")):
+    yield "malicious data", sat.main, [*data, "--dataset", "malicious"], "malicious.pt is truncated or not a file of this project"
+    for name, message in (("foreign", "lacks model"), ("list", "lacks model"), ("pickle", "truncated or not a file"), ("none", "no file"),
+                          ("malicious", "malicious.pt is truncated or not a file of this project (UnpicklingError)")):
         yield f"evaluate {name}", evaluate.main, [str(root / f"{name}.pt")], message
         yield f"transfer {name}", transfer.main, [str(root / f"{name}.pt")], message
 
