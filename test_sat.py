@@ -226,6 +226,19 @@ def test_autoattack_refuses_logits_that_are_not_finite():
         attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])
 
 
+@pytest.mark.parametrize("lie,message", [
+    (lambda x, y: (x, y), r"leaves 6 of 6 right, more than the \d that were right"),
+    (lambda x, y: ((x + 0.2).clamp(0, 1), y), "left the l2 ball of 0.1"), (lambda x, y: (x - 1e-3, y), r"or the box \[0, 1\]")])
+def test_autoattack_is_not_believed_blindly(lie, message, monkeypatch):
+    import pyautoattack
+    model, (x, y) = net(), images()
+    with torch.no_grad():
+        y = torch.where(torch.arange(6) == 0, (model.eval()(x).argmax(1) + 1) % 10, y)  # one is wrong before
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", lambda self, x, y, batch_size: lie(x, y))
+    with pytest.raises(ArithmeticError, match=message):
+        attacks.autoattack(model, x, y, eps=0.1)
+
+
 def test_autoattacks_warnings_are_shown_once():
     class Softmax(nn.Module):
         def __init__(self):
@@ -561,6 +574,16 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, m
         sat.main(argv)
     kept = common.load(tmp_path / "digits" / "r" / "last.pt")
     assert kept["epoch"] == 1 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_logits_that_are_not_finite_stop_although_the_loss_is_finite():
+    data, args = datasets.get("digits", "data"), sat.command_line(["--split", "none", *QUICK, "--batch-size", "64"])
+    split, model = datasets.Split(data.train.x[data.train.y > 0], data.train.y[data.train.y > 0]), net()
+    with torch.no_grad():
+        model.head.bias[0] = -math.inf  # of a class that never occurs: each example's loss is finite
+        assert F.cross_entropy(model(split.pixels(torch.arange(64), "cpu")), split.y[:64]).isfinite()
+    with pytest.raises(UserError, match="the logits are not finite in epoch 1, step 1"):
+        list(sat.train(model, split, torch.zeros(len(split), dtype=torch.bool), 1.0, args, torch.device("cpu")))
 
 
 # --- ranking -----------------------------------------------------------------------------------------------------------
