@@ -6,7 +6,6 @@ a naive baseline (attack everything, weight gradients computed in the attack) an
 """
 import argparse
 import copy
-import os
 import resource
 import statistics
 import tempfile
@@ -218,7 +217,8 @@ def growth(bench, steps, device):
         if (s + 1) % tenth == 0:
             peaks.append(memory(device))
     found = {"steps": steps, "second_tenth_MiB": peaks[min(1, len(peaks) - 1)], "last_tenth_MiB": peaks[-1]}
-    say("peak memory of a run of {steps} steps, |A|/N = 0.5: {second_tenth_MiB:.1f} MiB in its second tenth, {last_tenth_MiB:.1f} MiB in its last".format(**found))
+    found["text"] = ("Peak memory of a run of {steps:,} steps with |A|/N = 0.5: {second_tenth_MiB:.1f} MiB in its second tenth, "
+                     "{last_tenth_MiB:.1f} MiB in its last.".format(**found))
     return found
 
 
@@ -249,8 +249,8 @@ def loader_rates(bench, args, device):
                 "train": lambda: train([one] * len(order)), "all together": lambda: train(read(2))}
         found, _ = medians(runs, args.repeats, device)
     rates = {name: len(order) * size / seconds for name, (seconds, _) in found.items()}
-    say(f"loader, {split.x.workers} workers, {args.arch} at 224, no attack, images/s: " + ", ".join(f"{k} {v:.1f}" for k, v in rates.items()))
-    return rates
+    said = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items())
+    return {**rates, "text": f"Images/s of JPEGs of 500x375 at 224, {split.x.workers} loader workers, no attack, batch {size}: {said}."}
 
 
 def autoattack_rates(bench, n, size, device):
@@ -277,8 +277,8 @@ def autoattack_rates(bench, n, size, device):
     bench.model.requires_grad_(True)
     found = {"n": n, "chunk": size, **{f"{k}_examples_per_s": n / s for k, s in seconds.items()}, "robust": int(robust["ours"].sum()),
              "flags_agree": torch.equal(robust["ours"], robust["package"])}
-    say("AutoAttack, {n} examples in chunks of {chunk}, {robust} robust: ours {ours_examples_per_s:.2f}/s, the package "
-        "{package_examples_per_s:.2f}/s, equal flags: {flags_agree}".format(**found))
+    found["text"] = ("Standard AutoAttack on {n} examples of random pixels in chunks of {chunk} ({robust} robust), examples/s: ours {ours_examples_per_s:.2f}, "
+                     "the package alone {package_examples_per_s:.2f}; equal flags: {flags_agree}.".format(**found))
     return found
 
 
@@ -287,9 +287,10 @@ def main(argv=None):
     args = command_line(argv)
     device = common.set_up(args)
     bench = Bench(args, device)
-    say(f"one training step, {args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, augmentation included, "
-        f"{bench.dtype}, {common.device_name(device)}, {os.cpu_count()} cores; medians of {args.repeats}")
-    result = {"args": {k: str(v) for k, v in vars(args).items()}, "device": common.device_name(device), "steps": steps_table(bench, args, device)}
+    setting = (f"{args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, augmentation included, {bench.dtype}, "
+               f"{common.device_name(device)}, medians of {args.repeats}")
+    say(f"one training step: {setting}")
+    result = {"setting": setting, "torch": torch.__version__, "steps": steps_table(bench, args, device)}
     show_steps(result["steps"])
     if args.grow:
         result["growth"] = growth(bench, args.grow, device)
@@ -297,6 +298,9 @@ def main(argv=None):
         result["loader"] = loader_rates(bench, args, device)
     if args.autoattack:
         result["autoattack"] = [autoattack_rates(bench, args.autoattack, size, device) for size in args.chunks]
+    result["said"] = [part["text"] for key in ("growth", "loader") if (part := result.get(key))] + [part["text"] for part in result.get("autoattack", [])]
+    for text in result["said"]:
+        say(text)
     if args.json:
         common.write_json(args.json, result)
 

@@ -20,7 +20,7 @@ def canvas(rows, columns, width=4.6, height=2.7, **how):
 
 def write(fig, path, title):
     """Writes a figure as PNG."""
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(textwrap.fill(title, 26 * round(fig.get_figwidth() / 2)), fontsize=10)
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
@@ -119,4 +119,18 @@ def cost(path, title, groups, mean):
         axis.set_title(short(data, how), fontsize=6.5)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
+    write(fig, path, title)
+
+
+def perturbations(path, title, rows, magnify):
+    """A row for an example of A and one of B: clean image, perturbation times `magnify` around grey, adversarial image."""
+    fig, axes = canvas(len(rows), 3, width=2.3, height=2.6)
+    for line, (part, r) in zip(axes, rows.items()):
+        shown = (("clean", r["x"], r["before"]), (f"perturbation × {magnify:g}", (0.5 + magnify * r["delta"]).clamp(0, 1), None), ("adversarial", r["adv"], r["after"]))
+        for axis, (name, image, said) in zip(line, shown):
+            axis.imshow(image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set_title(name, fontsize=8)
+            axis.set_xlabel(f"{said[0]}, {100 * said[1]:.0f} %" if said else f"L2 norm {float(r['delta'].norm()):.2f}", fontsize=8)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(f"{part}: {r['class']}", fontsize=9)
     write(fig, path, title)

@@ -17,11 +17,17 @@ def published():
     return json.loads((HERE / "configs" / "paper.json").read_text())
 
 
+def base(data):
+    """The paper's data set of which ours is a smaller part: cifar10 for cifar10-small, on either side of an arrow."""
+    return data.replace("-small", "")
+
+
 def caution(data, setting):
     """A sentence for runs of a data set of the paper at other settings than the paper's, else nothing.
 
     setting: (N, network, epochs, eps, number of AutoAttack's attacks, n) of our runs; data: a data set, or source->target.
     """
+    data = base(data)
     source, target = data.split("->")[0], data.split("->")[-1]
     if source not in SETTINGS or setting == (*SETTINGS[source], FINAL.get(target)):
         return ""
@@ -36,7 +42,7 @@ def value(figure, data, line, share, kind):
     data: a data set, or source->target. line: what the line is called in our figure; "AT" and "no AT" are the baselines.
     share: |A|/N. kind: robust or clean.
     """
-    numbers = published()
+    numbers, data = published(), base(data)
     if line == "no AT":
         return numbers["fig2_single_class_csat_cifar10"]["no_at_robust"] if (data, kind) == ("cifar10", "robust") else None
     curves = {"fig6": "fig6_esat", "fig8": "fig8_s_esat", "fig16": "fig16_single_step"}

@@ -83,7 +83,7 @@ def spearman(a, b):
 def with_paper(name, hardest_first):
     """Spearman's correlation of a class order with the paper's (Fig. 4, 10, 11) on the classes that the paper lists:
     {"rho", "n"}, or None for a data set that it does not list."""
-    theirs = paper.published()["class_order_hardest_first"].get(name, [])
+    theirs = paper.published()["class_order_hardest_first"].get(paper.base(name), [])
     mine = [c for c in (paper.NAMES.get(c, c) for c in hardest_first) if c in theirs]
     return {"rho": spearman(range(len(mine)), [theirs.index(c) for c in mine]), "n": len(mine)} if len(mine) > 2 else None
 

@@ -1,14 +1,18 @@
 """Builds the paper's tables and figures from every result.json and rank.json below the results folder, ours beside the paper's.
 
     python report.py
-Files in: results/**/result.json and rank.json, configs/paper.json. Files out: results/tables.md, results/figures/*.png.
+Files in: results/**/result.json and rank.json, results/bench/*.json, configs/paper.json. Files out: results/tables.md,
+results/figures/*.png.
 """
 import json
+import re
 import statistics
 from pathlib import Path
 
 import common
+import evaluate
 import figures
+import findings
 import flags
 import paper
 from common import UserError, say
@@ -230,7 +234,7 @@ def matrix_section(found, out):
         file = f"fig2{'' if i == 0 else f'-{i + 1}'}.png"
         lines = {line: mean(baseline(group, line), "all", "robust") for line in ("AT", "no AT")}
         figures.matrix(out / file, f"{title}\n{data}: {how}", classes, runs, lines)
-        theirs = paper.published()["fig2_single_class_csat_cifar10"] if data == "cifar10" else {}
+        theirs = paper.published()["fig2_single_class_csat_cifar10"] if paper.base(data) == "cifar10" else {}
         text += [f"![{title}](figures/{file})", f"### {data}: {how}", "In brackets: the paper's." if theirs else "",
                  matrix_table(group, classes, runs, theirs), paper.caution(data, group[0]["setting"])]
     return text
@@ -239,7 +243,7 @@ def matrix_section(found, out):
 def difficulty_table(ranking):
     """Fig. 3's table: the classes hardest first (the ends of a long list), the paper's numbers for CIFAR-10 beside ours."""
     rows, most, theirs = ranking["classes_hardest_first"], 20, paper.published()["fig3_class_difficulty_cifar10"]
-    metrics, known = [m for m in flags.METRICS if m in rows[0]], ranking["fingerprint"]["name"] == "cifar10"
+    metrics, known = [m for m in flags.METRICS if m in rows[0]], paper.base(ranking["fingerprint"]["name"]) == "cifar10"
     body = []
     for r in rows if len(rows) <= most else rows[:most // 2] + rows[-most // 2:]:
         error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
@@ -251,10 +255,9 @@ def difficulty_table(ranking):
     return markdown(["class, hardest first", *metrics, "clean error %", "n", *["paper entropy", "paper error %"] * known], body)
 
 
-def difficulty_section(results, out):
+def difficulty_section(ranks, out):
     """Fig. 3: mean entropy and clean error of each class, from every rank.json."""
     title = "Fig. 3: class entropy and class error"
-    ranks = {path: common.read_json(path) for path in sorted(Path(results).glob("**/rank.json"))}
     for path, r in ranks.items():
         if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint"} <= set(r):
             raise UserError(f"{path} is not a ranking of this project: move it away, or repeat it with rank.py --force")
@@ -272,6 +275,27 @@ def difficulty_section(results, out):
     return text
 
 
+def claims_section(found, ranks):
+    """The paper's claims on CIFAR-10, and to it, each with a verdict."""
+    text = ["## The paper's claims"]
+    for (data, how), rows in findings.claims(found, ranks, evaluate.wilson).items():
+        text += [f"### {data}: {how}", markdown(["claim", "paper", "ours", "verdict"], rows), paper.caution(data, pick_setting(found, data, how))]
+    return text if len(text) > 1 else []
+
+
+def pick_setting(found, data, how):
+    """The setting of the runs of a table."""
+    return next(r["setting"] for r in found if (r["data"], r["how"]) == (data, how))
+
+
+def speed_section(results):
+    """What bench.py measured."""
+    text, (tables, said) = ["## The cost of a training step"], findings.speed(results)
+    for setting, rows in tables.items():
+        text += [f"### {setting}", markdown(["step", "images/s", "time, of \\|A\\|/N = 1", "range", "cost model", "peak MiB"], rows)]
+    return [*text, *said] if tables else []
+
+
 def cost_section(found, out):
     """Robust accuracy against what training cost, for all runs of a data set: what SAT saves."""
     title = "Robust accuracy against the cost of training"
@@ -283,22 +307,38 @@ def cost_section(found, out):
             f"![{title}](figures/cost.png)"]
 
 
+def into(path, sections):
+    """Puts the tables of sections (their figures left out) into a Markdown file, between <!-- table: TITLE --> and <!-- end -->."""
+    bodies = {text[0][3:]: "\n\n".join(t for t in text[1:] if t and not t.startswith("!")) for text in sections if text}
+    def body(match):
+        if match[2] not in bodies:
+            raise UserError(f"{path} asks for the table {match[2]!r}; there are: {', '.join(bodies)}")
+        return f"{match[1]}\n{bodies[match[2]]}\n\n{match[3]}"
+    before = path.read_text(encoding="utf-8")
+    after = re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", body, before, flags=re.S)
+    common.atomic(path, lambda f: f.write(after.encode()))
+
+
 def main(argv=None):
     """Reads all results, writes a section with a table and a figure for each figure of the paper."""
     parser = flags.Parser(prog="report.py", usage="python report.py [--results DIR]", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
-    results = parser.parse_args(argv).results
+    parser.add_argument("--into", type=Path, metavar="FILE", help="also put tables into this Markdown file, where it has <!-- table: TITLE -->")
+    args = parser.parse_args(argv)
+    results = args.results
     found, out = records(results), results / "figures"
     if not found:
         raise UserError(f"no result.json below {results}: first run sat.py, or ./run_all.sh digits")
     text = ["# Results", "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± standard deviation over seeds. "
             "Robust: right, and still right under the attack that each table names, on test examples that selected nothing. Runs that differ "
             "in threat model, attack, n, network or epochs are in tables of their own."]
-    text += matrix_section(found, out) + difficulty_section(results, out)
-    for figure in CURVES:
-        text += curve_section(found, out, *figure)
-    text += cost_section(found, out)
-    common.atomic(results / "tables.md", lambda f: f.write(("\n\n".join(t for t in text if t) + "\n").encode()))
+    ranks = {path: common.read_json(path) for path in sorted(results.glob("**/rank.json"))}
+    sections = [claims_section(found, ranks.values()), matrix_section(found, out), difficulty_section(ranks, out)]
+    sections += [curve_section(found, out, *figure) for figure in CURVES] + [cost_section(found, out), speed_section(results)]
+    text += [t for section in sections for t in section if t]
+    common.atomic(results / "tables.md", lambda f: f.write(("\n\n".join(text) + "\n").encode()))
+    if args.into:
+        into(args.into, sections)
     say(f"{len(found)} runs -> {results / 'tables.md'} and {out}/")
 
 

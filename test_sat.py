@@ -1621,7 +1621,7 @@ def test_bench_counts_by_the_cost_model(tmp_path, capsys):
 
 def test_bench_of_the_loader(capsys):
     bench.main(["--side", "32", "--batch-size", "4", "--repeats", "1", "--fractions", "1", "--steps", "1", "--loader", "8", "--workers", "1", "--threads", "1"])
-    assert "loader, 1 workers, preactresnet8 at 224, no attack, images/s: decode " in capsys.readouterr().out
+    assert "Images/s of JPEGs of 500x375 at 224, 1 loader workers, no attack, batch 2: decode " in capsys.readouterr().out
 
 
 def test_transfer_of_an_unfinished_run(pipeline, tmp_path):

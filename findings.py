@@ -1,0 +1,156 @@
+"""The tables of the README: the paper's claims (a) to (f) with a verdict each, and the cost of a training step. report.py writes them.
+
+A claim is tested on the runs of one data set. "holds" and "contradicted" need a 95 % interval of the difference that leaves out
+0 (Newcombe 1998, from Wilson intervals; the test examples are the same, which makes it wider than need be); else "open".
+"""
+import statistics
+from pathlib import Path
+
+import common
+import paper
+
+
+def difference(a, b):
+    """a - b of two accuracies {"accuracy", "low", "high"}, in points: (value, low, high)."""
+    d = a["accuracy"] - b["accuracy"]
+    low = d - ((a["accuracy"] - a["low"])**2 + (b["high"] - b["accuracy"])**2) ** 0.5
+    high = d + ((a["high"] - a["accuracy"])**2 + (b["accuracy"] - b["low"])**2) ** 0.5
+    return 100 * d, 100 * low, 100 * high
+
+
+def verdict(low, high, at=0.0):
+    """What an interval says of a claim that its value is above `at`."""
+    return "holds" if low > at else "contradicted" if high < at else "open"
+
+
+def points(value, low, high):
+    """A difference for people."""
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def percent(a):
+    """An accuracy for people."""
+    return f"{100 * a['accuracy']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
+
+
+def robust(run, part="all"):
+    """The robust accuracy of a record of report.py: {"accuracy", "low", "high", "n"}."""
+    return run["accuracy"][part]["robust"]
+
+
+def pooled(run, classes, wilson):
+    """Robust accuracy of a run over some classes together."""
+    found = [run["accuracy"]["classes"][c]["robust"] for c in classes if run["accuracy"]["classes"][c]["robust"]["n"]]
+    n = sum(f["n"] for f in found)
+    right = round(sum(f["accuracy"] * f["n"] for f in found))
+    low, high = wilson(right, n)
+    return {"accuracy": right / n, "low": low, "high": high, "n": n}
+
+
+def pick(runs, **like):
+    """The first record that agrees with `like`, or None."""
+    return next((r for r in runs if all(r[k] == v for k, v in like.items())), None)
+
+
+def single_class(runs, none, ranking, wilson):
+    """Claims (a) and (b): what robustness a single attacked class gives to all others."""
+    single = {r["A_classes"][0]: r for r in runs if r["order"] == "named" and len(r["A_classes"]) == 1}
+    if not single or not none:
+        return
+    found = {c: difference(robust(r, "B_val"), pooled(none, set(r["accuracy"]["classes"]) - {c}, wilson)) for c, r in single.items()}
+    least, most = (f(found, key=lambda c: found[c][0]) for f in (min, max))
+    holds = sum(d[1] > 0 for d in found.values())
+    said = "holds" if holds == len(found) else f"holds for {holds} of {len(found)} classes"
+    yield ("(a) CSAT on a single class makes B_val robust, against no AT on the same classes", "+17.1 (car) to +37.8 (cat)",
+           f"{points(*found[least])} ({least}) to {points(*found[most])} ({most})", said)
+    order = [row["class"] for row in (ranking or {}).get("classes_hardest_first", []) if row["class"] in single]
+    if len(order) > 2:
+        from rank import spearman
+        hard, easy = single[order[0]], single[order[-1]]
+        d = difference(robust(hard, "B_val"), robust(easy, "B_val"))
+        rho = spearman([-i for i in range(len(order))], [robust(single[c], "B_val")["accuracy"] for c in order])
+        yield ("(b) the hardest class gives B_val more than the easiest", "cat 37.8, car 17.1: +20.7",
+               f"{order[0]} {percent(robust(hard, 'B_val'))}, {order[-1]} {percent(robust(easy, 'B_val'))}: {points(*d)}; "
+               f"Spearman of difficulty and B_val over {len(order)} classes {rho:+.2f}", verdict(*d[1:]))
+
+
+def examples(runs, none, full):
+    """Claims (c) and (d): ESAT."""
+    esat = [r for r in runs if r["split"] == "esat" and r["metric"] == "entropy" and r["weight"] == "vanilla" and r["attack"] == "pgd"]
+    half = pick(esat, share=0.5, order="hardest", seed=0)
+    if half and none and full:
+        gain, (_, low, high) = 100 * (robust(full)["accuracy"] - robust(none)["accuracy"]), difference(robust(half), robust(none))
+        share = 100 * (robust(half)["accuracy"] - robust(none)["accuracy"]) / gain
+        yield ("(c) ESAT on the hardest half recovers most of (over half of) what AT gains in robustness", "66.4 of 69.0: 96 %",
+               f"{percent(robust(half))} of {percent(robust(full))}: {share:.0f} % [{100 * low / gain:.0f}, {100 * high / gain:.0f}]",
+               verdict(low / gain, high / gain, 0.5))
+    for size in sorted({r["A"] for r in esat})[:1]:
+        at = {order: pick(esat, A=size, order=order, seed=0) for order in ("hardest", "easiest", "random")}
+        if all(at.values()):
+            d, e = (difference(robust(at["hardest"]), robust(at[order])) for order in ("easiest", "random"))
+            where = f"at |A|/N = {at['hardest']['share']:.1f}"
+            yield (f"(d) {where} hardest beats easiest", "52.1, 24.2: +27.9", f"{percent(robust(at['hardest']))}, "
+                   f"{percent(robust(at['easiest']))}: {points(*d)}", verdict(*d[1:]))
+            near = "holds" if abs(e[0]) < abs(d[0]) / 2 and d[1] > 0 else "open" if e[1] <= 0 <= e[2] else "contradicted"
+            yield (f"(d) {where} random is close to hardest (less than half as far as easiest)", "52.1, 48.5: +3.6",
+                   f"{percent(robust(at['hardest']))}, {percent(robust(at['random']))}: {points(*e)}", near)
+
+
+def clean_against_robust(runs, none, full):
+    """Claim (e): clean accuracy falls as robust accuracy rises."""
+    if none and full:
+        from rank import spearman
+        shown = [r for r in runs if r["split"] in ("none", "full", "esat")]
+        d = difference(none["accuracy"]["all"]["clean"], full["accuracy"]["all"]["clean"])
+        rho = spearman([robust(r)["accuracy"] for r in shown], [r["accuracy"]["all"]["clean"]["accuracy"] for r in shown])
+        yield ("(e) clean accuracy falls as robust accuracy rises (no AT minus AT)", "ESAT hardest 91.9 (10 %) to AT's 89.4 (90 %: 89.5)",
+               f"{percent(none['accuracy']['all']['clean'])}, {percent(full['accuracy']['all']['clean'])}: {points(*d)}; "
+               f"Spearman of robust and clean over no AT, AT and ESAT ({len(shown)} runs) {rho:+.2f}", verdict(*d[1:]))
+
+
+def transfers(runs):
+    """Claim (f): in S-CSAT, the emphasis weight transfers better than vanilla."""
+    csat = [r for r in runs if r["transfer"] and r["split"] == "csat" and r["order"] == "hardest" and r["seed"] == 0]
+    for size in sorted({r["size"] for r in csat}):
+        heavy, plain = (pick(csat, size=size, weight=w) for w in ("emphasis", "vanilla"))
+        if heavy and plain:
+            d = difference(robust(heavy), robust(plain))
+            yield (f"(f) {heavy['data'].replace('->', ' to ')}, {size} hardest classes: emphasis beats vanilla",
+                   "emphasis above vanilla's 8" if abs(heavy["share"] - 0.1) < 1e-6 else "emphasis above vanilla",
+                   f"{percent(robust(heavy))}, {percent(robust(plain))}: {points(*d)}", verdict(*d[1:]))
+
+
+def claims(found, ranks, wilson):
+    """Rows (claim, the paper's numbers, ours, verdict) by group: {(data, how): rows}. found: report.py's records; ranks: rank.json's."""
+    groups, tables = {}, {}
+    for r in found:
+        groups.setdefault((r["data"], r["how"]), []).append(r)
+    for (data, how), runs in groups.items():
+        if paper.base(data) not in ("cifar10", "cifar100->cifar10"):
+            continue
+        ranking = next((r for r in ranks if r["fingerprint"]["name"] == data), None)
+        none, full = (pick(runs, split=split, transfer=False, seed=0) for split in ("none", "full"))
+        rows = [*single_class(runs, none, ranking, wilson), *examples(runs, none, full)] if "->" not in data else []
+        rows += clean_against_robust(runs, none, full) if "->" not in data else transfers(runs)
+        if rows:
+            tables[data, how] = rows
+    return tables
+
+
+def speed(results):
+    """Rows of the cost of a training step from <results>/bench/*.json (bench.py --json), by setting: {setting: rows}, and what
+    else they say. Several runs of a setting: medians, and the range of the ratios."""
+    groups, tables, said = {}, {}, []
+    for path in sorted(Path(results).glob("bench/*.json")):
+        r = common.read_json(path)
+        said += r.get("said", [])
+        groups.setdefault(r["setting"], []).append({row["step"]: row for row in r["steps"]})
+    for setting, runs in groups.items():
+        rows = []
+        for step, first in runs[0].items():
+            same = [r[step] for r in runs if step in r]
+            ratios = [r["time_to_full"] for r in same]
+            rows.append((step.replace("|", "\\|"), f"{statistics.median(r['images_per_s'] for r in same):.1f}", f"{statistics.median(ratios):.3f}",
+                         f"{min(ratios):.3f} to {max(ratios):.3f}", f"{first['model']:.3f}", f"{statistics.median(r['peak_MiB'] for r in same):,.0f}"))
+        tables[f"{setting}; {len(runs)} run{'s' * (len(runs) > 1)}"] = rows
+    return tables, said
