@@ -22,9 +22,11 @@ import bench
 import common
 import data as datasets
 import evaluate
+import findings
 import flags
 import models
 import paper
+import picture
 import rank
 import report
 import sat
@@ -832,6 +834,21 @@ def test_streamed_views(tmp_path):
     assert [len(x) for x, _, _ in datasets.batches(data.train, 3, 0, 0, "full", "cpu")] == [3, 3]
 
 
+def test_small_cifar_is_the_same_whatever_the_order_of_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SMALLER", {"few": ("many", 3, 2)})
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(0, 256, (60, 3, 8, 8), generator=g, dtype=torch.uint8), torch.arange(60) % 4
+    for folder, order in ((tmp_path / "a", torch.arange(60)), (tmp_path / "b", torch.randperm(60, generator=g))):
+        folder.mkdir()
+        torch.save({"train": {"x": x[order], "y": y[order]}, "test": {"x": x[order], "y": y[order]}, "classes": list("abcd")}, folder / "many.pt")
+    a, b = (datasets.get("few", tmp_path / f) for f in "ab")
+    assert torch.equal(a.train.x, b.train.x) and a.fingerprint() == b.fingerprint() and (tmp_path / "a" / "few.pt").exists()
+    assert a.train.y.bincount().tolist() == [3] * 4 and a.test.y.bincount().tolist() == [2] * 4
+    import hashlib
+    digests = [hashlib.sha256(i.numpy().tobytes()).hexdigest() for i in x[y == 2]]
+    assert {hashlib.sha256(i.numpy().tobytes()).hexdigest() for i in a.train.x[a.train.y == 2]} == set(sorted(digests)[:3])
+
+
 def test_corrupt_and_doubled(tmp_path, capsys):
     for part, n in (("train", 3), ("test", 2)):
         for i in range(n):
@@ -1245,6 +1262,75 @@ def test_report_averages_over_seeds():
     runs = [{"accuracy": {"all": {"robust": {"n": 50, "accuracy": a, "low": 0, "high": 1}}}} for a in (0.4, 0.6)]
     assert report.cell(runs, "all", "robust") == f"50.0 ± {100 * math.sqrt(0.02):.1f}"
     assert report.cell(runs, "B_val", "robust") == "-"
+
+
+# --- the paper's claims ------------------------------------------------------------------------------------------------
+
+def wilson_of(right, n):
+    low, high = evaluate.wilson(right, n)
+    return {"accuracy": right / n, "low": low, "high": high, "n": n}
+
+
+def test_difference_is_newcombes():
+    """Newcombe (1998), Table II, method 10: 56 of 70 against 48 of 80, and 9 of 10 against 3 of 10."""
+    assert findings.difference(wilson_of(56, 70), wilson_of(48, 80)) == pytest.approx((20, 5.24, 33.39), abs=0.01)
+    assert findings.difference(wilson_of(9, 10), wilson_of(3, 10)) == pytest.approx((60, 17.05, 80.90), abs=0.01)
+    assert [findings.verdict(*d) for d in ((0.1, 2), (-1, 1), (-2, -0.1), (0.6, 0.9, 0.5), (0.4, 0.9, 0.5))] == ["holds", "open", "contradicted", "holds", "open"]
+
+
+def claim_run(split, robust, clean=80, n=100, **made):
+    """A record of CIFAR-10 with classes cat (attacked if A is classes) and car, robust on `robust` of n."""
+    accuracy = {part: {"robust": wilson_of(robust, n), "clean": wilson_of(clean, n)} for part in ("all", "A_val", "B_val")}
+    accuracy["classes"] = {c: {"robust": wilson_of(robust, n), "clean": wilson_of(clean, n)} for c in ("cat", "truck", "car")}
+    return {**fake_run(split, made.pop("A", 5000)), "order": "hardest", "accuracy": accuracy, "data": "cifar10-small", **made}
+
+
+def test_claims_get_the_verdict_of_their_interval():
+    runs = [claim_run("none", 2, 95), claim_run("full", 60, 70)]
+    runs += [claim_run("csat", r, order="named", A_classes=[c]) for c, r in (("cat", 40), ("truck", 15), ("car", 20))]
+    runs += [claim_run("esat", 55, share=0.5, A=25000), *(claim_run("esat", r, order=o, share=0.1) for o, r in (("hardest", 45), ("easiest", 20), ("random", 42)))]
+    ranks = [{"fingerprint": {"name": "cifar10-small"}, "classes_hardest_first": [{"class": c} for c in ("cat", "truck", "car")]}]
+    (_, rows), = findings.claims(runs, ranks, evaluate.wilson).items()
+    verdicts = {row[0][:3] + row[0].split()[-1]: row[3] for row in rows}
+    assert verdicts == {"(a)classes": "holds", "(b)easiest": "holds", "(c)robustness": "holds", "(d)easiest": "holds", "(d)easiest)": "holds", "(e)AT)": "holds"}
+    assert "cat 40.0 [30.9, 49.8], car 20.0" in rows[1][2] and "+0.50" in rows[1][2], "difficulty 3 2 1, B_val 40 15 20"
+    assert "55.0 [45.2, 64.4] of 60.0 [50.2, 69.1]: 91 % [" in rows[2][2]
+    for r in runs:
+        if r["order"] == "named" and r["A_classes"] == ["cat"]:
+            r["accuracy"]["B_val"]["robust"] = wilson_of(3, 100)
+    (_, rows), = findings.claims(runs, ranks, evaluate.wilson).items()
+    assert rows[0][3] == "holds for 2 of 3 classes" and rows[1][3] == "contradicted", "none is softened"
+
+
+def test_claim_of_the_transfer():
+    both = [claim_run("csat", r, weight=w, size=10, share=0.1, transfer=True, data="cifar100->cifar10", A_classes=["x"] * 10) for w, r in (("vanilla", 20), ("emphasis", 15))]
+    (_, rows), = findings.claims(both, [], evaluate.wilson).items()
+    assert rows[0][3] == "open" and rows[0][2].startswith("15.0 [") and "-5.0 [" in rows[0][2]
+
+
+def test_tables_into_a_file(tmp_path):
+    file = tmp_path / "R.md"
+    file.write_text("a\n<!-- table: T -->\nold | x\n<!-- end -->\nb\n")
+    report.into(file, [["## T", "![f](f.png)", "| new |"], []])
+    assert file.read_text() == "a\n<!-- table: T -->\n\n| new |\n\n<!-- end -->\nb\n"
+    with pytest.raises(UserError, match="asks for the table 'T'; there are: U"):
+        report.into(file, [["## U", "x"]])
+
+
+def test_picture_of_A_and_B(pipeline, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(picture.figures, "perturbations", lambda path, title, rows, magnify: seen.append((path, title, rows)))
+    picture.main([str(pipeline / "digits0-4" / "b" / "best.pt"), "--out", str(tmp_path / "p.png")])
+    (path, title, rows), = seen
+    in_A = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())["A_classes"]
+    assert rows["A"]["class"] in in_A and rows["B"]["class"] not in in_A and "l2 eps 0.5" in title
+    for r in rows.values():
+        assert r["before"][0] == r["class"] and torch.equal(r["x"] + r["delta"], r["adv"]) and 0.4 < r["delta"].norm() <= 0.5 + 1e-6
+    monkeypatch.undo()
+    picture.main([str(pipeline / "digits0-4" / "none" / "best.pt"), "--out", str(tmp_path / "p.png")])
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    with pytest.raises(UserError, match="give a run of --split csat"):
+        picture.main([str(pipeline / "digits0-4" / "a" / "best.pt")])
 
 
 def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
