@@ -1,13 +1,16 @@
 """The tables of the README: the paper's claims (a) to (f) with a verdict each, and the cost of a training step. report.py writes them.
 
 A claim is tested on the runs of one data set. "holds" and "contradicted" need a 95 % interval of the difference that leaves out
-0 (Newcombe 1998, from Wilson intervals; the test examples are the same, which makes it wider than need be); else "open".
+0 (Newcombe 1998, from Wilson intervals; wider than need be, since both runs meet the same test examples); else "open". Several
+seeds of a run are pooled, example by example.
 """
 import statistics
 from pathlib import Path
 
 import common
+import evaluate
 import paper
+from rank import spearman
 
 
 def difference(a, b):
@@ -33,31 +36,37 @@ def percent(a):
     return f"{100 * a['accuracy']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
 
 
-def robust(run, part="all"):
-    """The robust accuracy of a record of report.py: {"accuracy", "low", "high", "n"}."""
-    return run["accuracy"][part]["robust"]
-
-
-def pooled(run, classes, wilson):
-    """Robust accuracy of a run over some classes together."""
-    found = [run["accuracy"]["classes"][c]["robust"] for c in classes if run["accuracy"]["classes"][c]["robust"]["n"]]
-    n = sum(f["n"] for f in found)
-    right = round(sum(f["accuracy"] * f["n"] for f in found))
-    low, high = wilson(right, n)
+def pool(parts):
+    """Several accuracies {"accuracy", "n"} as one, with its Wilson interval."""
+    n = sum(p["n"] for p in parts)
+    right = round(sum(p["accuracy"] * p["n"] for p in parts if p["n"]))
+    low, high = evaluate.wilson(right, n)
     return {"accuracy": right / n, "low": low, "high": high, "n": n}
 
 
+def robust(runs, part="all", kind="robust"):
+    """An accuracy of report.py's records of one run, all seeds together."""
+    return pool([r["accuracy"][part][kind] for r in runs])
+
+
 def pick(runs, **like):
-    """The first record that agrees with `like`, or None."""
-    return next((r for r in runs if all(r[k] == v for k, v in like.items())), None)
+    """The records that agree with `like`: the seeds of a run."""
+    return [r for r in runs if all(r[k] == v for k, v in like.items())]
 
 
-def single_class(runs, none, ranking, wilson):
+def seeds(*sides):
+    """Says how many seeds a comparison rests on, where more than one."""
+    return f" ({min(map(len, sides))} seeds)" if min(map(len, sides)) > 1 else ""
+
+
+def single_class(runs, none, ranking):
     """Claims (a) and (b): what robustness a single attacked class gives to all others."""
-    single = {r["A_classes"][0]: r for r in runs if r["order"] == "named" and len(r["A_classes"]) == 1}
+    named = [r for r in runs if r["order"] == "named" and len(r["A_classes"]) == 1]
+    single = {c: pick(named, A_classes=[c]) for r in named for c in r["A_classes"]}
     if not single or not none:
         return
-    found = {c: difference(robust(r, "B_val"), pooled(none, set(r["accuracy"]["classes"]) - {c}, wilson)) for c, r in single.items()}
+    others = lambda c: pool([v["robust"] for r in none for d, v in r["accuracy"]["classes"].items() if d != c])
+    found = {c: difference(robust(rs, "B_val"), others(c)) for c, rs in single.items()}
     least, most = (f(found, key=lambda c: found[c][0]) for f in (min, max))
     holds = sum(d[1] > 0 for d in found.values())
     said = "holds" if holds == len(found) else f"holds for {holds} of {len(found)} classes"
@@ -65,19 +74,18 @@ def single_class(runs, none, ranking, wilson):
            f"{points(*found[least])} ({least}) to {points(*found[most])} ({most})", said)
     order = [row["class"] for row in (ranking or {}).get("classes_hardest_first", []) if row["class"] in single]
     if len(order) > 2:
-        from rank import spearman
         hard, easy = single[order[0]], single[order[-1]]
         d = difference(robust(hard, "B_val"), robust(easy, "B_val"))
         rho = spearman([-i for i in range(len(order))], [robust(single[c], "B_val")["accuracy"] for c in order])
         yield ("(b) the hardest class gives B_val more than the easiest", "cat 37.8, car 17.1: +20.7",
-               f"{order[0]} {percent(robust(hard, 'B_val'))}, {order[-1]} {percent(robust(easy, 'B_val'))}: {points(*d)}; "
+               f"{order[0]} {percent(robust(hard, 'B_val'))}, {order[-1]} {percent(robust(easy, 'B_val'))}: {points(*d)}{seeds(hard, easy)}; "
                f"Spearman of difficulty and B_val over {len(order)} classes {rho:+.2f}", verdict(*d[1:]))
 
 
 def examples(runs, none, full):
     """Claims (c) and (d): ESAT."""
     esat = [r for r in runs if r["split"] == "esat" and r["metric"] == "entropy" and r["weight"] == "vanilla" and r["attack"] == "pgd"]
-    half = pick(esat, share=0.5, order="hardest", seed=0)
+    half = pick(esat, share=0.5, order="hardest")
     if half and none and full:
         gain = difference(robust(full), robust(none))[0]
         share, low, high = (d / gain for d in difference(robust(half), robust(none)))
@@ -85,42 +93,42 @@ def examples(runs, none, full):
                f"{percent(robust(half))} of {percent(robust(full))}: {100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]",
                verdict(low, high, 0.5))
     for size in sorted({r["A"] for r in esat})[:1]:
-        at = {order: pick(esat, A=size, order=order, seed=0) for order in ("hardest", "easiest", "random")}
+        at = {order: pick(esat, A=size, order=order) for order in ("hardest", "easiest", "random")}
         if all(at.values()):
             d, e = (difference(robust(at["hardest"]), robust(at[order])) for order in ("easiest", "random"))
-            where = f"at |A|/N = {at['hardest']['share']:.1f}"
+            where = f"at \\|A\\|/N = {at['hardest'][0]['share']:.1f}"
             yield (f"(d) {where} hardest beats easiest", "52.1, 24.2: +27.9", f"{percent(robust(at['hardest']))}, "
-                   f"{percent(robust(at['easiest']))}: {points(*d)}", verdict(*d[1:]))
+                   f"{percent(robust(at['easiest']))}: {points(*d)}{seeds(at['hardest'], at['easiest'])}", verdict(*d[1:]))
             near = "holds" if abs(e[0]) < abs(d[0]) / 2 and d[1] > 0 else "open" if e[1] <= 0 <= e[2] else "contradicted"
             yield (f"(d) {where} random is close to hardest (less than half as far as easiest)", "52.1, 48.5: +3.6",
-                   f"{percent(robust(at['hardest']))}, {percent(robust(at['random']))}: {points(*e)}", near)
+                   f"{percent(robust(at['hardest']))}, {percent(robust(at['random']))}: {points(*e)}{seeds(at['hardest'], at['random'])}", near)
 
 
 def clean_against_robust(runs, none, full):
     """Claim (e): clean accuracy falls as robust accuracy rises."""
     if none and full:
-        from rank import spearman
         shown = [r for r in runs if r["split"] in ("none", "full", "esat")]
-        d = difference(none["accuracy"]["all"]["clean"], full["accuracy"]["all"]["clean"])
-        rho = spearman([robust(r)["accuracy"] for r in shown], [r["accuracy"]["all"]["clean"]["accuracy"] for r in shown])
+        plain, hardened = (robust(side, kind="clean") for side in (none, full))
+        d = difference(plain, hardened)
+        rho = spearman(*([robust([r], kind=kind)["accuracy"] for r in shown] for kind in ("robust", "clean")))
         yield ("(e) clean accuracy falls as robust accuracy rises (no AT minus AT)", "ESAT hardest 91.9 (10 %) to AT's 89.4 (90 %: 89.5)",
-               f"{percent(none['accuracy']['all']['clean'])}, {percent(full['accuracy']['all']['clean'])}: {points(*d)}; "
+               f"{percent(plain)}, {percent(hardened)}: {points(*d)}{seeds(none, full)}; "
                f"Spearman of robust and clean over no AT, AT and ESAT ({len(shown)} runs) {rho:+.2f}", verdict(*d[1:]))
 
 
 def transfers(runs):
     """Claim (f): in S-CSAT, the emphasis weight transfers better than vanilla."""
-    csat = [r for r in runs if r["transfer"] and r["split"] == "csat" and r["order"] == "hardest" and r["seed"] == 0]
+    csat = [r for r in runs if r["transfer"] and r["split"] == "csat" and r["order"] == "hardest"]
     for size in sorted({r["size"] for r in csat}):
         heavy, plain = (pick(csat, size=size, weight=w) for w in ("emphasis", "vanilla"))
         if heavy and plain:
             d = difference(robust(heavy), robust(plain))
-            yield (f"(f) {heavy['data'].replace('->', ' to ')}, {size} hardest classes: emphasis beats vanilla",
-                   "emphasis above vanilla's 8" if abs(heavy["share"] - 0.1) < 1e-6 else "emphasis above vanilla",
-                   f"{percent(robust(heavy))}, {percent(robust(plain))}: {points(*d)}", verdict(*d[1:]))
+            yield (f"(f) {heavy[0]['data'].replace('->', ' to ')}, {size} hardest classes: emphasis beats vanilla",
+                   "emphasis above vanilla's 8" if abs(heavy[0]["share"] - 0.1) < 1e-6 else "emphasis above vanilla",
+                   f"{percent(robust(heavy))}, {percent(robust(plain))}: {points(*d)}{seeds(heavy, plain)}", verdict(*d[1:]))
 
 
-def claims(found, ranks, wilson):
+def claims(found, ranks):
     """Rows (claim, the paper's numbers, ours, verdict) by group: {(data, how): rows}. found: report.py's records; ranks: rank.json's."""
     groups, tables = {}, {}
     for r in found:
@@ -129,8 +137,8 @@ def claims(found, ranks, wilson):
         if paper.base(data) not in ("cifar10", "cifar100->cifar10"):
             continue
         ranking = next((r for r in ranks if r["fingerprint"]["name"] == data), None)
-        none, full = (pick(runs, split=split, transfer=False, seed=0) for split in ("none", "full"))
-        rows = [*single_class(runs, none, ranking, wilson), *examples(runs, none, full)] if "->" not in data else []
+        none, full = (pick(runs, split=split, transfer=False) for split in ("none", "full"))
+        rows = [*single_class(runs, none, ranking), *examples(runs, none, full)] if "->" not in data else []
         rows += clean_against_robust(runs, none, full) if "->" not in data else transfers(runs)
         if rows:
             tables[data, how] = rows

@@ -10,7 +10,6 @@ import statistics
 from pathlib import Path
 
 import common
-import evaluate
 import figures
 import findings
 import flags
@@ -278,7 +277,7 @@ def difficulty_section(ranks, out):
 def claims_section(found, ranks):
     """The paper's claims on CIFAR-10, and to it, each with a verdict."""
     text = ["## The paper's claims"]
-    for (data, how), rows in findings.claims(found, ranks, evaluate.wilson).items():
+    for (data, how), rows in findings.claims(found, ranks).items():
         text += [f"### {data}: {how}", markdown(["claim", "paper", "ours", "verdict"], rows), paper.caution(data, pick_setting(found, data, how))]
     return text if len(text) > 1 else []
 

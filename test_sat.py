@@ -1290,21 +1290,23 @@ def test_claims_get_the_verdict_of_their_interval():
     runs += [claim_run("csat", r, order="named", A_classes=[c]) for c, r in (("cat", 40), ("truck", 15), ("car", 20))]
     runs += [claim_run("esat", 55, share=0.5, A=25000), *(claim_run("esat", r, order=o, share=0.1) for o, r in (("hardest", 45), ("easiest", 20), ("random", 42)))]
     ranks = [{"fingerprint": {"name": "cifar10-small"}, "classes_hardest_first": [{"class": c} for c in ("cat", "truck", "car")]}]
-    (_, rows), = findings.claims(runs, ranks, evaluate.wilson).items()
+    (_, rows), = findings.claims(runs, ranks).items()
     verdicts = {row[0][:3] + row[0].split()[-1]: row[3] for row in rows}
     assert verdicts == {"(a)classes": "holds", "(b)easiest": "holds", "(c)robustness": "holds", "(d)easiest": "holds", "(d)easiest)": "holds", "(e)AT)": "holds"}
     assert "cat 40.0 [30.9, 49.8], car 20.0" in rows[1][2] and "+0.50" in rows[1][2], "difficulty 3 2 1, B_val 40 15 20"
     assert "55.0 [45.2, 64.4] of 60.0 [50.2, 69.1]: 91 % [" in rows[2][2]
+    (_, pooled), = findings.claims([*runs, claim_run("esat", 15, order="hardest", share=0.1, seed=1), claim_run("esat", 60, order="easiest", share=0.1, seed=1)], ranks).items()
+    assert pooled[3][2].startswith("30.0 [24.1, 36.7], 40.0 [33.5, 46.9]: -10.0 [") and "(2 seeds)" in pooled[3][2] and pooled[3][3] == "contradicted"
     for r in runs:
         if r["order"] == "named" and r["A_classes"] == ["cat"]:
             r["accuracy"]["B_val"]["robust"] = wilson_of(3, 100)
-    (_, rows), = findings.claims(runs, ranks, evaluate.wilson).items()
+    (_, rows), = findings.claims(runs, ranks).items()
     assert rows[0][3] == "holds for 2 of 3 classes" and rows[1][3] == "contradicted", "none is softened"
 
 
 def test_claim_of_the_transfer():
     both = [claim_run("csat", r, weight=w, size=10, share=0.1, transfer=True, data="cifar100->cifar10", A_classes=["x"] * 10) for w, r in (("vanilla", 20), ("emphasis", 15))]
-    (_, rows), = findings.claims(both, [], evaluate.wilson).items()
+    (_, rows), = findings.claims(both, []).items()
     assert rows[0][3] == "open" and rows[0][2].startswith("15.0 [") and "-5.0 [" in rows[0][2]
 
 
