@@ -79,8 +79,9 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None):
     if len(x) == 0:
         return x
     delta = torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
-    # No weight asks for a gradient: autograd.grad would leave them out, but a compiled model's backward pass would not.
-    with eval_mode(model), fixed_weights(model), torch.enable_grad():
+    # autograd.grad leaves weight gradients out; a compiled model's backward pass does so if no weight asks for one.
+    fixed = fixed_weights(model) if hasattr(model, "_orig_mod") else contextlib.nullcontext()
+    with eval_mode(model), fixed, torch.enable_grad():
         for _ in range(steps):
             delta.requires_grad_()
             # Summed, not averaged: an example's gradient must not depend on the batch around it.
@@ -166,12 +167,16 @@ def listening(watch):
 def keep(path, value):
     """torch.save, whole or not at all: to a temporary file beside `path`, synced, and put in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = f"{path}.{os.getpid()}.part"
-    with open(part, "wb") as f:
-        torch.save(value, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(value, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {e}") from None
 
 
 def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0, folder=None, rank=0, world=1,
@@ -192,7 +197,10 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
         for c, i in chunks:
             part, kept = slice(i, i + batch_size), folder and Path(folder) / f"chunk{c:05d}.pt"
             if kept and kept.exists():
-                flags[:, part] = torch.load(kept, weights_only=True)
+                try:
+                    flags[:, part] = torch.load(kept, weights_only=True)
+                except Exception as e:  # torch raises many kinds on a truncated file
+                    raise OSError(f"{kept} is not a chunk of this evaluation ({type(e).__name__}): delete it") from None
             else:
                 x_c, y_c = x[part].to(device, torch.float32), y[part].to(device)
                 _, clean, robust = attack_chunk(model, x_c, y_c, eps=eps, norm=norm, attacks=attacks, seed=seed + c)

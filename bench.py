@@ -257,7 +257,7 @@ def autoattack_rates(bench, n, size, device):
     """Examples a second of standard AutoAttack, ours and the plain package's on the same n examples, both in chunks of `size`
     with the same seeds, and whether their flags agree."""
     from pyautoattack import AutoAttack
-    x = bench.split.pixels(torch.arange(n), device)
+    x = torch.rand(n, 3, bench.args.side, bench.args.side, generator=torch.Generator().manual_seed(0)).to(device)
     model = bench.model.eval().requires_grad_(False)
     with torch.no_grad():
         y = model(x).argmax(1)  # all right, so that all are attacked

@@ -2,7 +2,6 @@
 
 Admission rule for this file: three callers, no mathematics.
 """
-import atexit
 import contextlib
 import datetime
 import hashlib
@@ -55,7 +54,7 @@ def start_run(folder, args):
     """Makes the run's folder (rank 0), emptied of an earlier run's files with --force, with its args.json."""
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("result.json", "rank.json", "last.pt", "best.pt", "robust.pt", "scores.pt", "log.jsonl"):
+        for name in ("args.json", "result.json", "rank.json", "last.pt", "best.pt", "robust.pt", "scores.pt", "log.jsonl"):
             for path in [*folder.glob(f"{name}.*.part"), *[folder / name] * args.force]:  # of a killed process, or of an earlier run
                 path.unlink(missing_ok=True)
         write_json(folder / "args.json", identity(args))
@@ -134,7 +133,8 @@ def barrier():
     """Waits for all processes."""
     if world() > 1:
         import torch.distributed as dist
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
 
 
 def all_sum(tensor, op="SUM"):
@@ -164,7 +164,6 @@ def set_up(args):
     if world() > 1 and not torch.distributed.is_initialized():
         # Others wait while rank 0 downloads or packs data, and for the slowest chunk of AutoAttack: far longer than the default.
         torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
-        atexit.register(torch.distributed.destroy_process_group)  # or gloo's threads may abort a process that has done its work
     return device
 
 
@@ -202,24 +201,38 @@ def stop(number, frame):
     raise Stopped(number)
 
 
-def script(main):
-    """Runs a script's main(): a user's mistake becomes one line on stderr and exit code 2, a signal one line and 128 + its number."""
+def outcome(main):
+    """Runs main(): the exit code, and one line on stderr for a user's mistake (2), a signal (128 + its number) or a lost process (1)."""
     who = f"[rank {rank()}] " if rank() else ""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     try:
         main()
+        barrier()
+        return 0
     except (UserError, OSError) as e:
         if rank():
             time.sleep(5)  # a mistake that all processes find is told by rank 0; torchrun then ends the others
         print(f"error: {who}{e}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except Stopped as e:
         if rank() == 0:
             print("stopped: the same command, without --force, goes on from the last whole epoch or AutoAttack chunk", file=sys.stderr)
-        sys.exit(128 + e.args[0])
+        return 128 + e.args[0]
     except RuntimeError as e:
         if world() == 1 or not any(word in str(e) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
             raise
-        print(f"error: {who}another process of this run is gone; the same command goes on from the last whole epoch", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {who}another process of this run is gone, or was never reached ({' '.join(str(e).split())[:100]}); the same command "
+              "goes on from the last whole epoch", file=sys.stderr)
+        return 1
+
+
+def script(main):
+    """Runs a script's main() and exits with its outcome()."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    code = outcome(main)
+    if world() > 1:  # at once: when Python clears up, gloo's threads now and then abort a process that has done its work
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)

@@ -175,11 +175,11 @@ def draw(b, shape, how, streamed, generator):
 def jitter(x, factor, order):
     """Colour jitter of x (N, C, H, W): brightness, contrast and saturation by factor (N, 3), in each example's own order
     (N, 3). Each is the blend f x + (1 - f) base, with base black, the example's mean grey and its grey image."""
-    luma = x.new_tensor([0.299, 0.587, 0.114] if x.shape[1] == 3 else [1 / x.shape[1]] * x.shape[1]).view(1, -1, 1, 1)
+    luma = (0.299, 0.587, 0.114) if x.shape[1] == 3 else (1 / x.shape[1],) * x.shape[1]
     for step in range(3):
         kind = order[:, step].view(-1, 1, 1, 1)
         f = factor.gather(1, order[:, step:step + 1]).view(-1, 1, 1, 1)
-        grey = (x * luma).sum(1, keepdim=True)
+        grey = sum(w * x[:, c:c + 1] for c, w in enumerate(luma))  # a tensor of weights would make a GPU wait for its copy
         base = torch.where(kind == 2, grey, torch.where(kind == 1, grey.mean((2, 3), keepdim=True), 0.0))
         x = (f * x + (1 - f) * base).clamp(0, 1)
     return x

@@ -1,8 +1,8 @@
 """The tables of the README: the paper's claims (a) to (f) with a verdict each, and the cost of a training step. report.py writes them.
 
 A claim is tested on the runs of one data set. "holds" and "contradicted" need a 95 % interval of the difference that leaves out
-0 (Newcombe 1998, from Wilson intervals; wider than need be, since both runs meet the same test examples); else "open". Several
-seeds of a run are pooled, example by example.
+0 (Newcombe 1998, from Wilson intervals; wider than need be, since all runs meet the same test examples); else "open". Of several
+seeds of a run the mean counts, with the n of one: more seeds do not make more test examples.
 """
 import statistics
 from pathlib import Path
@@ -10,20 +10,25 @@ from pathlib import Path
 import common
 import evaluate
 import paper
+from common import UserError
 from rank import spearman
 
 
+def contrast(*terms):
+    """The sum of weight * accuracy over (weight, {"accuracy", "low", "high"}), in points: (value, low, high)."""
+    off = lambda side: sum((w * (a["accuracy"] - a["low" if (w > 0) == (side < 0) else "high"]))**2 for w, a in terms) ** 0.5
+    value = sum(w * a["accuracy"] for w, a in terms)
+    return 100 * value, 100 * (value - off(-1)), 100 * (value + off(+1))
+
+
 def difference(a, b):
-    """a - b of two accuracies {"accuracy", "low", "high"}, in points: (value, low, high)."""
-    d = a["accuracy"] - b["accuracy"]
-    low = d - ((a["accuracy"] - a["low"])**2 + (b["high"] - b["accuracy"])**2) ** 0.5
-    high = d + ((a["high"] - a["accuracy"])**2 + (b["accuracy"] - b["low"])**2) ** 0.5
-    return 100 * d, 100 * low, 100 * high
+    """a - b of two accuracies, in points: (value, low, high), Newcombe's method 10."""
+    return contrast((1, a), (-1, b))
 
 
-def verdict(low, high, at=0.0):
-    """What an interval says of a claim that its value is above `at`."""
-    return "holds" if low > at else "contradicted" if high < at else "open"
+def verdict(value, low, high):
+    """What an interval says of a claim that its value is above 0."""
+    return "holds" if low > 0 else "contradicted" if high < 0 else "open"
 
 
 def points(value, low, high):
@@ -36,17 +41,22 @@ def percent(a):
     return f"{100 * a['accuracy']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
 
 
-def pool(parts):
-    """Several accuracies {"accuracy", "n"} as one, with its Wilson interval."""
-    n = sum(p["n"] for p in parts)
-    right = round(sum(p["accuracy"] * p["n"] for p in parts if p["n"]))
-    low, high = evaluate.wilson(right, n)
-    return {"accuracy": right / n, "low": low, "high": high, "n": n}
+def accuracy(share, n):
+    """{"accuracy", "low", "high", "n"} with Wilson's interval; None for no examples."""
+    return {"accuracy": share, "n": n, **dict(zip(("low", "high"), evaluate.wilson(share * n, n)))} if n else None
 
 
 def robust(runs, part="all", kind="robust"):
-    """An accuracy of report.py's records of one run, all seeds together."""
-    return pool([r["accuracy"][part][kind] for r in runs])
+    """An accuracy of report.py's records of one run: the mean over its seeds."""
+    found = [r["accuracy"][part][kind] for r in runs if r["accuracy"][part][kind]["n"]]
+    return accuracy(statistics.mean(f["accuracy"] for f in found), found[0]["n"]) if found else None
+
+
+def without(runs, c):
+    """Robust accuracy of one run on all classes but c."""
+    found = [v["robust"] for r in runs[:1] for d, v in r["accuracy"]["classes"].items() if d != c and v["robust"]["n"]]
+    n = sum(f["n"] for f in found)
+    return accuracy(sum(f["accuracy"] * f["n"] for f in found) / n, n) if n else None
 
 
 def pick(runs, **like):
@@ -65,11 +75,13 @@ def single_class(runs, none, ranking):
     single = {c: pick(named, A_classes=[c]) for r in named for c in r["A_classes"]}
     if not single or not none:
         return
-    others = lambda c: pool([v["robust"] for r in none for d, v in r["accuracy"]["classes"].items() if d != c])
-    found = {c: difference(robust(rs, "B_val"), others(c)) for c, rs in single.items()}
+    single = {c: rs for c, rs in single.items() if robust(rs, "B_val") and without(none, c)}
+    if not single:
+        return
+    found = {c: difference(robust(rs, "B_val"), without(none, c)) for c, rs in single.items()}
     least, most = (f(found, key=lambda c: found[c][0]) for f in (min, max))
-    holds = sum(d[1] > 0 for d in found.values())
-    said = "holds" if holds == len(found) else f"holds for {holds} of {len(found)} classes"
+    said = [verdict(*d) for d in found.values()]
+    said = said[0] if len(set(said)) == 1 else ", ".join(f"{v} for {said.count(v)}" for v in sorted(set(said), key=said.count)[::-1])
     yield ("(a) CSAT on a single class makes B_val robust, against no AT on the same classes", "+17.1 (car) to +37.8 (cat)",
            f"{points(*found[least])} ({least}) to {points(*found[most])} ({most})", said)
     order = [row["class"] for row in (ranking or {}).get("classes_hardest_first", []) if row["class"] in single]
@@ -79,29 +91,29 @@ def single_class(runs, none, ranking):
         rho = spearman([-i for i in range(len(order))], [robust(single[c], "B_val")["accuracy"] for c in order])
         yield ("(b) the hardest class gives B_val more than the easiest", "cat 37.8, car 17.1: +20.7",
                f"{order[0]} {percent(robust(hard, 'B_val'))}, {order[-1]} {percent(robust(easy, 'B_val'))}: {points(*d)}{seeds(hard, easy)}; "
-               f"Spearman of difficulty and B_val over {len(order)} classes {rho:+.2f}", verdict(*d[1:]))
+               f"Spearman of difficulty and B_val over {len(order)} classes {rho:+.2f}", verdict(*d))
 
 
 def examples(runs, none, full):
     """Claims (c) and (d): ESAT."""
-    esat = [r for r in runs if r["split"] == "esat" and r["metric"] == "entropy" and r["weight"] == "vanilla" and r["attack"] == "pgd"]
+    esat = [r for r in runs if r["split"] == "esat" and r["metric"] == "entropy"]
     half = pick(esat, share=0.5, order="hardest")
     if half and none and full:
-        gain = difference(robust(full), robust(none))[0]
-        share, low, high = (d / gain for d in difference(robust(half), robust(none)))
+        gain, over = difference(robust(full), robust(none)), contrast((1, robust(half)), (-0.5, robust(none)), (-0.5, robust(full)))
+        share = f"{100 * difference(robust(half), robust(none))[0] / gain[0]:.0f} %" if gain[1] > 0 else "AT gains nothing that is sure"
         yield ("(c) ESAT on the hardest half recovers most of (over half of) what AT gains in robustness", "66.4 of 69.0: 96 %",
-               f"{percent(robust(half))} of {percent(robust(full))}: {100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]",
-               verdict(low, high, 0.5))
+               f"{percent(robust(half))} of {percent(robust(full))}: {share}; above the middle of no AT and AT by {points(*over)}",
+               verdict(*over) if gain[1] > 0 else "open")
     for size in sorted({r["A"] for r in esat})[:1]:
         at = {order: pick(esat, A=size, order=order) for order in ("hardest", "easiest", "random")}
         if all(at.values()):
-            d, e = (difference(robust(at["hardest"]), robust(at[order])) for order in ("easiest", "random"))
+            hard, easy, any_ = (robust(at[order]) for order in ("hardest", "easiest", "random"))
+            d, e = difference(hard, easy), contrast((1, any_), (-0.5, hard), (-0.5, easy))
             where = f"at \\|A\\|/N = {at['hardest'][0]['share']:.1f}"
-            yield (f"(d) {where} hardest beats easiest", "52.1, 24.2: +27.9", f"{percent(robust(at['hardest']))}, "
-                   f"{percent(robust(at['easiest']))}: {points(*d)}{seeds(at['hardest'], at['easiest'])}", verdict(*d[1:]))
-            near = "holds" if abs(e[0]) < abs(d[0]) / 2 and d[1] > 0 else "open" if e[1] <= 0 <= e[2] else "contradicted"
-            yield (f"(d) {where} random is close to hardest (less than half as far as easiest)", "52.1, 48.5: +3.6",
-                   f"{percent(robust(at['hardest']))}, {percent(robust(at['random']))}: {points(*e)}{seeds(at['hardest'], at['random'])}", near)
+            yield (f"(d) {where} hardest beats easiest", "52.1, 24.2: +27.9", f"{percent(hard)}, {percent(easy)}: {points(*d)}"
+                   f"{seeds(at['hardest'], at['easiest'])}", verdict(*d))
+            yield (f"(d) {where} random is nearer to hardest than to easiest (or above both)", "52.1, 48.5, 24.2: +10.4 above the middle",
+                   f"{percent(any_)}: {points(*e)} above the middle{seeds(*at.values())}", verdict(*e))
 
 
 def clean_against_robust(runs, none, full):
@@ -113,7 +125,7 @@ def clean_against_robust(runs, none, full):
         rho = spearman(*([robust([r], kind=kind)["accuracy"] for r in shown] for kind in ("robust", "clean")))
         yield ("(e) clean accuracy falls as robust accuracy rises (no AT minus AT)", "ESAT hardest 91.9 (10 %) to AT's 89.4 (90 %: 89.5)",
                f"{percent(plain)}, {percent(hardened)}: {points(*d)}{seeds(none, full)}; "
-               f"Spearman of robust and clean over no AT, AT and ESAT ({len(shown)} runs) {rho:+.2f}", verdict(*d[1:]))
+               f"Spearman of robust and clean over no AT, AT and ESAT ({len(shown)} runs) {rho:+.2f}", verdict(*d))
 
 
 def transfers(runs):
@@ -125,7 +137,7 @@ def transfers(runs):
             d = difference(robust(heavy), robust(plain))
             yield (f"(f) {heavy[0]['data'].replace('->', ' to ')}, {size} hardest classes: emphasis beats vanilla",
                    "emphasis above vanilla's 8" if abs(heavy[0]["share"] - 0.1) < 1e-6 else "emphasis above vanilla",
-                   f"{percent(robust(heavy))}, {percent(robust(plain))}: {points(*d)}{seeds(heavy, plain)}", verdict(*d[1:]))
+                   f"{percent(robust(heavy))}, {percent(robust(plain))}: {points(*d)}{seeds(heavy, plain)}", verdict(*d))
 
 
 def claims(found, ranks):
@@ -137,6 +149,7 @@ def claims(found, ranks):
         if paper.base(data) not in ("cifar10", "cifar100->cifar10"):
             continue
         ranking = next((r for r in ranks if r["fingerprint"]["name"] == data), None)
+        runs = [r for r in runs if r["attack"] == "pgd" and (r["weight"] == "vanilla" or r["transfer"])]
         none, full = (pick(runs, split=split, transfer=False) for split in ("none", "full"))
         rows = [*single_class(runs, none, ranking), *examples(runs, none, full)] if "->" not in data else []
         rows += clean_against_robust(runs, none, full) if "->" not in data else transfers(runs)
@@ -151,6 +164,8 @@ def speed(results):
     groups, tables, said = {}, {}, []
     for path in sorted(Path(results).glob("bench/*.json")):
         r = common.read_json(path)
+        if not isinstance(r, dict) or not {"setting", "steps"} <= set(r):
+            raise UserError(f"{path} was not written by bench.py --json: move it away")
         said += r.get("said", [])
         groups.setdefault(r["setting"], []).append({row["step"]: row for row in r["steps"]})
     for setting, runs in groups.items():

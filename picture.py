@@ -1,6 +1,6 @@
 """Draws clean image, perturbation (magnified) and adversarial image for a test example of A and one of B.
 
-Paper: Eq. 1 and 2, seen. A run with A = {} or everything shows two examples of its one part.
+Paper: Eq. 1 and 2, seen. Of a run with A = {} or A = everything, one example of its one part.
     python picture.py results/cifar10-small/csat-airplane-seed0/best.pt
 Files in: a checkpoint whose A is made of classes, the data. Files out: picture.png beside the checkpoint.
 """
@@ -56,13 +56,13 @@ def main(argv=None):
     device = common.set_up(args)
     model, ckpt = evaluate.load_model(args.checkpoint)
     made, out = ckpt["args"], args.out or args.checkpoint.parent / "picture.png"
-    if made.get("split") == "esat":
-        raise UserError(f"{args.checkpoint} has an A of single training examples; give a run of --split csat, whose A and B part the test set too")
+    if made.get("split") not in ("csat", "none", "full"):
+        raise UserError(f"{args.checkpoint} has no A made of whole classes, which would part the test set too: give the best.pt of sat.py --split csat")
     data = datasets.get(made["dataset"], args.data_dir, device, made["side"], args.workers)
     datasets.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
     say(f"attacking an example of A and one of B of {data.name} with {args.checkpoint}: PGD-{STEPS}, {made['norm']} eps {made['eps']:g}")
     model = model.to(device).eval()
-    in_A = [c in (ckpt["A_classes"] or data.classes) for c in data.classes]
+    in_A = [c in ckpt["A_classes"] if ckpt["A_classes"] else made["split"] == "full" for c in data.classes]
     index, rows = datasets.selection_and_final(len(data.test))[1], {}
     for part, wanted in (("A", True), ("B", False)):
         classes = torch.tensor([c for c, inside in enumerate(in_A) if inside == wanted])

@@ -254,12 +254,18 @@ def difficulty_table(ranking):
     return markdown(["class, hardest first", *metrics, "clean error %", "n", *["paper entropy", "paper error %"] * known], body)
 
 
-def difficulty_section(ranks, out):
-    """Fig. 3: mean entropy and clean error of each class, from every rank.json."""
-    title = "Fig. 3: class entropy and class error"
+def rankings(results):
+    """{path: content} of every rank.json below the folder `results`."""
+    ranks = {path: common.read_json(path) for path in sorted(results.glob("**/rank.json"))}
     for path, r in ranks.items():
         if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint"} <= set(r):
             raise UserError(f"{path} is not a ranking of this project: move it away, or repeat it with rank.py --force")
+    return ranks
+
+
+def difficulty_section(ranks, out):
+    """Fig. 3: mean entropy and clean error of each class, from every rank.json."""
+    title = "Fig. 3: class entropy and class error"
     text, shown = [f"## {title}", *([] if ranks else ["No rankings yet."])], {}
     for r in ranks.values():
         name, n = f"{r['fingerprint']['name']}: {r['args']['arch']}, {r['epochs']} epochs", len(r["classes_hardest_first"])
@@ -331,7 +337,7 @@ def main(argv=None):
     text = ["# Results", "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± standard deviation over seeds. "
             "Robust: right, and still right under the attack that each table names, on test examples that selected nothing. Runs that differ "
             "in threat model, attack, n, network or epochs are in tables of their own."]
-    ranks = {path: common.read_json(path) for path in sorted(results.glob("**/rank.json"))}
+    ranks = rankings(results)
     sections = [claims_section(found, ranks.values()), matrix_section(found, out), difficulty_section(ranks, out)]
     sections += [curve_section(found, out, *figure) for figure in CURVES] + [cost_section(found, out), speed_section(results)]
     text += [t for section in sections for t in section if t]

@@ -14,7 +14,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 RESULTS=${RESULTS:-results} DATA=${DATA:-data} NPROC=${NPROC:-${GPUS:-1}} EXTRA=${EXTRA:-} PYTHON=${PYTHON:-python}
-dry=false fig='' failed=() later=()
+dry=false stopped=false fig='' failed=() later=()
 declare -A listed counted runs_of transfers_of new_of cost_of
 
 # --- one stage ---------------------------------------------------------------------------------------------------------
@@ -36,17 +36,18 @@ claimed() {  # claimed DONE_FILE CLAIM COMMAND...: runs the command if DONE_FILE
     if [ -e "$done_file" ] || ! take "$claim"; then return 0; fi
     if [ ! -e "$done_file" ]; then
         printf '\n> %s\n' "$*"
-        (while sleep 20; do touch -c "$claim" || exit; done) >/dev/null 2>&1 & heart=$!  # or its sleep would hold a pipe open
+        # The heart stops with this script, however that ends. Its output goes nowhere, or its sleep would hold a pipe open.
+        (while sleep 20; do kill -0 $$ && [ -d "$claim" ] && touch "$claim" || exit; done) >/dev/null 2>&1 & heart=$!
         trap 'kill $heart 2>/dev/null; rmdir "$claim" 2>/dev/null' EXIT
         mkdir -p "$RESULTS/logs"
         "$@" 2>&1 | tee -ia "$log" || rc=${PIPESTATUS[0]}
         trap - EXIT
-        kill $heart
+        kill $heart 2>/dev/null || true
         wait $heart 2>/dev/null || true
         [ $rc = 0 ] || failed+=("$*    (its output: $log)")
     fi
-    rmdir "$claim"
-    if [ $rc -ge 128 ]; then echo "stopped; started again, it goes on from here" >&2; exit $rc; fi  # Ctrl-C is for the whole list
+    rmdir "$claim" 2>/dev/null || true
+    if [ $rc = 130 ] || [ $rc = 143 ] || $stopped; then echo "stopped; started again, it goes on from here" >&2; exit 130; fi  # Ctrl-C is for the whole list
 }
 count() {  # count FOLDER SCRIPT COST: for the summary of --dry-run, per figure, shared runs in each figure that shows them
     [ -z "${counted[$fig|$1]:-}" ] || return 0
@@ -61,7 +62,9 @@ take() {  # take CLAIM: whether the claim is ours now. One whose heartbeat (its 
     mkdir -p "$RESULTS/claims"
     mkdir "$1" 2>/dev/null && return
     [ -n "$(find "$1" -maxdepth 0 -mmin +2 2>/dev/null)" ] || return 1
-    mv "$1" "$1.dead.$$" 2>/dev/null && rmdir "$1.dead.$$" && mkdir "$1" 2>/dev/null
+    mv "$1" "$1.dead.$$" 2>/dev/null || return 1
+    if [ -z "$(find "$1.dead.$$" -maxdepth 0 -mmin +2)" ]; then mv -n "$1.dead.$$" "$1"; return 1; fi  # another copy had just taken it
+    rmdir "$1.dead.$$" && mkdir "$1" 2>/dev/null
 }
 wait_for() {  # wait_for FILE FOLDER: while another copy is alive and making FILE
     $dry && return
@@ -237,4 +240,5 @@ main() {
         exit 1
     fi
 }
+trap 'stopped=true' INT TERM
 main "$@"

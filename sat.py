@@ -118,6 +118,8 @@ def sat_step(model, net, optimizer, x, y, in_A, w, args, amp, generator=None):
     """
     with amp:
         x = perturb(model, x.contiguous(memory_format=torch.channels_last), y, in_A, args, generator)
+        if args.compile:  # of the sizes of A one is seen first, and training's would be taken for another of them
+            torch._dynamo.mark_static(x, 0)
         logits = net(x)
     loss = sat_loss(logits, y, w, all_sum(w.sum()))  # Eq. 2
     optimizer.zero_grad(set_to_none=True)

@@ -353,32 +353,46 @@ def test_empty_A_is_vanilla_training_and_full_A_is_AT(everything):
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
-def short_training(device, compile, amp):
-    """Four steps of SAT on digits with A = every third example; the weights, and the log's row."""
-    args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--batch-size", "40", "--steps", "2", "--lr", "0.02", "--amp", amp,
-                             "--compile" if compile else "--no-compile"])
+def short_training(device, compile=False, amp="off", attack=True):
+    """Four steps of SAT on digits with A = every third example: the change of all weights as one vector, and the log's row."""
+    args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--batch-size", "40", "--steps", "3", "--step-size", "0.5", "--eps", "1.5",
+                             "--lr", "0.05", "--amp", amp, "--compile" if compile else "--no-compile"])
     data = datasets.get("digits", "data", device)
     torch.manual_seed(0)
     model = models.Classifier(models.preactresnet(1, (8, 8), 1), nn.Linear(8, 10), [0.3], [0.35]).to(device)
+    before = [p.detach().clone() for p in model.parameters()]
     split, A = datasets.Split(data.train.x[:160], data.train.y[:160]), torch.arange(160) % 3 == 0
-    row, = [s["row"] for s in sat.train(model, split, A, 2.0, args, torch.device(device))]
-    return {k: v.cpu().float() for k, v in model.state_dict().items()}, row
+    row, = [s["row"] for s in sat.train(model, split, A & attack, 2.0 if attack else 1.0, args, torch.device(device))]
+    assert not [k for k in model.state_dict() if "_orig_mod" in k], "a checkpoint of a compiled network is like any other"
+    return torch.cat([(p - q).flatten().cpu() for p, q in zip(model.parameters(), before)]), row
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-@pytest.mark.parametrize("compile,amp,atol", [(True, "off", 2e-4), (False, "bf16", 2e-2), (True, "bf16", 2e-2)])
-def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compile, amp, atol):
-    """--compile (A filled up to 16 and 32 examples) and bf16 autocast, against float32 on the CPU."""
+@pytest.mark.parametrize("compile,amp,alike", [(True, "off", 0.9999), (False, "bf16", 0.97), (True, "bf16", 0.97)])
+def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compile, amp, alike):
+    """--compile (A filled up to 16 and 32 examples) and bf16 autocast, against float32 on the CPU: the same change of the
+    weights, which training without the attack does not give."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    (plain, row), (fast, row2) = short_training("cpu", False, "off"), short_training(device, compile, amp)
+    (plain, row), (fast, row2), (other, _) = short_training("cpu"), short_training(device, compile, amp), short_training("cpu", attack=False)
     assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2) == compile, "a graph of the step, one or two of the attack"
-    before = models.Classifier(models.preactresnet(1, (8, 8), 1), nn.Linear(8, 10), [0.3], [0.35])
     assert row2["attacked"] == row["attacked"] == 54 and row2["loss"] == pytest.approx(row["loss"], rel=0.02)
-    for k, v in plain.items():
-        if "num_batches" not in k:
-            torch.testing.assert_close(fast[k], v, atol=atol, rtol=0.02, msg=lambda m: f"{k}: {m}")
-    assert set(plain) == set(before.state_dict()) == set(fast), "a checkpoint of a compiled network is like any other"
+    same = F.cosine_similarity(fast, plain, dim=0)
+    assert same > alike > F.cosine_similarity(other, plain, dim=0) and (fast.norm() / plain.norm()).item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_gpu():
+    args, device = sat.command_line(["--split", "none", *QUICK, "--augment", "full", "--batch-size", "64", "--random-start"]), torch.device("cuda")
+    g = torch.Generator().manual_seed(0)
+    split = datasets.Split(torch.randint(0, 256, (256, 3, 32, 32), generator=g, dtype=torch.uint8), torch.randint(0, 10, (256,), generator=g)).to(device)
+    model, amp = net(channels=3).to(device).train(), torch.autocast("cuda", torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, fused=True)
+    for i, (x, y, index) in enumerate(datasets.batches(split, 64, 0, 0, "full", device)):
+        in_A = index % 2 == 0
+        sat.sat_step(model, model, optimizer, x, y, in_A, torch.where(sat.ahead(in_A, device), 2.0, 1.0), args, amp, torch.Generator(device))
+        torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one sets libraries up
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -480,19 +494,21 @@ import sys, torch, common, data, sat
 from torch import nn
 torch.set_num_threads(1)
 out, w_A, start, epochs, *flags = sys.argv[1:]
-args = sat.command_line(["--split", "none", "--epochs", epochs, "--lr-decays", "1", "--batch-size", "63", "--steps", "2", *flags])
-device = common.set_up(args)
-digits = data.get("digits", "data")
-digits.train = data.Split(digits.train.x[:300], digits.train.y[:300])
-torch.manual_seed(0)
-model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))  # no batch norm
-model.frozen = False
-A = torch.arange(300) % 29 == 0  # so few that batches of a process often hold none
-state = common.load(start) if start != "-" else None
-for state in sat.train(model, digits.train, A, float(w_A), args, device, state):
-    pass
-if common.rank() == 0:
-    torch.save(state, out)
+def main():
+  args = sat.command_line(["--split", "none", "--epochs", epochs, "--lr-decays", "1", "--batch-size", "63", "--steps", "2", *flags])
+  device = common.set_up(args)
+  digits = data.get("digits", "data")
+  digits.train = data.Split(digits.train.x[:300], digits.train.y[:300])
+  torch.manual_seed(0)
+  model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))  # no batch norm
+  model.frozen = False
+  A = torch.arange(300) % 29 == 0  # so few that batches of a process often hold none
+  state = common.load(start) if start != "-" else None
+  for state in sat.train(model, digits.train, A, float(w_A), args, device, state):
+      pass
+  if common.rank() == 0:
+      torch.save(state, out)
+common.script(main)
 """
 
 
@@ -557,7 +573,7 @@ def test_a_process_that_dies_ends_the_job(undisturbed, tmp_path):
     command = [f"{tmp_path}/marker", "epoch", str(undisturbed[1]["rank"]["epoch"] // 2), stage, *argv, "--results", str(tmp_path)]
     (tmp_path / "killer.py").write_text(KILLER.replace("if where == phase", "if common.rank() == 1 and where == phase"))
     done = processes(2, tmp_path / "killer.py", *command)
-    assert done.returncode != 0 and "exitcode  : -9" in done.stderr and "Traceback (most recent call last):\n  File \"%s" % tmp_path not in done.stderr
+    assert done.returncode != 0 and "exitcode  : -9" in done.stderr and "[rank0]: Traceback" not in done.stderr
     folder = tmp_path / "digits0-4" / "rank-preactresnet8-seed0"
     assert common.load(folder / "last.pt")["epoch"] == 1 and not (folder / "scores.pt").exists()
     done, _ = run_stage(tmp_path, stage, argv)
@@ -1275,7 +1291,9 @@ def test_difference_is_newcombes():
     """Newcombe (1998), Table II, method 10: 56 of 70 against 48 of 80, and 9 of 10 against 3 of 10."""
     assert findings.difference(wilson_of(56, 70), wilson_of(48, 80)) == pytest.approx((20, 5.24, 33.39), abs=0.01)
     assert findings.difference(wilson_of(9, 10), wilson_of(3, 10)) == pytest.approx((60, 17.05, 80.90), abs=0.01)
-    assert [findings.verdict(*d) for d in ((0.1, 2), (-1, 1), (-2, -0.1), (0.6, 0.9, 0.5), (0.4, 0.9, 0.5))] == ["holds", "open", "contradicted", "holds", "open"]
+    assert [findings.verdict(*d) for d in ((1, 0.1, 2), (0, -1, 1), (-1, -2, -0.1))] == ["holds", "open", "contradicted"]
+    a, b = wilson_of(56, 70), wilson_of(48, 80)
+    assert findings.contrast((1, a), (-0.5, b), (-0.5, b))[0] == pytest.approx(20) and findings.contrast((-1, a)) == pytest.approx((-80, -100 * a["high"], -100 * a["low"]))
 
 
 def claim_run(split, robust, clean=80, n=100, **made):
@@ -1288,20 +1306,26 @@ def claim_run(split, robust, clean=80, n=100, **made):
 def test_claims_get_the_verdict_of_their_interval():
     runs = [claim_run("none", 2, 95), claim_run("full", 60, 70)]
     runs += [claim_run("csat", r, order="named", A_classes=[c]) for c, r in (("cat", 40), ("truck", 15), ("car", 20))]
-    runs += [claim_run("esat", 55, share=0.5, A=25000), *(claim_run("esat", r, order=o, share=0.1) for o, r in (("hardest", 45), ("easiest", 20), ("random", 42)))]
+    runs += [claim_run("esat", 55, share=0.5, A=25000), *(claim_run("esat", r, order=o, share=0.1) for o, r in (("hardest", 45), ("easiest", 20), ("random", 50)))]
     ranks = [{"fingerprint": {"name": "cifar10-small"}, "classes_hardest_first": [{"class": c} for c in ("cat", "truck", "car")]}]
     (_, rows), = findings.claims(runs, ranks).items()
     verdicts = {row[0][:3] + row[0].split()[-1]: row[3] for row in rows}
-    assert verdicts == {"(a)classes": "holds", "(b)easiest": "holds", "(c)robustness": "holds", "(d)easiest": "holds", "(d)easiest)": "holds", "(e)AT)": "holds"}
+    assert verdicts == {"(a)classes": "holds", "(b)easiest": "holds", "(c)robustness": "holds", "(d)easiest": "holds", "(d)both)": "holds", "(e)AT)": "holds"}
     assert "cat 40.0 [30.9, 49.8], car 20.0" in rows[1][2] and "+0.50" in rows[1][2], "difficulty 3 2 1, B_val 40 15 20"
-    assert "55.0 [45.2, 64.4] of 60.0 [50.2, 69.1]: 91 % [" in rows[2][2]
+    assert "55.0 [45.2, 64.4] of 60.0 [50.2, 69.1]: 91 %; above the middle of no AT and AT by +24.0 [" in rows[2][2]
     (_, pooled), = findings.claims([*runs, claim_run("esat", 15, order="hardest", share=0.1, seed=1), claim_run("esat", 60, order="easiest", share=0.1, seed=1)], ranks).items()
-    assert pooled[3][2].startswith("30.0 [24.1, 36.7], 40.0 [33.5, 46.9]: -10.0 [") and "(2 seeds)" in pooled[3][2] and pooled[3][3] == "contradicted"
+    assert pooled[3][2].startswith("30.0 [21.9, 39.6], 40.0 [30.9, 49.8]: -10.0 [") and "(2 seeds)" in pooled[3][2], "the mean, with the n of one"
+    assert pooled[3][3] == "open"
+    weak = [claim_run("none", 20, 95), claim_run("full", 20, 70), claim_run("esat", 55, share=0.5, A=25000)]
+    (_, rows_), = findings.claims(weak, ranks).items()
+    assert rows_[0][3] == "open" and "AT gains nothing that is sure" in rows_[0][2]
+    others = [claim_run("csat", 90, order="named", A_classes=["cat"], weight="emphasis"), claim_run("full", 90, attack="fgsm-rs")]
+    assert findings.claims([*runs, *others], ranks) == {k: v for k, v in findings.claims(runs, ranks).items()}, "other weights and attacks are no seeds"
     for r in runs:
         if r["order"] == "named" and r["A_classes"] == ["cat"]:
             r["accuracy"]["B_val"]["robust"] = wilson_of(3, 100)
     (_, rows), = findings.claims(runs, ranks).items()
-    assert rows[0][3] == "holds for 2 of 3 classes" and rows[1][3] == "contradicted", "none is softened"
+    assert rows[0][3] == "holds for 2, open for 1" and rows[1][3] == "contradicted", "none is softened"
 
 
 def test_claim_of_the_transfer():
@@ -1319,6 +1343,25 @@ def test_tables_into_a_file(tmp_path):
         report.into(file, [["## U", "x"]])
 
 
+def test_readme_is_made_from_the_published_results(tmp_path):
+    import re
+    import shutil
+    published = HERE / "results-published"
+    shutil.copytree(published, tmp_path / "r")
+    shutil.copy(HERE / "README.md", tmp_path / "README.md")
+    report.main(["--results", str(tmp_path / "r"), "--into", str(tmp_path / "README.md")])
+    assert (tmp_path / "README.md").read_text() == (HERE / "README.md").read_text(), "report.py --results results-published --into README.md"
+    assert (tmp_path / "r" / "tables.md").read_text() == (published / "tables.md").read_text()
+    text = (HERE / "README.md").read_text()
+    assert "| (a) CSAT on a single class" in text and "| (f) cifar100-small to cifar10-small" in text and "torchattacks PGDL2" in text
+    for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (HERE / image).stat().st_size < 1_000_000
+    levers = json.loads((published / "levers.json").read_text())
+    for lever in ("no_weight_gradients_in_the_attack", "channels_last"):
+        for ratio in levers[lever].values():
+            assert f"{ratio}" in text
+
+
 def test_picture_of_A_and_B(pipeline, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(picture.figures, "perturbations", lambda path, title, rows, magnify: seen.append((path, title, rows)))
@@ -1328,11 +1371,15 @@ def test_picture_of_A_and_B(pipeline, tmp_path, monkeypatch):
     assert rows["A"]["class"] in in_A and rows["B"]["class"] not in in_A and "l2 eps 0.5" in title
     for r in rows.values():
         assert r["before"][0] == r["class"] and torch.equal(r["x"] + r["delta"], r["adv"]) and 0.4 < r["delta"].norm() <= 0.5 + 1e-6
+    picture.main([str(pipeline / "digits0-4" / "none" / "best.pt"), "--out", str(tmp_path / "p.png")])
+    assert list(seen[1][2]) == ["B"]
     monkeypatch.undo()
     picture.main([str(pipeline / "digits0-4" / "none" / "best.pt"), "--out", str(tmp_path / "p.png")])
     assert (tmp_path / "p.png").stat().st_size > 5000
-    with pytest.raises(UserError, match="give a run of --split csat"):
-        picture.main([str(pipeline / "digits0-4" / "a" / "best.pt")])
+    folder, = (pipeline / "digits5-9").iterdir()
+    for path in (pipeline / "digits0-4" / "a" / "best.pt", pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt", folder / "best.pt"):
+        with pytest.raises(UserError, match="give the best.pt of sat.py --split csat"):
+            picture.main([str(path)])
 
 
 def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
@@ -1431,9 +1478,9 @@ def undisturbed(tmp_path_factory):
     return contents(folder), moments
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 2))))  # KILLS=20 python -m pytest -k killed
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 3))))  # KILLS=20 python -m pytest -k killed
 def test_killed_at_any_moment_ends_with_the_same_result(undisturbed, tmp_path, seed):
-    """SIGKILL once in each stage, at a random moment of a phase that changes with the seed (two seeds hit every phase), then
+    """SIGKILL once in each stage, at a random moment of a phase that changes with the seed (three seeds hit every phase of every stage), then
     the same command again: all that was written is bit-identical to the undisturbed chain's."""
     import random
     chance, (expected, moments) = random.Random(seed), undisturbed
