@@ -302,6 +302,7 @@ def main(argv=None):
     for text in result["said"]:
         say(text)
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         common.write_json(args.json, result)
 
 
