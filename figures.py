@@ -20,7 +20,7 @@ def canvas(rows, columns, width=4.6, height=2.7, **how):
 
 def write(fig, path, title):
     """Writes a figure as PNG."""
-    fig.suptitle(textwrap.fill(title, 26 * round(fig.get_figwidth() / 2)), fontsize=10)
+    fig.suptitle("\n".join(textwrap.fill(line, 26 * round(fig.get_figwidth() / 2)) for line in title.splitlines()), fontsize=10)
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
