@@ -145,7 +145,7 @@ def claims(found, ranks):
     groups, tables = {}, {}
     for r in found:
         groups.setdefault((r["data"], r["how"]), []).append(r)
-    for (data, how), runs in groups.items():
+    for (data, how), runs in sorted(groups.items(), key=lambda group: "->" in group[0][0]):  # the transfer last
         if paper.base(data) not in ("cifar10", "cifar100->cifar10"):
             continue
         ranking = next((r for r in ranks if r["fingerprint"]["name"] == data), None)
