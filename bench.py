@@ -110,14 +110,11 @@ class Bench:
         self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device)
         self.plain = copy.deepcopy(self.model)  # in the default memory format, as the others' code has it
         self.model = self.model.to(memory_format=torch.channels_last).train()
-        self.optimizer, self.plain_optimizer = (torch.optim.SGD(m.parameters(), 0.01, 0.9, weight_decay=5e-4, fused=device.type == "cuda")
-                                                for m in (self.model, self.plain))
+        self.optimizer, self.plain_optimizer = (sat.sgd(m, 0.01, 5e-4, device) for m in (self.model, self.plain))
         self.compiled = sat.compiled(self.model, device)  # lazily: nothing is compiled before it is called
         self.how = argparse.Namespace(attack="pgd", eps=0.5, step_size=0.1, steps=args.steps, norm="l2", random_start=False,
                                       batch_size=args.batch_size, compile=False)
-        bf16 = args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda")
-        self.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        self.dtype = "bf16 autocast" if bf16 else "float32"
+        self.amp = sat.autocast(args.amp, device)
         self.todo, self.epoch = iter(()), 0
 
     def batch(self):
@@ -239,6 +236,7 @@ def loader_rates(bench, args, device):
         read = lambda epoch: datasets.batches(split, size, 0, epoch, "full", device)
 
         def train(todo):
+            """SAT steps with A = {} on the batches of `todo`."""
             for x, y, _ in todo:
                 bench.model.train()
                 nothing = torch.zeros(len(x), dtype=torch.bool)
@@ -264,6 +262,7 @@ def autoattack_rates(bench, n, size, device):
     robust, seconds = {}, {}
 
     def plain():
+        """The package's own call, chunk by chunk."""
         parts = [AutoAttack(model, norm="L2", eps=0.05, version="standard", device=device, seed=c).run_standard_evaluation(
             x[i:i + size], y[i:i + size], batch_size=size)[1] for c, i in enumerate(range(0, n, size))]
         robust["package"] = torch.cat(parts).cpu() == y.cpu()
@@ -287,7 +286,8 @@ def main(argv=None):
     args = command_line(argv)
     device = common.set_up(args)
     bench = Bench(args, device)
-    setting = (f"{args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, augmentation included, {bench.dtype}, "
+    setting = (f"{args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, augmentation included, "
+               f"{'bf16 autocast' if bench.amp._enabled else 'float32'}, "
                f"{common.device_name(device)}, medians of {args.repeats}")
     say(f"one training step: {setting}")
     result = {"setting": setting, "torch": torch.__version__, "steps": steps_table(bench, args, device)}

@@ -78,6 +78,7 @@ def attack(model, data, index, setting, folder):
     bar = common.progress(None, total=mine, desc=f"AutoAttack ({' '.join(setting['attacks'])})", unit="example")
 
     def show(done, robust, text):
+        """autoattack's progress: a bar, or a line after each attack where stderr is no terminal."""
         bar.n = done
         bar.set_postfix_str(f"{robust} robust; {text}"[:70])
         if bar.disable and text.startswith("robust accuracy after"):

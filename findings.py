@@ -52,9 +52,9 @@ def robust(runs, part="all", kind="robust"):
     return accuracy(statistics.mean(f["accuracy"] for f in found), found[0]["n"]) if found else None
 
 
-def without(runs, c):
-    """Robust accuracy of one run on all classes but c."""
-    found = [v["robust"] for r in runs[:1] for d, v in r["accuracy"]["classes"].items() if d != c and v["robust"]["n"]]
+def without(run, classes):
+    """Robust accuracy of a record of report.py on all classes but these; None where nothing is left."""
+    found = [v["robust"] for c, v in run["accuracy"]["classes"].items() if c not in classes and v["robust"]["n"]]
     n = sum(f["n"] for f in found)
     return accuracy(sum(f["accuracy"] * f["n"] for f in found) / n, n) if n else None
 
@@ -75,10 +75,10 @@ def single_class(runs, none, ranking):
     single = {c: pick(named, A_classes=[c]) for r in named for c in r["A_classes"]}
     if not single or not none:
         return
-    single = {c: rs for c, rs in single.items() if robust(rs, "B_val") and without(none, c)}
+    single = {c: rs for c, rs in single.items() if robust(rs, "B_val") and without(none[0], [c])}
     if not single:
         return
-    found = {c: difference(robust(rs, "B_val"), without(none, c)) for c, rs in single.items()}
+    found = {c: difference(robust(rs, "B_val"), without(none[0], [c])) for c, rs in single.items()}
     least, most = (f(found, key=lambda c: found[c][0]) for f in (min, max))
     said = [verdict(*d) for d in found.values()]
     said = said[0] if len(set(said)) == 1 else ", ".join(f"{v} for {said.count(v)}" for v in sorted(set(said), key=said.count)[::-1])
@@ -140,11 +140,10 @@ def transfers(runs):
                    f"{percent(robust(heavy))}, {percent(robust(plain))}: {points(*d)}{seeds(heavy, plain)}", verdict(*d))
 
 
-def claims(found, ranks):
-    """Rows (claim, the paper's numbers, ours, verdict) by group: {(data, how): rows}. found: report.py's records; ranks: rank.json's."""
-    groups, tables = {}, {}
-    for r in found:
-        groups.setdefault((r["data"], r["how"]), []).append(r)
+def claims(groups, ranks):
+    """Rows (claim, the paper's numbers, ours, verdict) by group: {(data, how): rows}. groups: {(data, how): records of report.py};
+    ranks: the contents of rank.json."""
+    tables = {}
     for (data, how), runs in sorted(groups.items(), key=lambda group: "->" in group[0][0]):  # the transfer last
         if paper.base(data) not in ("cifar10", "cifar100->cifar10"):
             continue

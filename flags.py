@@ -41,6 +41,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def number(kind, low, high=float("inf"), open_low=False):
     """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low."""
     def convert(text):
+        """argparse's type function."""
         try:
             value = kind(text)
         except ValueError:

@@ -142,12 +142,9 @@ def amount(run):
 
 def without_at(group, runs):
     """A cell: robust accuracy without AT on the very classes of B_val, over the runs: what B would have anyway."""
-    base, found = baseline(group, "no AT"), []
-    for r in runs if base else []:
-        parts = [v["robust"] for c, v in base[0]["accuracy"]["classes"].items() if c not in r["A_classes"] and v["robust"]["n"]]
-        if parts and r["A_classes"]:
-            found.append(100 * sum(p["accuracy"] * p["n"] for p in parts) / sum(p["n"] for p in parts))
-    return f"{statistics.mean(found):.1f}" if found else "-"
+    base = baseline(group, "no AT")
+    found = [findings.without(base[0], r["A_classes"]) for r in runs if base and r["A_classes"]]
+    return f"{100 * statistics.mean(f['accuracy'] for f in found if f):.1f}" if any(found) else "-"
 
 
 def beside(runs, part, kind, theirs):
@@ -282,15 +279,10 @@ def difficulty_section(ranks, out):
 
 def claims_section(found, ranks):
     """The paper's claims on CIFAR-10, and to it, each with a verdict."""
-    text = ["## The paper's claims"]
-    for (data, how), rows in findings.claims(found, ranks).items():
-        text += [f"### {data}: {how}", markdown(["claim", "paper", "ours", "verdict"], rows), paper.caution(data, pick_setting(found, data, how))]
+    text, groups = ["## The paper's claims"], grouped(found, "data", "how")
+    for (data, how), rows in findings.claims(groups, ranks).items():
+        text += [f"### {data}: {how}", markdown(["claim", "paper", "ours", "verdict"], rows), paper.caution(data, groups[data, how][0]["setting"])]
     return text if len(text) > 1 else []
-
-
-def pick_setting(found, data, how):
-    """The setting of the runs of a table."""
-    return next(r["setting"] for r in found if (r["data"], r["how"]) == (data, how))
 
 
 def speed_section(results):
@@ -316,6 +308,7 @@ def into(path, sections):
     """Puts the tables of sections (their figures left out) into a Markdown file, between <!-- table: TITLE --> and <!-- end -->."""
     bodies = {text[0][3:]: "\n\n".join(t for t in text[1:] if t and not t.startswith("!")) for text in sections if text}
     def body(match):
+        """The marks of one table with its rows between them."""
         if match[2] not in bodies:
             raise UserError(f"{path} asks for the table {match[2]!r}; there are: {', '.join(bodies)}")
         return f"{match[1]}\n{bodies[match[2]]}\n\n{match[3]}"

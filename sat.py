@@ -110,6 +110,16 @@ def compiled(net, device):
     return torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
+def sgd(model, lr, weight_decay, device):
+    """The optimizer of Table 2: SGD with momentum 0.9 on what is trained of the model, in one kernel on GPUs."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr, 0.9, weight_decay=weight_decay, fused=device.type == "cuda")
+
+
+def autocast(amp, device):
+    """The bf16 autocast that the flag --amp ("auto", "off" or "bf16") asks for; auto: on GPUs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16" or (amp == "auto" and device.type == "cuda"))
+
+
 def sat_step(model, net, optimizer, x, y, in_A, w, args, amp, generator=None):
     """One SGD step on Eq. 2: attacks the examples of A, then descends. Returns (loss, logits), detached.
 
@@ -136,15 +146,14 @@ def train(model, split, A, w_A, args, device, state=None):
     """
     if world() > 1 and device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; it does not exist for CPUs
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], args.lr, 0.9, weight_decay=args.weight_decay,
-                                fused=device.type == "cuda")
+    optimizer = sgd(model, args.lr, args.weight_decay, device)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     model = model.to(memory_format=torch.channels_last)
     attacked_net = compiled(model, device) if args.compile else model
     net = torch.nn.parallel.DistributedDataParallel(attacked_net) if world() > 1 else attacked_net
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16" or (args.amp == "auto" and device.type == "cuda"))
+    amp = autocast(args.amp, device)
     attack_steps = 0 if not A.any() else 1 if args.attack == "fgsm-rs" else args.steps
     steps = len(split) // args.batch_size
     for epoch in range(state["epoch"] if state else 0, args.epochs):

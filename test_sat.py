@@ -1303,34 +1303,38 @@ def claim_run(split, robust, clean=80, n=100, **made):
     return {**fake_run(split, made.pop("A", 5000)), "order": "hardest", "accuracy": accuracy, "data": "cifar10-small", **made}
 
 
+def claims_of(runs, ranks):
+    return findings.claims(report.grouped(runs, "data", "how"), ranks)
+
+
 def test_claims_get_the_verdict_of_their_interval():
     runs = [claim_run("none", 2, 95), claim_run("full", 60, 70)]
     runs += [claim_run("csat", r, order="named", A_classes=[c]) for c, r in (("cat", 40), ("truck", 15), ("car", 20))]
     runs += [claim_run("esat", 55, share=0.5, A=25000), *(claim_run("esat", r, order=o, share=0.1) for o, r in (("hardest", 45), ("easiest", 20), ("random", 50)))]
     ranks = [{"fingerprint": {"name": "cifar10-small"}, "classes_hardest_first": [{"class": c} for c in ("cat", "truck", "car")]}]
-    (_, rows), = findings.claims(runs, ranks).items()
+    (_, rows), = claims_of(runs, ranks).items()
     verdicts = {row[0][:3] + row[0].split()[-1]: row[3] for row in rows}
     assert verdicts == {"(a)classes": "holds", "(b)easiest": "holds", "(c)robustness": "holds", "(d)easiest": "holds", "(d)both)": "holds", "(e)AT)": "holds"}
     assert "cat 40.0 [30.9, 49.8], car 20.0" in rows[1][2] and "+0.50" in rows[1][2], "difficulty 3 2 1, B_val 40 15 20"
     assert "55.0 [45.2, 64.4] of 60.0 [50.2, 69.1]: 91 %; above the middle of no AT and AT by +24.0 [" in rows[2][2]
-    (_, pooled), = findings.claims([*runs, claim_run("esat", 15, order="hardest", share=0.1, seed=1), claim_run("esat", 60, order="easiest", share=0.1, seed=1)], ranks).items()
+    (_, pooled), = claims_of([*runs, claim_run("esat", 15, order="hardest", share=0.1, seed=1), claim_run("esat", 60, order="easiest", share=0.1, seed=1)], ranks).items()
     assert pooled[3][2].startswith("30.0 [21.9, 39.6], 40.0 [30.9, 49.8]: -10.0 [") and "(2 seeds)" in pooled[3][2], "the mean, with the n of one"
     assert pooled[3][3] == "open"
     weak = [claim_run("none", 20, 95), claim_run("full", 20, 70), claim_run("esat", 55, share=0.5, A=25000)]
-    (_, rows_), = findings.claims(weak, ranks).items()
+    (_, rows_), = claims_of(weak, ranks).items()
     assert rows_[0][3] == "open" and "AT gains nothing that is sure" in rows_[0][2]
     others = [claim_run("csat", 90, order="named", A_classes=["cat"], weight="emphasis"), claim_run("full", 90, attack="fgsm-rs")]
-    assert findings.claims([*runs, *others], ranks) == {k: v for k, v in findings.claims(runs, ranks).items()}, "other weights and attacks are no seeds"
+    assert claims_of([*runs, *others], ranks) == {k: v for k, v in claims_of(runs, ranks).items()}, "other weights and attacks are no seeds"
     for r in runs:
         if r["order"] == "named" and r["A_classes"] == ["cat"]:
             r["accuracy"]["B_val"]["robust"] = wilson_of(3, 100)
-    (_, rows), = findings.claims(runs, ranks).items()
+    (_, rows), = claims_of(runs, ranks).items()
     assert rows[0][3] == "holds for 2, open for 1" and rows[1][3] == "contradicted", "none is softened"
 
 
 def test_claim_of_the_transfer():
     both = [claim_run("csat", r, weight=w, size=10, share=0.1, transfer=True, data="cifar100->cifar10", A_classes=["x"] * 10) for w, r in (("vanilla", 20), ("emphasis", 15))]
-    (_, rows), = findings.claims(both, []).items()
+    (_, rows), = claims_of(both, []).items()
     assert rows[0][3] == "open" and rows[0][2].startswith("15.0 [") and "-5.0 [" in rows[0][2]
 
 
