@@ -67,11 +67,22 @@ def random_start(x, eps, norm, generator=None):
     return direction * radius * eps
 
 
-def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None):
+def pgd_step(model, x, y, delta, eps, step_size, norm):
+    """One iteration of PGD: delta (N, C, H, W), which must ask for a gradient, after a step of steepest ascent on the
+    cross-entropy, the projection onto the eps-ball and the clamp of x + delta to [0, 1]."""
+    # Summed, not averaged: an example's gradient must not depend on the batch around it.
+    loss = F.cross_entropy(model(x + delta).float(), y, reduction="sum")
+    grad, = torch.autograd.grad(loss, delta)  # with respect to the input alone: no weight gradients are computed
+    delta = project(delta.detach() + step_size * ascent(grad, norm), eps, norm)
+    return (x + delta).clamp(0, 1) - x
+
+
+def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step):
     """Projected gradient ascent on the cross-entropy (Madry et al. 2018; paper, A.1). Returns the last iterate x + delta.
 
     It starts at delta = `start` (say random_start(x, eps, norm)), or at 0. The model is attacked in eval mode; its mode,
-    parameters and their .grad are left as they were. An empty batch, eps = 0 and zero gradients are valid.
+    parameters and their .grad are left as they were. An empty batch, eps = 0 and zero gradients are valid. `step`: what
+    does one iteration, say a compiled pgd_step.
     """
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm {norm!r}: l2 or linf")
@@ -79,23 +90,17 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None):
     if len(x) == 0:
         return x
     delta = torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
-    # autograd.grad leaves weight gradients out; a compiled model's backward pass does so if no weight asks for one.
-    fixed = fixed_weights(model) if hasattr(model, "_orig_mod") else contextlib.nullcontext()
-    with eval_mode(model), fixed, torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         for _ in range(steps):
-            delta.requires_grad_()
-            # Summed, not averaged: an example's gradient must not depend on the batch around it.
-            loss = F.cross_entropy(model(x + delta).float(), y, reduction="sum")
-            grad, = torch.autograd.grad(loss, delta)  # with respect to the input alone
-            delta = project(delta.detach() + step_size * ascent(grad, norm), eps, norm)
-            delta = (x + delta).clamp(0, 1) - x
+            delta = step(model, x, y, delta.requires_grad_(), eps, step_size, norm)
     return (x + delta).clamp(0, 1)
 
 
-def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None):
+def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd_step):
     """FGSM from a random start (Wong et al. 2020; paper, A.5): one step of 1.25 eps (or `step_size`), projected."""
     start = random_start(x, eps, norm) if start is None else start
-    return pgd(model, x, y, eps=eps, step_size=1.25 * eps if step_size is None else step_size, steps=1, norm=norm, start=start)
+    step_size = 1.25 * eps if step_size is None else step_size
+    return pgd(model, x, y, eps=eps, step_size=step_size, steps=1, norm=norm, start=start, step=step)
 
 
 class Watch(logging.Handler):

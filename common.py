@@ -157,13 +157,16 @@ def set_up(args):
             raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} GPUs: start one a GPU, or --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
-    elif getattr(args, "compile", False) and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise UserError("--compile needs a C++ compiler on a CPU (g++ or clang++), and there is none here: install one, or leave --compile out")
+    compilers = [os.environ.get("CC", "gcc"), "clang"] if kind == "cuda" else [os.environ.get("CXX", "g++"), "clang++"]
+    if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
+        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: install one, or leave "
+                        "--compile out")
     if args.threads:
         torch.set_num_threads(args.threads)
     if world() > 1 and not torch.distributed.is_initialized():
         # Others wait while rank 0 downloads or packs data, and for the slowest chunk of AutoAttack: far longer than the default.
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+        how = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
+        torch.distributed.init_process_group(**how, timeout=datetime.timedelta(hours=12))
     return device
 
 

@@ -204,15 +204,22 @@ def augment(x, params):
     return x
 
 
+def epoch_order(n, batch_size, seed, epoch):
+    """The batches of an epoch as positions in the training set, (steps, batch_size), an incomplete last one dropped, and the
+    generator that drew them from (seed, epoch)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator)[:n // batch_size * batch_size].view(-1, batch_size), generator
+
+
 def batches(split, batch_size, seed, epoch, how, device):
-    """The training batches of an epoch: x (b, C, H, W) augmented and on `device`, y (b,) there too, index (b,) on the CPU.
+    """The training batches of an epoch (epoch_order): x (b, C, H, W) augmented and on `device`, in channels_last, which
+    convolutions like best; y (b,) there too; index (b,) on the CPU.
 
     Order and augmentation are drawn from (seed, epoch) for the whole epoch, and of each batch every process takes its slice:
-    a resumed run, or another number of processes, sees the same. An incomplete last batch is dropped.
+    a resumed run, or another number of processes, sees the same.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    n = len(split) // batch_size * batch_size
-    order = torch.randperm(len(split), generator=generator)[:n]
+    order, generator = epoch_order(len(split), batch_size, seed, epoch)
+    n, order = order.numel(), order.flatten()
     params = draw(n, split.x.shape, how, split.streamed, generator)
     mine = torch.arange(n).view(-1, batch_size).tensor_split(world(), 1)[rank()]  # (steps, b): this process's part of each batch
     if split.streamed:
@@ -225,7 +232,8 @@ def batches(split, batch_size, seed, epoch, how, device):
         i = slice(int(part[0]), int(part[-1]) + 1)
         x = next(read).to(device, non_blocking=True) if split.streamed else split.x[there[i]]
         x = x.float().div_(255)
-        yield augment(x, {k: v[i] for k, v in params.items()}) if params else x, y[i], order[i]
+        x = augment(x, {k: v[i] for k, v in params.items()}) if params else x
+        yield x.contiguous(memory_format=torch.channels_last), y[i], order[i]
 
 
 def ordered(split, index, batch_size, device):

@@ -10,6 +10,7 @@ import math
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy
 import torch
 
 import attacks
@@ -41,14 +42,19 @@ def accuracy(right):
 
 
 def summary(clean, robust, y, classes, A_classes=None):
-    """Clean and robust accuracy on all, per class and, when A is made of the classes `A_classes`, on A_val and B_val."""
+    """Clean and robust accuracy on all, per class and, when A is made of the classes `A_classes`, on A_val and B_val. Of each
+    class also which examples were right, in their order, as bits in hexadecimal: what paired comparisons of runs need."""
     parts = {"all": torch.ones_like(clean)}
     if A_classes:
         parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
         parts["B_val"] = ~parts["A_val"]
     both = lambda part: {"clean": accuracy(clean[part]), "robust": accuracy(robust[part])}
     result = {name: both(part) for name, part in parts.items()}
-    return {**result, "classes": {c: both(y == i) for i, c in enumerate(classes)}}
+    bits = lambda right: numpy.packbits(right.numpy()).tobytes().hex()
+    by_class = {c: both(y == i) for i, c in enumerate(classes)}
+    for i, found in enumerate(by_class.values()):
+        found["clean"]["right"], found["robust"]["right"] = bits(clean[y == i]), bits(robust[y == i])
+    return {**result, "classes": by_class}
 
 
 def digest(state):

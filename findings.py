@@ -13,6 +13,8 @@ import paper
 from common import UserError
 from rank import spearman
 
+SPEED_PEERS = ("naive", "torchattacks PGDL2")  # others' steps that bench.py times
+
 
 def contrast(*terms):
     """The sum of weight * accuracy over (weight, {"accuracy", "low", "high"}), in points: (value, low, high)."""
@@ -158,21 +160,22 @@ def claims(groups, ranks):
 
 
 def speed(results):
-    """Rows of the cost of a training step from <results>/bench/*.json (bench.py --json), by setting: {setting: rows}, and what
-    else they say. Several runs of a setting: medians, and the range of the ratios."""
-    groups, tables, said = {}, {}, []
+    """Rows of the cost of a training step from <results>/bench/*.json (bench.py --json), by setting: {setting: rows}. Several
+    runs of a setting: medians, and the range of the ratios."""
+    groups, tables = {}, {}
     for path in sorted(Path(results).glob("bench/*.json")):
         r = common.read_json(path)
         if not isinstance(r, dict) or not {"setting", "steps"} <= set(r):
             raise UserError(f"{path} was not written by bench.py --json: move it away")
-        said += r.get("said", [])
-        groups.setdefault(r["setting"], []).append({row["step"]: row for row in r["steps"]})
+        groups.setdefault(r["setting"], []).append({(s["step"], s["precision"], s["compile"]): s for s in r["steps"]})
     for setting, runs in groups.items():
         rows = []
-        for step, first in runs[0].items():
-            same = [r[step] for r in runs if step in r]
-            ratios = [r["time_to_full"] for r in same]
-            rows.append((step.replace("|", "\\|"), f"{statistics.median(r['images_per_s'] for r in same):.1f}", f"{statistics.median(ratios):.3f}",
-                         f"{min(ratios):.3f} to {max(ratios):.3f}", f"{first['model']:.3f}", f"{statistics.median(r['peak_MiB'] for r in same):,.0f}"))
+        for key, first in runs[0].items():
+            same = [r[key] for r in runs if key in r]
+            of = lambda values: f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            faster = {name: [s["faster_than"][name] for s in same if name in s["faster_than"]] for name in SPEED_PEERS}
+            rows.append((f"{key[0]}{', --compile' * key[2]}".replace("|", "\\|"), key[1],
+                         f"{statistics.median(s['images_per_s'] for s in same):.1f}", of([s["time_to_full"] for s in same]),
+                         f"{first['model']:.2f}", *(of(values) if values else "-" for values in faster.values())))
         tables[f"{setting}; {len(runs)} run{'s' * (len(runs) > 1)}"] = rows
-    return tables, said
+    return tables

@@ -118,8 +118,8 @@ FLAGS = {
         ("--workers", 4, number(int, 0), "loader processes (224x224 sets only)"),
     ],
     "the run": [
-        ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: on GPUs. Evaluation is float32"),
-        ("--compile", False, bool, "torch.compile the network for training: a minute at the start, then faster (README, Speed)"),
+        ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
+        ("--compile", False, bool, "torch.compile the attack and the network for training: a minute at the start, then faster (README, Speed)"),
         ("--results", Path("results"), Path, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run, overwriting it"),

@@ -30,37 +30,58 @@ def svar(logits, y):
 
 class Vog:
     """Variance of gradients (A.2; Agarwal et al. 2022): the standard deviation over epochs of the gradient of the true
-    class's logit with respect to the pixels, averaged over the pixels. Welford's sums, so memory does not grow with epochs."""
+    class's logit with respect to the pixels, averaged over the pixels. Welford's sums, so memory does not grow with epochs.
 
-    def __init__(self, shape, state=None):
-        self.epochs, self.mean, self.m2 = state or (0, torch.zeros(shape), torch.zeros(shape))
+    It holds the examples of this process, `mine` (consecutive), of the n of `shape` (n, C, H, W), on `device`.
+    """
 
-    def add(self, model, split, device):
-        """Takes in one epoch's gradients of all examples of the split."""
-        self.epochs += 1
-        for x, y, index in datasets.ordered(split, torch.arange(len(split)), 500, device):
-            x.requires_grad_()
-            grad, = torch.autograd.grad(model(x).gather(1, y[:, None]).sum(), x)
-            grad = grad.float().cpu()
-            off = grad - self.mean[index]
-            self.mean[index] += off / self.epochs
-            self.m2[index] += off * (grad - self.mean[index])
+    def __init__(self, shape, mine, device, state=None):
+        self.shape, self.mine = shape, mine
+        self.epochs, *sums = state or (0, None, None)
+        self.mean, self.m2 = (torch.zeros(len(mine), *shape[1:], device=device) if s is None else s[mine].to(device) for s in sums)
+
+    def add(self, grad, index):
+        """Takes in the gradients (b, C, H, W) of the examples `index` (b,) in the epoch numbered self.epochs."""
+        i = index.to(grad.device) - int(self.mine[0])
+        off = grad.float() - self.mean[i]
+        self.mean[i] += off / self.epochs
+        self.m2[i] += off * (grad.float() - self.mean[i])
+
+    def whole(self, part):
+        """A tensor of this process's examples as one of all processes' examples, on the CPU."""
+        full = torch.zeros(self.shape[0], *part.shape[1:], device=part.device)
+        full[self.mine.to(part.device)] = part
+        return common.all_sum(full).cpu()
+
+    def state(self):
+        """Epochs, means and sums of squares of all processes' examples, from which a stopped run goes on."""
+        return self.epochs, self.whole(self.mean), self.whole(self.m2)
 
     def scores(self):
         """(N,), raw: sat.py normalises within each class before it orders examples."""
-        return (self.m2 / self.epochs).sqrt().flatten(1).mean(1)
+        return self.whole((self.m2 / self.epochs).sqrt().flatten(1).mean(1))
 
 
-def score(model, split, device, metrics):
-    """One epoch's scores by entropy and svar, in eval mode on un-augmented images, dealt to the processes: {metric: (N,)}."""
+def score(model, split, device, metrics, vog=None):
+    """One epoch's scores by entropy and svar, {metric: (N,)}, in eval mode on un-augmented images, dealt to the processes;
+    the same forward pass gives the Vog its gradients."""
     found = {m: torch.zeros(len(split), dtype=torch.float64) for m in metrics if m != "vog"}
-    mine = torch.arange(len(split)).tensor_split(world())[rank()]
-    with torch.no_grad():
-        for x, y, index in datasets.ordered(split, mine, 500, device):
-            logits = model(x)
-            for m in found:
-                found[m][index] = {"entropy": entropy, "svar": svar}[m](logits, y).double().cpu()
+    if vog:
+        vog.epochs += 1
+    model.eval()
+    for x, y, index in datasets.ordered(split, part_of(split), 500, device):
+        with torch.set_grad_enabled(vog is not None):
+            logits = model(x.requires_grad_(vog is not None))
+            if vog:
+                vog.add(torch.autograd.grad(logits.gather(1, y[:, None]).sum(), x)[0], index)
+        for m in found:
+            found[m][index] = {"entropy": entropy, "svar": svar}[m](logits.detach(), y).double().cpu()
     return {m: common.all_sum(s.to(device)).cpu() for m, s in found.items()}
+
+
+def part_of(split):
+    """The training examples that this process scores, consecutive."""
+    return torch.arange(len(split)).tensor_split(world())[rank()]
 
 
 def class_errors(model, data, device):
@@ -130,18 +151,16 @@ def rank_epochs(run, model, data, metrics, args, device):
     sums, log = (state["sums"], state["log"]) if state else ({}, [])
     # VoG's sums of a large set are gigabytes: kept after every tenth epoch, from which a stopped run goes on.
     every = 10 if "vog" in metrics and data.train.x.numel() > 10**7 else 1
-    vog = Vog(tuple(data.train.x.shape), state and state["vog"]) if "vog" in metrics else None
+    vog = Vog(tuple(data.train.x.shape), part_of(data.train), device, state and state["vog"]) if "vog" in metrics else None
     nobody = torch.zeros(len(data.train), dtype=torch.bool)  # A = {}: non-robust, to keep difficulty apart from AT (Sec. 3.3)
     for state in train(model, data.train, nobody, 1.0, args, device, state):
-        model.eval()
-        sums = {m: s + sums.get(m, 0) for m, s in score(model, data.train, device, metrics).items()}
+        sums = {m: s + sums.get(m, 0) for m, s in score(model, data.train, device, metrics, vog).items()}
         log = [*log, state["row"]]
-        if vog:
-            vog.add(model, data.train, device)
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {seconds:.1f} s".format(**log[-1]))
-        if rank() == 0 and (state["epoch"] % every == 0 or state["epoch"] == args.epochs):
-            kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and (vog.epochs, vog.mean, vog.m2)}
-            common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept), log)
+        if state["epoch"] % every == 0 or state["epoch"] == args.epochs:
+            kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
+            if rank() == 0:
+                common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept), log)
     return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
 
 

@@ -287,10 +287,12 @@ def claims_section(found, ranks):
 
 def speed_section(results):
     """What bench.py measured."""
-    text, (tables, said) = ["## The cost of a training step"], findings.speed(results)
-    for setting, rows in tables.items():
-        text += [f"### {setting}", markdown(["step", "images/s", "time, of \\|A\\|/N = 1", "range", "cost model", "peak MiB"], rows)]
-    return [*text, *said] if tables else []
+    text = ["## The cost of a training step"]
+    for setting, rows in findings.speed(results).items():
+        head = ["step", "arithmetic", "images/s", "time, of \\|A\\|/N = 1", "cost model",
+                *(f"times as fast as {name} in float32" for name in findings.SPEED_PEERS)]
+        text += [f"### {setting}", markdown(head, rows)]
+    return text if len(text) > 1 else []
 
 
 def cost_section(found, out):

@@ -5,6 +5,7 @@
 Files in: the data, results/<dataset>/rank-<arch>-seed0/scores.pt (made when missing). Files out, in results/<dataset>/<run>/:
 args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
+import functools
 import hashlib
 import subprocess
 import sys
@@ -74,68 +75,101 @@ def weight_A(kind, n_A, n):
     return named[kind] if isinstance(kind, str) else kind
 
 
-def sat_loss(logits, y, w, total=None):
-    """Eq. 2 on a batch: sum(w_i loss_i) / sum(w_i), w_i = w_A for examples of A, else w_B. `total`: sum(w) of the whole
-    batch, when these are the examples of one process."""
-    return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum() / (w.sum() if total is None else total)
+def sat_loss(logits, y, w):
+    """Eq. 2 on a batch: the sum of w_i loss_i, the weights being w_A for examples of A and 1 for B, divided by their sum."""
+    return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum()
 
 
-def perturb(model, x, y, in_A, args, generator):
-    """The inner maximisation of Eq. 2: x (b, C, H, W) with the examples of A (in_A, bool (b,) on the CPU) attacked."""
-    if not in_A.any():
-        return x
-    start = None
-    if args.attack == "fgsm-rs" or args.random_start:  # drawn for the global batch, so that world size changes nothing
-        start = attacks.random_start(x.new_empty(args.batch_size, *x.shape[1:]), args.eps, args.norm, generator)
-        start = start.tensor_split(world())[rank()]
-    a, n_A = in_A.nonzero().squeeze(1), int(in_A.sum())
-    if args.compile:  # filled up to a multiple of 16 with copies of one example, so that few shapes are compiled
-        a = F.pad(a, (0, -n_A % 16), value=int(a[0]))
-    a = ahead(a, x.device)  # gather A, attack, put back
-    start = None if start is None else start[a]
+def sat_step(net, optimizer, x, y, a, w, attack):
+    """One SGD step on Eq. 2. Returns (loss, logits), detached.
+
+    x (b, C, H, W) in [0, 1] and labels y (b,); a: the positions of A's examples in the batch, int64 (|A|,), perhaps none;
+    w (b,): the weights, which sum to 1 (epoch_plan). attack(x, y) perturbs examples, say functools.partial(pgd, net, ...).
+    """
+    optimizer.zero_grad(set_to_none=True)  # before the attack, which can use the memory
+    if len(a):
+        x = x.clone().index_copy_(0, a, attack(x[a], y[a]))  # the inner maximisation, on A alone
+    logits = net(x)
+    loss = sat_loss(logits, y, w)  # Eq. 2
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()
+
+
+def epoch_plan(order, A, w_A, device):
+    """What the steps of an epoch need to know of A: for each batch of `order` (steps, b), in this process's part of it, the
+    positions of A's examples, int64, and the weights of Eq. 2, (b / processes,). Two tuples of tensors on `device`.
+
+    The weights of a batch sum to the number of processes, over which DistributedDataParallel averages the gradients.
+    """
+    in_A = A[order]
+    w = torch.where(in_A, w_A, 1.0)
+    w = w * world() / w.sum(1, keepdim=True)
+    in_A, w = (t.tensor_split(world(), 1)[rank()] for t in (in_A, w))
+    positions = in_A.nonzero()[:, 1].to(device)  # one copy an epoch: a step that copies makes a GPU wait
+    return positions.split(in_A.sum(1).tolist()), w.to(device).unbind()
+
+
+def training_attack(model, args, device):
+    """The attack that the flags ask for, on the model: attack(x, y, start=None) -> adversarial examples."""
+    step = compiled(attacks.pgd_step, device) if args.compile else attacks.pgd_step
+    how = {"eps": args.eps, "norm": args.norm, "step": step}
     if args.attack == "fgsm-rs":
-        x_adv = attacks.fgsm_rs(model, x[a], y[a], eps=args.eps, norm=args.norm, start=start)
+        attack = functools.partial(attacks.fgsm_rs, model, **how)
     else:
-        x_adv = attacks.pgd(model, x[a], y[a], eps=args.eps, step_size=args.step_size, steps=args.steps, norm=args.norm, start=start)
-    return x.index_copy(0, a[:n_A], x_adv[:n_A])
+        attack = functools.partial(attacks.pgd, model, step_size=args.step_size, steps=args.steps, **how)
+    return filled(attack) if args.compile else attack
 
 
-def ahead(tensor, device):
-    """A small CPU tensor on `device`; from pinned memory to a GPU, which then need not be waited for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def filled(attack, multiple=16):
+    """`attack` on the examples and copies of the first, up to a multiple of 16, so that few shapes are compiled."""
+    def on_more(x, y, start=None):
+        """attack(x, y, start) on at most 15 more."""
+        n = len(x)
+        more = lambda t: None if t is None else torch.cat([t, t[:1].expand(-n % multiple, *t.shape[1:])])
+        return attack(more(x), more(y), start=more(start))[:n]
+    return on_more
 
 
-def compiled(net, device):
-    """The network compiled by torch (the attack's and the training step's graphs apart); CUDA graphs on GPUs."""
-    return torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)
+def random_starts(args, x, a, draw, generator):
+    """Where the attack on A's examples x[a] starts: uniform in the ball where the flags say so, or None for at x. Drawn for
+    the global batch, seeded by `draw`, so that the number of processes changes nothing, nor a batch that lacks A."""
+    if args.attack != "fgsm-rs" and not args.random_start:
+        return None
+    generator.manual_seed(draw)
+    start = attacks.random_start(x.new_empty(args.batch_size, *x.shape[1:]), args.eps, args.norm, generator)
+    return start.tensor_split(world())[rank()][a]
+
+
+def compiled(function, device):
+    """A function or network compiled by torch; on GPUs in CUDA graphs, which reuse the memory of what they return."""
+    torch._dynamo.config.trace_autograd_ops = True  # the gradient with respect to delta is a part of pgd_step's graph
+    if device.type != "cuda":
+        return torch.compile(function, fullgraph=True)
+    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    return graph if isinstance(function, torch.nn.Module) else lambda *args: graph(*args).clone()
 
 
 def sgd(model, lr, weight_decay, device):
     """The optimizer of Table 2: SGD with momentum 0.9 on what is trained of the model, in one kernel on GPUs."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr, 0.9, weight_decay=weight_decay, fused=device.type == "cuda")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr, 0.9, weight_decay=weight_decay, fused=device.type == "cuda")
+
+
+def precision(amp, device):
+    """The arithmetic of training, "bf16" (autocast) or "float32", that the flag --amp ("auto", "off" or "bf16") asks for;
+    auto: bf16 where the hardware multiplies in it. (On a CPU without such units bf16 takes some ten times as long.)"""
+    if device.type == "cuda":
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        units = units and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # heeds ONEDNN_MAX_CPU_ISA
+    return "bf16" if amp == "bf16" or amp == "auto" and units else "float32"
 
 
 def autocast(amp, device):
-    """The bf16 autocast that the flag --amp ("auto", "off" or "bf16") asks for; auto: on GPUs."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16" or (amp == "auto" and device.type == "cuda"))
-
-
-def sat_step(model, net, optimizer, x, y, in_A, w, args, amp, generator=None):
-    """One SGD step on Eq. 2: attacks the examples of A, then descends. Returns (loss, logits), detached.
-
-    x (b, C, H, W), y (b,) and the weights w (b,) on the device, in_A bool (b,) on the CPU. `net` is what is trained: the
-    model itself, or its DistributedDataParallel; the model is what is attacked. `amp`: the autocast of the forward passes.
-    """
-    with amp:
-        x = perturb(model, x.contiguous(memory_format=torch.channels_last), y, in_A, args, generator)
-        if args.compile:  # of the sizes of A one is seen first, and training's would be taken for another of them
-            torch._dynamo.mark_static(x, 0)
-        logits = net(x)
-    loss = sat_loss(logits, y, w, all_sum(w.sum()))  # Eq. 2
-    optimizer.zero_grad(set_to_none=True)
-    (loss * world()).backward()  # DistributedDataParallel averages gradients over the processes: times world = sum
-    optimizer.step()
-    return loss.detach(), logits.detach()
+    """The autocast in which a step runs. Loss, gradient norms, projection and the weights themselves stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(amp, device) == "bf16")
 
 
 def train(model, split, A, w_A, args, device, state=None):
@@ -144,48 +178,51 @@ def train(model, split, A, w_A, args, device, state=None):
     A: bool (N,); A = {} is ordinary training, A = everything is adversarial training. `state`: an earlier yield, from
     which to go on. Every process must consume every yield. Raises UserError when the loss is not finite.
     """
-    if world() > 1 and device.type == "cuda":
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; it does not exist for CPUs
     optimizer = sgd(model, args.lr, args.weight_decay, device)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    model = model.to(memory_format=torch.channels_last)
-    attacked_net = compiled(model, device) if args.compile else model
-    net = torch.nn.parallel.DistributedDataParallel(attacked_net) if world() > 1 else attacked_net
-    amp = autocast(args.amp, device)
-    attack_steps = 0 if not A.any() else 1 if args.attack == "fgsm-rs" else args.steps
-    steps = len(split) // args.batch_size
+    attack = training_attack(model, args, device) if A.any() else None
+    net = compiled(model, device) if args.compile else model
+    if world() > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    generator, amp = torch.Generator(device), autocast(args.amp, device)
     for epoch in range(state["epoch"] if state else 0, args.epochs):
-        began, attacked = time.perf_counter(), torch.zeros((), dtype=torch.int64)
-        lr = args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
+        began, lr = time.perf_counter(), args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        generator = torch.Generator(device)  # of random starts; seeded at each step, since a process may have no A in a batch
+        order, _ = datasets.epoch_order(len(split), args.batch_size, args.seed, epoch)
+        plan, steps = zip(*epoch_plan(order, A, w_A, device)), len(order)
+        todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
+        todo = common.progress(zip(todo, plan), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")
         sums, bad = torch.zeros(2, device=device), torch.full((), steps, device=device)  # loss and hits; first bad step
         model.train()
-        todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
-        for step, (x, y, index) in enumerate(common.progress(todo, total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")):
-            generator.manual_seed(((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63)
-            in_A = A[index]
-            w = torch.where(ahead(in_A, device), w_A, 1.0)
-            loss, logits = sat_step(attacked_net, net, optimizer, x, y, in_A, w, args, amp, generator)
-            attacked += in_A.sum()
-            sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
+        for step, ((x, y, _), (a, w)) in enumerate(todo):
+            draw = ((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63
+            on_a = functools.partial(attack, start=random_starts(args, x, a, draw, generator)) if len(a) else None
+            with amp:
+                loss, logits = sat_step(net, optimizer, x, y, a, w, on_a)
+            sums += torch.stack([loss / world(), (logits.argmax(1) == y).sum()])
             bad = torch.where((bad == steps) & ~(loss.isfinite() & logits.isfinite().all()), step, bad)
-        attacked, (loss, hits) = int(all_sum(attacked.to(device))), all_sum(sums).tolist()
+        loss, hits = all_sum(sums).tolist()
         if (first := int(all_sum(bad, "MIN"))) < steps:
-            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: stopped; the last good "
-                            f"checkpoint is kept. Lower --lr (now {args.lr}) or a --weight-factor")
+            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: stopped; the last "
+                            f"good checkpoint is kept. Lower --lr (now {args.lr}) or a --weight-factor")
         if world() > 1:
-            for buffer in model.buffers():  # without SyncBatchNorm each process has batch statistics of its own
+            for buffer in model.buffers():  # each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
-        seen = steps * args.batch_size
-        backward = 0 if model.frozen else seen  # of a transferred network the head alone, which costs next to nothing
-        yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "row": {
-            "epoch": epoch + 1, "lr": lr, "loss": loss / steps, "train_accuracy": hits / seen, "attacked": attacked,
-            "forward": seen + attack_steps * attacked, "backward": backward + attack_steps * attacked,
-            "forward_equivalents": seen + 2 * backward + 2 * attack_steps * attacked, "seconds": time.perf_counter() - began}}
+        row = {"epoch": epoch + 1, "lr": lr, "loss": loss / steps, "train_accuracy": hits / order.numel(),
+               **cost(args, order.numel(), int(A[order].sum()), model.frozen), "seconds": time.perf_counter() - began}
+        yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "row": row}
+
+
+def cost(args, seen, attacked, frozen):
+    """What an epoch costs that saw `seen` examples and attacked so many: forward passes, backward passes, and both in units
+    of a forward pass: an attack step is 2, a training step 3 (1 on frozen features, whose head costs next to nothing)."""
+    steps = 0 if attacked == 0 else 1 if args.attack == "fgsm-rs" else args.steps
+    trained = 0 if frozen else seen
+    return {"attacked": attacked, "forward": seen + steps * attacked, "backward": trained + steps * attacked,
+            "forward_equivalents": seen + 2 * trained + 2 * steps * attacked}
 
 
 def checkpoint(model, data, args, epoch, A_classes=None, **more):
@@ -232,7 +269,8 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     model.load_state_dict(common.load(run / "best.pt")["model"])
     return conclude(run, model, data, final, args, log, {
         "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "epoch": best[2],
-        "selection": {**evaluate.settings(args, data, "select"), "n": len(select)}, "device": common.device_name(device), **more})
+        "selection": {**evaluate.settings(args, data, "select"), "n": len(select)}, "device": common.device_name(device),
+        "precision": precision(args.amp, device), **more})
 
 
 def conclude(run, model, data, index, args, log, about):
