@@ -6,7 +6,6 @@ Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json be
 """
 import hashlib
 import json
-import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,19 +18,11 @@ import data as datasets
 import flags
 import models
 from common import UserError, rank, say, world
+from results import wilson
 
 SEED = 0  # AutoAttack's, the same for every run
 GROUPS = ("threat model", "evaluation (AutoAttack)", "machine")
 CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
-
-
-def wilson(k, n, z=1.959964):
-    """The 95 % Wilson score interval (low, high) of k successes in n trials."""
-    if n == 0:
-        return 0.0, 1.0
-    p, d = k / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def accuracy(right):

@@ -1,136 +1,204 @@
-"""Draws report.py's figures (matplotlib, PNG), laid out like the paper's. No numbers are made here."""
+"""Draws report.py's figures (matplotlib; PNG for a page, SVG for print), laid out like the paper's. Makes no numbers."""
 import textwrap
 
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend comes first)
+from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend comes first)
 
-LOOKS = {"hardest": ("tab:blue", "-", "o"), "easiest": ("tab:blue", "--", "s"), "random": ("tab:red", "-", "D"),
-         "entropy": ("tab:olive", "-", "o"), "svar": ("tab:purple", "-", "s"), "vog": ("tab:red", "-", "D"),
+import results  # noqa: E402
+from results import mean  # noqa: E402
+
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "xtick.labelsize": 7.5,
+         "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+         "lines.markersize": 4, "svg.hashsalt": "sat", "svg.fonttype": "none"}
+LOOKS = {"hardest": ("tab:blue", "-", "o"), "easiest": ("tab:cyan", "--", "s"), "random": ("tab:red", "-", "D"),
+         "entropy": ("tab:blue", "-", "o"), "svar": ("tab:purple", "--", "s"), "vog": ("tab:red", ":", "D"),
          "vanilla": ("tab:blue", "-", "o"), "balanced": ("tab:green", ":", "s"), "emphasis": ("tab:purple", "--", "P"),
          "pgd": ("tab:blue", "-", "o"), "fgsm-rs": ("tab:green", ":", "s")}
-BASELINES = {"AT": "grey", "no AT": "tab:orange"}
+BASELINES = {"AT": "dimgrey", "no AT": "tab:orange"}
 
 
-def canvas(rows, columns, width=4.6, height=2.7, **how):
-    """A grid of panels: (figure, axes (rows, columns))."""
-    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **how)
+def canvas(rows, columns, width, height, **how):
+    """A grid of panels: (figure, axes (rows, columns)), each `width` x `height` inches."""
+    pyplot.rcParams.update(STYLE)
+    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **how)
 
 
-def write(fig, path, title):
-    """Writes a figure as PNG."""
-    fig.suptitle("\n".join(textwrap.fill(line, 26 * round(fig.get_figwidth() / 2)) for line in title.splitlines()), fontsize=10)
-    fig.tight_layout()
+def write(fig, path, title, vector=True):
+    """Writes a figure as <path>.png and <path>.svg."""
+    fig.suptitle("\n".join(textwrap.fill(line, round(15 * fig.get_figwidth())) for line in title.splitlines()), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
+    fig.savefig(f"{path}.png", dpi=120)
+    if vector:
+        fig.savefig(f"{path}.svg", metadata={"Date": None})
     pyplot.close(fig)
 
 
-def short(data, how):
-    """A panel's title: the data set, and how it was measured on lines of their own."""
-    return f"{data.replace('->', ' → ')}\n{textwrap.fill(how, 70)}"
+def drawable(names):
+    """The names as the font can draw them; one with other letters becomes #<its number>."""
+    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
+    return [n if all(font.get_char_index(ord(c)) for c in n) else f"#{i}" for i, n in enumerate(names)]
 
 
-def curves(path, title, groups, panels, lines_of, baseline, mean, paper):
-    """Accuracy against |A|/N: a column a data set, a row a panel; the band is one standard deviation over seeds, thin
-    lines are the paper's, horizontal lines the baselines."""
-    fig, axes = canvas(len(panels), len(groups), sharex="col")
-    for column, ((data, how), group) in zip(axes.T, groups.items()):
-        for axis, (part, kind) in zip(column, panels):
-            for line, colour in BASELINES.items():
-                source = part.startswith("source")
-                found = mean(baseline(group, line), "source all" if source else "all", kind)
-                if found:
-                    axis.axhline(found[0], color=colour, label=line if part == "all" else f"{line} (all)")
-            for line, sizes in lines_of(group).items():
-                points = [(runs[0]["share"], *m) for runs in sizes.values() if (m := mean(runs, part, kind))]
-                colour, style, marker = LOOKS.get(line, ("tab:brown", "-", "x"))
-                if points:
-                    x, y, std = zip(*points)
-                    axis.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=4, label=line)
-                    band = [[m + sign * s for m, s in zip(y, std)] for sign in (-1, 1)]
-                    axis.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
-                theirs = [(f / 10, v) for f in range(1, 10) if part == "all" and (v := paper(data, line, f / 10, kind)) is not None]
-                if theirs:
-                    axis.plot(*zip(*theirs), linestyle=style, color=colour, alpha=0.4, linewidth=0.8, label=f"{line}, paper")
-            axis.set_ylabel(f"{kind} accuracy{'' if part == 'all' else f', {part}'} (%)", fontsize=8)
-            axis.grid(alpha=0.3)
-        column[0].set_title(short(data, how), fontsize=6.5)
-        column[0].legend(fontsize=6.5)
-        column[-1].set_xlabel("|A| / N")
+def legend_above(fig, axes):
+    """One legend over all panels, each label once."""
+    found = {}
+    for axis in axes.flat:
+        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels()) if label not in found}
+    if found:
+        columns = max(1, min(len(found), round(fig.get_figwidth() / 1.6)))
+        fig.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def curves(path, title, name, groups, panels):
+    """Accuracy against |A|/N: a row of panels a data set (two rows of more than four).
+
+    groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}})}; panels: [(part, kind)]. The band is one
+    standard deviation over seeds, thin lines are the paper's, horizontal lines the baselines, on all examples.
+    """
+    lines_a_group = 1 if len(panels) <= 3 else 2
+    columns = -(-len(panels) // lines_a_group)
+    fig, axes = canvas(len(groups) * lines_a_group, columns, 4 if columns == 2 else 3, 2.5)
+    for g, ((data, group), (none, full, lines)) in enumerate(groups.items()):
+        rows = axes[g * lines_a_group:(g + 1) * lines_a_group]
+        rows[0, 0].set_title("\n".join([data.replace("->", " → "), *textwrap.wrap(group, 60)]), loc="left", fontsize=7)
+        for axis, (part, kind) in zip(rows.flat, panels):
+            draw_baselines(axis, none, full, part, kind)
+            for line, sizes in lines.items():
+                draw_line(axis, line, sizes, part, kind)
+                draw_papers(axis, name, data, line, part, kind)
+            axis.set(xlabel="|A| / N", ylabel=f"{kind} accuracy (%)" if part == "all" else f"{kind}, {part} (%)", xlim=(0, 1.02))
+            axis.set_ylim(bottom=0, top=min(100, 1.05 * axis.dataLim.y1) if axis.has_data() else 100)
+    legend_above(fig, axes)
     write(fig, path, title)
 
 
-def matrix(path, title, classes, runs, baselines):
-    """Fig. 2: left, bars of robust accuracy on A_val and B_val with the baselines; right, class by class as a heat map."""
-    fig, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.42 * len(classes) + 2), width_ratios=(1, 1.5))
+def draw_baselines(axis, none, full, part, kind):
+    """Horizontal lines of AT and no AT, in panels of all examples."""
+    if part in ("all", "source all"):
+        for label, runs in (("AT", full), ("no AT", none)):
+            if found := mean(runs, part, kind):
+                axis.axhline(found[0], color=BASELINES[label], linewidth=1, label=label)
+
+
+def draw_line(axis, line, sizes, part, kind):
+    """A line of ours with its band."""
+    found = [(runs[0].share, *m) for runs in sizes.values() if (m := mean(runs, part, kind))]
+    if found:
+        x, y, std = zip(*found)
+        colour, style, marker = LOOKS.get(line, ("tab:brown", "-", "x"))
+        axis.plot(x, y, linestyle=style, marker=marker, color=colour, label=line)
+        low, high = ([m + sign * s for m, s in zip(y, std)] for sign in (-1, 1))
+        if any(std):
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.fill_between([], [], [], color="grey", alpha=0.3, linewidth=0, label="±1 standard deviation (seeds)")
+
+
+def draw_papers(axis, name, data, line, part, kind):
+    """The paper's line, thin."""
+    tenths = [k / 10 for k in range(1, 10)] if part == "all" else []
+    found = [(f, v) for f in tenths if (v := results.theirs(name, data, line, f, kind)) is not None]
+    if found:
+        colour, style, marker = LOOKS.get(line, ("tab:brown", "-", "x"))
+        axis.plot(*zip(*found), linestyle=style, marker=marker if len(found) == 1 else "", color=colour, alpha=0.45, linewidth=0.8)
+        axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label="the paper's (thin)")
+
+
+def matrix(path, title, classes, single, none, full):
+    """Fig. 2: left, bars of robust accuracy on A_val and B_val; right, class by class as a heat map. single: {class: runs}."""
+    fig, axes = canvas(1, 2, 4.6, 0.33 * len(classes) + 1.4, width_ratios=(1, 1.3))
+    left, right = axes[0]
+    names, rows = drawable(classes), [c for c in classes if c in single]
     for part, shift, colour in (("A_val", -0.2, "tab:blue"), ("B_val", 0.2, "tab:green")):
-        shown = {i: 100 * runs[a]["accuracy"][part]["robust"]["accuracy"] for i, a in enumerate(classes)
-                 if a in runs and runs[a]["accuracy"][part]["robust"]["n"]}
+        shown = {i: m[0] for i, c in enumerate(rows) if (m := mean(single[c], part))}
         bars = left.barh([i + shift for i in shown], list(shown.values()), 0.4, color=colour, label=part)
-        left.bar_label(bars, fmt="%.0f", fontsize=7)
-    for line, found in baselines.items():
-        if found:
-            left.axvline(found[0], color=BASELINES[line], label=f"{line} (all)")
-    left.set(yticks=range(len(classes)), yticklabels=classes, xlabel="robust accuracy (%)", ylabel="A")
+        left.bar_label(bars, fmt="%.0f", fontsize=6.5, padding=2)
+    for label, runs in (("AT", full), ("no AT", none)):
+        if found := mean(runs):
+            left.axvline(found[0], color=BASELINES[label], label=f"{label} (all classes)", linewidth=1)
+    left.set(yticks=range(len(rows)), yticklabels=[names[classes.index(c)] for c in rows], xlabel="robust accuracy (%)", ylabel="A")
+    left.margins(x=0.12)
     left.invert_yaxis()
-    left.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1))
-    grid = [[100 * (runs[a]["accuracy"]["classes"][c]["robust"]["accuracy"] or 0) if a in runs else float("nan") for c in classes] for a in classes]
+    left.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, columnspacing=1, handlelength=1.2)
+    grid = [[100 * sum(r.accuracy["classes"][c]["robust"]["accuracy"] or 0 for r in single[a]) / len(single[a]) for c in classes]
+            for a in rows]
     right.imshow(grid, cmap="Greens", vmin=0, vmax=100, aspect="auto")
-    for i, a in enumerate(classes):
-        for j in range(len(classes)):
-            if a in runs:
-                right.text(j, i, f"{grid[i][j]:.0f}", ha="center", va="center", fontsize=8, color="white" if grid[i][j] > 60 else "black",
-                           bbox={"facecolor": "tab:blue", "pad": 2, "linewidth": 0} if i == j else None)
-    right.set(xticks=range(len(classes)), yticks=range(len(classes)), yticklabels=classes, xlabel="robust accuracy on (%)", ylabel="A")
-    right.set_xticklabels(classes, rotation=45, ha="right")
+    for i, a in enumerate(rows):
+        for j, c in enumerate(classes):
+            box = {"facecolor": "tab:blue", "pad": 1.5, "linewidth": 0} if a == c else None
+            right.text(j, i, f"{grid[i][j]:.0f}", ha="center", va="center", fontsize=7, bbox=box,
+                       color="white" if grid[i][j] > 60 or a == c else "black")
+    right.set(xticks=range(len(classes)), yticks=range(len(rows)), yticklabels=[names[classes.index(c)] for c in rows],
+              xlabel="robust accuracy on (%)")
+    right.grid(False)
+    right.set_xticklabels(names, rotation=45, ha="right")
     write(fig, path, title)
 
 
 def difficulty(path, title, rankings):
-    """Fig. 3: error (left axis) and mean entropy (right axis) of each class, hardest first; a panel a ranking."""
-    fig, axes = canvas(1, len(rankings), width=5.5, height=3.4)
-    for axis, (name, rows) in zip(axes[0], rankings.items()):
-        at, other = range(len(rows)), axis.twinx()
-        axis.bar([i - 0.2 for i in at], [100 * (r["clean_error"] or 0) for r in rows], 0.4, color="tab:blue")
+    """Fig. 3: a panel a ranking, its classes hardest first: clean error (left axis) and mean entropy (right axis)."""
+    columns = min(2, len(rankings))
+    fig, axes = canvas(-(-len(rankings) // columns), columns, 4.4, 2.8)
+    for axis in axes.flat[len(rankings):]:
+        axis.set_visible(False)
+    for axis, (name, rows) in zip(axes.flat, rankings.items()):
         metric = next(m for m in ("entropy", "svar", "vog") if m in rows[0])
-        other.bar([i + 0.2 for i in at], [r[metric] for r in rows], 0.4, color="tab:green")
+        at, other, few = range(len(rows)), axis.twinx(), len(rows) <= 20
+        error, score = [100 * (r["clean_error"] or 0) for r in rows], [r[metric] for r in rows]
+        if few:
+            axis.bar([i - 0.2 for i in at], error, 0.4, color="tab:blue")
+            other.bar([i + 0.2 for i in at], score, 0.4, color="tab:green")
+            axis.set_xticks(at, drawable([r["class"] for r in rows]), rotation=45, ha="right")
+        else:  # bars of 100 classes would be hair
+            axis.plot(at, error, ".", color="tab:blue")
+            other.plot(at, score, color="tab:green")
+            axis.set_xlabel("class, hardest first")
         axis.set_ylabel("clean error (%)", color="tab:blue")
         other.set_ylabel(f"mean {metric}{' (nats)' * (metric == 'entropy')}", color="tab:green")
-        axis.set_title(name, fontsize=8)
-        axis.set_xticks(at if len(rows) <= 20 else [])
-        if len(rows) <= 20:
-            axis.set_xticklabels([r["class"] for r in rows], rotation=45, ha="right", fontsize=8)
+        other.set_ylim(bottom=min(0, *score))
+        other.spines["right"].set_visible(True)
+        other.grid(False)
+        axis.set_title(name)
     write(fig, path, title)
 
 
-def cost(path, title, groups, mean):
-    """Robust accuracy of every run against the forward passes of its training; a panel a data set."""
-    fig, axes = canvas(1, len(groups), height=3.4)
-    markers = {"none": ("x", "tab:orange"), "full": ("*", "grey"), "csat": ("s", "tab:green"), "esat": ("o", "tab:blue")}
-    for axis, ((data, how), group) in zip(axes[0], groups.items()):
-        for split, (marker, colour) in markers.items():
-            points = [(r["cost"], mean([r], "all", "robust")[0]) for r in group if r["split"] == split]
-            if points:
-                name = {"none": "no AT", "full": "AT"}.get(split, split.upper())
-                axis.scatter(*zip(*points), marker=marker, color=colour, label=name, s=22)
-        axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)")
-        axis.set_title(short(data, how), fontsize=6.5)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+def cost(path, title, groups, price):
+    """Robust accuracy of every run against the forward passes of its training; a panel a data set. price: {hash of scores: what
+    the ranking cost}, added for the hollow marks."""
+    columns = min(2, len(groups))
+    fig, axes = canvas(-(-len(groups) // columns), columns, 4.2, 2.9)
+    for axis in axes.flat[len(groups):]:
+        axis.set_visible(False)
+    looks = {"none": ("X", "tab:orange", "no AT"), "full": ("*", "dimgrey", "AT"), "csat": ("s", "tab:green", "CSAT"),
+             "esat": ("o", "tab:blue", "ESAT")}
+    for axis, ((data, group), runs) in zip(axes.flat, groups.items()):
+        for split, (marker, colour, label) in looks.items():
+            mine = [(r.cost, mean([r])[0], price.get(r.ranking, 0)) for r in runs if r.split == split]
+            if mine:
+                axis.scatter([c for c, *_ in mine], [a for _, a, _ in mine], marker=marker, color=colour, label=label, s=24)
+            ranked = [(c + p, a) for c, a, p in mine if p]
+            if ranked:
+                axis.scatter(*zip(*ranked), marker=marker, facecolors="none", edgecolors=colour, s=24, label=f"{label}, with its ranking")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
+        axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None), ylim=(0, None))
+        axis.set_title("\n".join([data, *textwrap.wrap(group, 60)]), fontsize=7)
+    legend_above(fig, axes)
     write(fig, path, title)
 
 
 def perturbations(path, title, rows, magnify):
     """A row for an example of A and one of B: clean image, perturbation times `magnify` around grey, adversarial image."""
-    fig, axes = canvas(len(rows), 3, width=2.3, height=2.6)
+    fig, axes = canvas(len(rows), 3, 2.1, 2.4)
     for line, (part, r) in zip(axes, rows.items()):
-        shown = (("clean", r["x"], r["before"]), (f"perturbation × {magnify:g}", (0.5 + magnify * r["delta"]).clamp(0, 1), None), ("adversarial", r["adv"], r["after"]))
+        size = f"L2 norm {float(r['delta'].norm()):.2f}"
+        shown = (("clean", r["x"], r["before"]), (f"perturbation × {magnify:g}", (0.5 + magnify * r["delta"]).clamp(0, 1), None),
+                 ("adversarial", r["adv"], r["after"]))
         for axis, (name, image, said) in zip(line, shown):
-            axis.imshow(image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set_title(name, fontsize=8)
-            axis.set_xlabel(f"{said[0]}, {100 * said[1]:.0f} %" if said else f"L2 norm {float(r['delta'].norm()):.2f}", fontsize=8)
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(f"{part}: {r['class']}", fontsize=9)
-    write(fig, path, title)
+            axis.imshow(image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy(),
+                        cmap="gray", vmin=0, vmax=1)
+            axis.set(title=name, xticks=[], yticks=[], xlabel=f"{said[0]}, {100 * said[1]:.0f} %" if said else size)
+            axis.grid(False)
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(f"{part}: {r['class']}", fontsize=8)
+    write(fig, path, title, vector=False)

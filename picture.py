@@ -68,8 +68,9 @@ def main(argv=None):
         classes = torch.tensor([c for c, inside in enumerate(in_A) if inside == wanted])
         if len(classes):
             rows[part] = perturbed(model, data, first_right(model, data, index, classes, device), made, device)
-    title = f"{data.name}, A = {'+'.join(ckpt['A_classes'] or [made['split']])}: PGD-{STEPS}, {made['norm']} eps {made['eps']:g}; {made['arch']}, epoch {ckpt['epoch']}"
-    figures.perturbations(out, title, rows, args.magnify)
+    title = (f"{data.name}, A = {'+'.join(ckpt['A_classes'] or [made['split']])}\nPGD-{STEPS}, {made['norm']} eps {made['eps']:g}; "
+             f"{made['arch']}, epoch {ckpt['epoch']}")
+    figures.perturbations(out.with_suffix(""), title, rows, args.magnify)
     say(f"wrote {out}")
 
 

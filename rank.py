@@ -10,8 +10,9 @@ import common
 import data as datasets
 import flags
 import models
-import paper
+import results
 from common import UserError, rank, say, world
+from results import spearman
 from sat import RANK_GROUPS, checkpoint, class_means, train
 
 
@@ -95,17 +96,11 @@ def class_errors(model, data, device):
     return [(wrong[y == c].float().mean().item() if n[c] else None, int(n[c])) for c in range(len(data.classes))]
 
 
-def spearman(a, b):
-    """Spearman's rank correlation of two sequences; 0 where one of them is constant and none is defined."""
-    from scipy.stats import spearmanr
-    return float(spearmanr(a, b).statistic) if len(set(map(float, a))) > 1 < len(set(map(float, b))) else 0.0
-
-
 def with_paper(name, hardest_first):
     """Spearman's correlation of a class order with the paper's (Fig. 4, 10, 11) on the classes that the paper lists:
     {"rho", "n"}, or None for a data set that it does not list."""
-    theirs = paper.published()["class_order_hardest_first"].get(paper.base(name), [])
-    mine = [c for c in (paper.NAMES.get(c, c) for c in hardest_first) if c in theirs]
+    theirs = results.published()["class_order_hardest_first"].get(results.base(name), [])
+    mine = [c for c in (results.NAMES.get(c, c) for c in hardest_first) if c in theirs]
     return {"rho": spearman(range(len(mine)), [theirs.index(c) for c in mine]), "n": len(mine)} if len(mine) > 2 else None
 
 
@@ -143,7 +138,8 @@ def command_line(argv=None):
 
 
 def rank_epochs(run, model, data, metrics, args, device):
-    """Trains without attacks from last.pt on, scoring every epoch; returns {metric: (N,)} averaged over the epochs (Eq. 3)."""
+    """Trains without attacks from last.pt on, scoring every epoch; returns {metric: (N,)} averaged over the epochs (Eq. 3),
+    and the cost in forward passes."""
     state = common.load(run / "last.pt", ("optimizer", "log", "sums", "vog")) if (run / "last.pt").exists() else None
     if state:
         datasets.check_fingerprint(data, state["fingerprint"], run / "last.pt")
@@ -161,7 +157,9 @@ def rank_epochs(run, model, data, metrics, args, device):
             kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
             if rank() == 0:
                 common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept), log)
-    return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
+    scoring = len(data.train) * args.epochs * (3 if vog else 1)  # VoG goes back to the pixels too
+    cost = sum(row["forward_equivalents"] for row in log) + scoring
+    return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}, cost
 
 
 def main(argv=None):
@@ -182,9 +180,10 @@ def main(argv=None):
     common.start_run(run, args)
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    scores = rank_epochs(run, model, data, metrics, args, device)
+    scores, cost = rank_epochs(run, model, data, metrics, args, device)
     errors = class_errors(model, data, device)
-    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs, **summary(scores, data, errors)}
+    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs, "cost": cost,
+              "scores": {m: results.scores_hash(s.numpy()) for m, s in scores.items()}, **summary(scores, data, errors)}
     if rank() == 0:
         common.save(run / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(), "args": common.identity(args)})
         common.write_json(run / "rank.json", result)

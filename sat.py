@@ -20,6 +20,7 @@ import data as datasets
 import evaluate
 import flags
 import models
+import results
 from common import HERE, UserError, all_sum, rank, say, world
 
 RANK_GROUPS = ("data and network", "training", "machine", "the run")
@@ -118,11 +119,12 @@ def training_attack(model, args, device):
         attack = functools.partial(attacks.fgsm_rs, model, **how)
     else:
         attack = functools.partial(attacks.pgd, model, step_size=args.step_size, steps=args.steps, **how)
-    return filled(attack) if args.compile else attack
+    # CUDA graphs are recorded for each size of A; on CPUs one graph serves all sizes.
+    return filled(attack) if args.compile and device.type == "cuda" else attack
 
 
 def filled(attack, multiple=16):
-    """`attack` on the examples and copies of the first, up to a multiple of 16, so that few shapes are compiled."""
+    """`attack` on the examples and copies of the first, up to a multiple of 16, so that few sizes occur."""
     def on_more(x, y, start=None):
         """attack(x, y, start) on at most 15 more."""
         n = len(x)
@@ -308,7 +310,7 @@ def ranking(args, data):
     if args.metric not in found:
         raise UserError(f"{path} has no {args.metric}: first run python rank.py {' '.join(command)} --force")
     scores = found[args.metric]
-    said = {"metric": args.metric, "epochs": found["epochs"], "scores": hashlib.sha256(scores.numpy().tobytes()).hexdigest()[:16]}
+    said = {"metric": args.metric, "epochs": found["epochs"], "scores": results.scores_hash(scores.numpy())}
     if args.metric == "vog" and args.split == "esat":  # gradients differ in size between classes (Agarwal et al. 2022)
         scores = within_class(scores, data.train.y)
     return scores, said

@@ -1,0 +1,192 @@
+"""The paper's claims as rows: what is contrasted, the paper's numbers, ours with an interval, and a verdict. report.py shows them.
+
+A claim "holds" when the 95 % interval (results.contrast: test examples and training together) lies where the claim puts it,
+is "contradicted" when it lies outside, and else "open". A claim that rests on one seed anywhere stays open.
+"""
+import json
+from dataclasses import replace
+
+import results
+from results import contrast, grouped, mean, noise, pick, points, theirs
+
+MARGIN = 3  # points that count as no difference ("competitive", "as robust as"); fixed before the runs
+
+
+def verdict(rule, interval, *sides):
+    """The verdict on an interval (value, low, high) by a rule: "above" 0; "within" the margin of 0; "not below" it. `sides`:
+    the runs on each side, of which a single seed allows no verdict."""
+    _, low, high = interval
+    holds = {"above": low > 0, "within": -MARGIN < low and high < MARGIN, "not below": low > -MARGIN}[rule]
+    fails = {"above": high < 0, "within": low > MARGIN or high < -MARGIN, "not below": high < -MARGIN}[rule]
+    if min(map(len, sides)) < 2:
+        return "open (one seed)"
+    return "holds" if holds else "contradicted" if fails else "open"
+
+
+def number(figure, data, line, share, kind="robust"):
+    """The paper's number for people, or "-"."""
+    found = theirs(figure, data, line, share, kind)
+    return "-" if found is None else f"{found:.1f}"
+
+
+def shares(runs):
+    """{|A|/N: {order: runs}} of ESAT runs, ascending."""
+    found = {}
+    for r in sorted(runs, key=lambda r: r.share):
+        found.setdefault(round(r.share, 3), {}).setdefault(r.order, []).append(r)
+    return found
+
+
+def single_class(runs, none, seeds, ranking):
+    """(a) and (b): what robustness one attacked class gives to the classes that were never attacked."""
+    single = {c: rs for (c,), rs in grouped_by_class(runs).items()}
+    if not single or not none:
+        return
+    classes = list(none[0].accuracy["classes"])
+    others = {c: [k for k in classes if k != c] for c in single}
+    gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], seeds) for c, rs in single.items()}
+    said = {c: verdict("above", gain[c], rs, none) for c, rs in single.items()}
+    told = results.published()["fig2"]["robust_B_val"]
+    low, high = (f(told, key=told.get) for f in (min, max))
+    yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes)",
+           f"{told[low]:+.1f} ({low}) to {told[high]:+.1f} ({high})",
+           "; ".join(f"{c} {points(*gain[c])}" for c in sorted(gain, key=lambda c: -gain[c][0])),
+           ", ".join(f"{v}: {n}" for v in dict.fromkeys(said.values()) if (n := list(said.values()).count(v))) + " classes")
+    order = results.published()["class_order_hardest_first"]["cifar10"]
+    hard, easy = (next((c for c in single if results.NAMES.get(c, c) == name), None) for name in (order[0], order[-1]))
+    if hard and easy:
+        d = contrast([(1, single[hard], others[hard]), (-1, single[easy], others[easy])], seeds)
+        ranked = [row["class"] for row in (ranking or {}).get("classes_hardest_first", []) if row["class"] in single]
+        rho = results.spearman([-i for i in range(len(ranked))], [mean(single[c], "B_val")[0] for c in ranked]) if ranked else 0
+        more = f"; Spearman of difficulty and B_val over {len(ranked)} classes {rho:+.2f}" if len(ranked) > 2 else ""
+        yield (f"(b) the hardest class ({hard}) gives B_val more than the easiest ({easy})",
+               f"{told[order[0]]:.1f}, {told[order[-1]]:.1f}: {told[order[0]] - told[order[-1]]:+.1f}",
+               f"{two(single[hard], single[easy], 'B_val')}: {points(*d)}{more}", verdict("above", d, single[hard], single[easy]))
+
+
+def grouped_by_class(runs):
+    """{(class,): runs} of CSAT on one named class."""
+    found = {}
+    for r in runs:
+        if r.order == "named" and len(r.A_classes) == 1:
+            found.setdefault(tuple(r.A_classes), []).append(r)
+    return found
+
+
+def two(one, other, part="all", kind="robust"):
+    """Two means for people."""
+    return f"{mean(one, part, kind)[0]:.1f}, {mean(other, part, kind)[0]:.1f}"
+
+
+def examples(runs, none, full, seeds, data):
+    """(c), (d) and (h): ESAT."""
+    at = shares([r for r in runs if r.split == "esat" and r.metric == "entropy"])
+    half = at.get(0.5, {}).get("hardest")
+    if half and none and full:
+        gain = contrast([(1, full, None), (-1, none, None)], seeds)
+        part = contrast([(1, half, None), (-1, none, None)], seeds)[0] / gain[0] if gain[1] > 0 else None
+        if part is not None:  # the interval of a ratio of contrasts, by the delta method
+            _, low, high = contrast([(1, half, None), (-part, full, None), (part - 1, none, None)], seeds)
+            said = f"{100 * part:.0f} % [{100 * (part + low / gain[0]):.0f}, {100 * (part + high / gain[0]):.0f}]"
+        over = contrast([(1, half, None), (-0.9, full, None), (-0.1, none, None)], seeds)
+        paper = [theirs("fig6", data, line, 0.5, "robust") for line in ("hardest", "AT")]
+        yield ("(c) ESAT on the hardest half recovers at least 90 % of what AT gains in robustness",
+               f"{paper[0]:.1f} of {paper[1]:.1f}: {100 * paper[0] / paper[1]:.0f} %" if all(paper) else "-",
+               f"{two(half, full)}: {said}" if part is not None else "AT gains nothing that is sure",
+               verdict("above", over, half, none, full) if part is not None else "open")
+    for share, orders in list(at.items())[:1]:
+        if {"hardest", "easiest", "random"} <= set(orders):
+            hard, easy, chance = (orders[o] for o in ("hardest", "easiest", "random"))
+            d, e = (contrast([(1, one, None), (-1, other, None)], seeds) for one, other in ((hard, easy), (chance, hard)))
+            told = [number("fig6", data, line, share) for line in ("hardest", "easiest", "random")]
+            yield (f"(d) at \\|A\\|/N = {share:g} hardest beats easiest", f"{told[0]}, {told[1]}", f"{two(hard, easy)}: {points(*d)}",
+                   verdict("above", d, hard, easy))
+            yield (f"(d) at \\|A\\|/N = {share:g} random is competitive: within {MARGIN} points of hardest", f"{told[2]}, {told[0]}",
+                   f"{two(chance, hard)}: {points(*e)}", verdict("within", e, chance, hard))
+    small, large = (next((at[s] for s in order if {"hardest", "easiest"} <= set(at[s])), {}) for order in (at, list(at)[::-1]))
+    if small and small is not large:
+        sides = [small["hardest"], small["easiest"], large["hardest"], large["easiest"]]
+        d = contrast([(w, rs, None) for w, rs in zip((1, -1, -1, 1), sides)], seeds)
+        a, b = (rs[0].share for rs in sides[::2])
+        told = [[theirs("fig6", data, line, s, "robust") for line in ("hardest", "easiest")] for s in (a, b)]
+        yield (f"(h) the gain of hard over easy shrinks as \\|A\\| grows ({a:.1f} against {b:.1f})",
+               ", ".join(f"{x - y:+.1f}" for x, y in told) if all(map(all, told)) else "-",
+               f"{mean(sides[0])[0] - mean(sides[1])[0]:+.1f}, {mean(sides[2])[0] - mean(sides[3])[0]:+.1f}: {points(*d)}",
+               verdict("above", d, *sides))
+
+
+def clean_against_robust(runs, none, full, seeds, data):
+    """(e): clean accuracy falls as robust accuracy rises."""
+    if none and full:
+        d = contrast([(1, none, None), (-1, full, None)], seeds, "clean")
+        line = [rs for rs in grouped([r for r in runs if r.split in ("none", "full", "esat") and r.metric == "entropy"], "kind").values()]
+        rho = results.spearman(*([mean(rs, "all", kind)[0] for rs in line] for kind in ("robust", "clean")))
+        told = [number("fig6", data, "hardest", s, "clean") for s in (0.1, 0.9)]
+        yield ("(e) clean accuracy falls as robust accuracy rises (no AT minus AT, clean)", f"ESAT hardest {told[0]} (10 %) to {told[1]} (90 %)",
+               f"{two(none, full, kind='clean')}: {points(*d)}; Spearman of robust and clean over {len(line)} settings {rho:+.2f}",
+               verdict("above", d, none, full))
+
+
+def transfers(runs, seeds, data):
+    """(f) the weights in S-CSAT, and (g) S-ESAT on 30 % against full AT."""
+    csat = pick(runs, split="csat", order="hardest")
+    for (share,), found in sorted(grouped(csat, "share").items()):
+        by = {w: pick(found, weight=w) for w in ("emphasis", "balanced", "vanilla")}
+        for more, less in (("emphasis", "balanced"), ("balanced", "vanilla")):
+            if by[more] and by[less]:
+                d = contrast([(1, by[more], None), (-1, by[less], None)], seeds)
+                yield (f"(f) {found[0].size} hardest classes: {more} transfers more robustness than {less}",
+                       f"{number('fig7', data, more, share)}, {number('fig7', data, less, share)}",
+                       f"{two(by[more], by[less])}: {points(*d)}", verdict("above", d, by[more], by[less]))
+    full = pick(runs, split="full")
+    third = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy") if abs(r.share - 0.3) < 0.004]
+    if third and full:
+        d = contrast([(1, third, None), (-1, full, None)], seeds)
+        yield (f"(g) S-ESAT on the hardest 30 % transfers as robustly as AT (at most {MARGIN} points less)",
+               f"{number('fig8', data, 'hardest', 0.3)}, {number('fig8', data, 'AT', 1)}", f"{two(third, full)}: {points(*d)}",
+               verdict("not below", d, third, full))
+
+
+def claims(runs, ranks):
+    """{(data, group): (rows (claim, paper, ours, verdict), the Noise)} of the runs on CIFAR-10, and of transfers to it."""
+    tables = {}
+    for (data, group), all_ in sorted(grouped(runs, "data", "group").items(), key=lambda item: "->" in item[0][0]):
+        told = results.base(data)
+        if told not in ("cifar10", "cifar100->cifar10"):
+            continue
+        mine = [r for r in all_ if r.attack == "pgd" and (r.weight == "vanilla" or r.transfer)]
+        none, full = pick(mine, split="none"), pick(mine, split="full")
+        seeds, clean = noise(mine), noise(mine, "clean")
+        used = {r.ranking for r in mine} - {""}
+        ranking = next((r for r in ranks if used & set(r.get("scores", {}).values())), None)
+        rows = [*transfers(mine, seeds, told)] if "->" in data else [
+            *single_class(mine, none, seeds, ranking), *examples(mine, none, full, seeds, told),
+            *clean_against_robust(mine, none, full, clean, told)]
+        if rows:
+            tables[data, group] = rows, seeds
+    return tables
+
+
+def precisions(runs):
+    """{(data, group): rows (setting, seeds, kind, float32, bf16, bf16 minus float32)} of settings that were trained in both."""
+    tables = {}
+    both = [replace(r, group=r.precision) for r in runs]
+    for (data, _), same in by_setting(both).items():
+        rows, noises = [], {kind: noise(same, kind) for kind in ("robust", "clean")}
+        for pair in grouped([replace(r, group="") for r in same], "kind").values():
+            full, half = (pick(pair, precision=p) for p in ("float32", "bf16"))
+            for kind in ("robust", "clean") if full and half else ():
+                d = contrast([(1, half, None), (-1, full, None)], noises[kind], kind)
+                name = {"none": "no AT", "full": "AT"}.get(pair[0].split, f"{pair[0].split} {pair[0].order} {pair[0].share:.2g}")
+                rows.append((name, f"{len(full)} and {len(half)}", kind, *(f"{mean(rs, 'all', kind)[0]:.1f}" for rs in (full, half)), points(*d)))
+        if rows:
+            tables[data, results.described(same[0])] = rows
+    return tables
+
+
+def by_setting(runs):
+    """{(data, its setting as text): runs}."""
+    found = {}
+    for r in runs:
+        found.setdefault((r.data, json.dumps(r.setting, sort_keys=True)), []).append(r)
+    return found

@@ -1,0 +1,519 @@
+"""What comes in: data sets in their publishers' formats, configs, and inputs that must be refused in one line."""
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import attacks
+import bench
+import data as datasets
+import evaluate
+import rank
+import report
+import sat
+import sources
+import transfer
+from common import UserError
+from conftest import HERE, QUICK, script, write_images, write_jpeg
+
+
+def test_digits():
+    data = datasets.get("digits", "nowhere")
+    assert data.train.x.shape == (1297, 1, 8, 8) and data.test.x.shape == (500, 1, 8, 8) and data.train.x.max() == 255
+    assert torch.bincount(data.train.y).tolist() == [128, 131, 128, 132, 130, 131, 130, 129, 128, 130]
+    low, high = datasets.get("digits0-4", "nowhere"), datasets.get("digits5-9", "nowhere")
+    assert len(low.train) + len(high.train) == 1297 and high.classes == ["5", "6", "7", "8", "9"] and high.train.y.unique().tolist() == [0, 1, 2, 3, 4]
+    assert low.fingerprint() != high.fingerprint() == datasets.get("digits5-9", "nowhere").fingerprint()
+    x = data.train.pixels(torch.arange(1297), "cpu")
+    mean, std = data.mean_std()
+    assert mean == pytest.approx([x.mean().item()], abs=1e-5) and std == pytest.approx([x.std().item()], abs=1e-4)
+
+
+def test_selection_and_final_parts():
+    for n in (500, 10000, 1020, 15):
+        select, final = datasets.selection_and_final(n)
+        assert len(select) == round(0.1 * n) and sorted([*select.tolist(), *final.tolist()]) == list(range(n))
+        torch.manual_seed(n)  # the global generator plays no part
+        assert torch.equal(select, datasets.selection_and_final(n)[0])
+
+
+def test_augmentation_against_torchvision():
+    from torchvision.transforms import functional as T
+    g = torch.Generator().manual_seed(1)
+    x = torch.rand(40, 3, 32, 32, generator=g)
+    params = datasets.draw(40, x.shape, "full", False, g)
+    assert params["crop"].min() == 0 and params["crop"].max() == 8 and 0.75 <= params["factor"].min() < params["factor"].max() <= 1.25
+    assert params["flip"].any() and not params["flip"].all() and 0 < params["angle"].abs().max() <= math.radians(2)
+    assert len(params["angle"].unique()) == 40 and len({tuple(o) for o in params["order"].tolist()}) == 6, "each example its own"
+    mine = datasets.augment(x, params)
+    for i in range(40):
+        row, column = params["crop"][i].tolist()
+        one = T.pad(x[i], 4)[:, row:row + 32, column:column + 32]
+        one = T.hflip(one) if params["flip"][i] else one
+        for op in params["order"][i].tolist():
+            adjust = (T.adjust_brightness, T.adjust_contrast, T.adjust_saturation)[op]
+            one = adjust(one, params["factor"][i, op].item())
+        one = T.rotate(one, math.degrees(params["angle"][i].item()))
+        differ = ((mine[i] - one).abs() > 1e-3).float().mean()
+        assert differ < 0.01, "torchvision may round a pixel's origin the other way"
+    assert torch.equal(datasets.augment(x, {"crop": torch.full((40, 2), 4)}), x), "a crop from the middle"
+
+
+def test_batches_are_slices_of_one_global_batch(monkeypatch):
+    data = datasets.get("digits", "data")
+    everything = list(datasets.batches(data.train, 64, 0, 3, "crop", "cpu"))
+    assert len(everything) == 1297 // 64 and len(set(torch.cat([i for _, _, i in everything]).tolist())) == 64 * 20
+    again, other = (list(datasets.batches(data.train, 64, 0, e, "crop", "cpu")) for e in (3, 4))
+    assert torch.equal(everything[5][0], again[5][0]) and not torch.equal(everything[5][2], other[5][2])
+    for r in range(3):
+        monkeypatch.setenv("RANK", str(r)), monkeypatch.setenv("WORLD_SIZE", "3")
+        for k, mine in enumerate(datasets.batches(data.train, 64, 0, 3, "crop", "cpu")):
+            assert all(torch.equal(a, b.tensor_split(3)[r]) for a, b in zip(mine, everything[k]))
+
+
+def test_image_folder_and_tensor_file_agree(tmp_path):
+    from PIL import Image
+    write_images(tmp_path / "mine")
+    folder = datasets.get("mine", tmp_path)
+    assert (tmp_path / "mine.pt").exists() and folder.classes == ["cat", "dog"] and folder.train.y.tolist() == [0] * 6 + [1] * 6
+    pixel = np.asarray(Image.open(tmp_path / "mine" / "train" / "dog" / "2.png"))
+    assert np.array_equal(folder.train.x[8].permute(1, 2, 0).numpy(), pixel)
+    packed = datasets.get("mine", tmp_path)
+    assert torch.equal(packed.test.x, folder.test.x) and packed.fingerprint() == folder.fingerprint()
+
+
+def test_cifar_in_its_publishers_format(tmp_path, monkeypatch):
+    from torchvision.datasets import cifar
+    monkeypatch.setattr(cifar, "check_integrity", lambda *a: True)  # the sums of the real files
+    rng, blocks = np.random.default_rng(0), {}
+    for folder, files, key in (("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], "labels"),
+                               ("cifar-100-python", ["train", "test"], "fine_labels")):
+        (tmp_path / folder).mkdir()
+        for name in files:
+            block = {"data": rng.integers(0, 255, (4, 3072), dtype=np.uint8), key: [0, 1, 2, 3]}
+            blocks[name] = block["data"]
+            (tmp_path / folder / name).write_bytes(pickle.dumps(block))
+        meta = {"label_names" if key == "labels" else "fine_label_names": [str(c) for c in range(10 if key == "labels" else 100)]}
+        (tmp_path / folder / ("batches.meta" if key == "labels" else "meta")).write_bytes(pickle.dumps(meta))
+    ten, hundred = datasets.get("cifar10", tmp_path), datasets.get("cifar100", tmp_path)
+    assert (len(ten.train), len(ten.test), len(hundred.train)) == (20, 4, 4) and len(ten.classes) == 10
+    assert np.array_equal(ten.train.x[5].numpy(), blocks["data_batch_2"][1].reshape(3, 32, 32))
+    assert np.array_equal(hundred.test.x[3].numpy(), blocks["test"][3].reshape(3, 32, 32)) and hundred.test.y[3] == 3
+
+
+@pytest.fixture
+def table_1(monkeypatch):
+    """Lets a test have data sets of its own sizes without the check of the number of classes."""
+    return lambda name, n_classes: monkeypatch.setitem(sources.TABLE_1, name, (n_classes, 1, 1))
+
+
+def test_svhn_in_its_publishers_format(tmp_path, monkeypatch, capsys):
+    from scipy.io import savemat
+    from torchvision.datasets import svhn
+    monkeypatch.setattr(svhn, "check_integrity", lambda *a: True)  # the sums of the real files
+    rng = np.random.default_rng(0)
+    x = {s: rng.integers(0, 255, (32, 32, 3, n), dtype=np.uint8) for s, n in (("train", 12), ("test", 5))}
+    for s in x:
+        savemat(tmp_path / f"{s}_32x32.mat", {"X": x[s], "y": np.arange(1, x[s].shape[3] + 1, dtype=np.uint8)[:, None] % 10 + 1})
+    data = datasets.get("svhn", tmp_path)
+    assert data.classes == list("0123456789") and np.array_equal(data.train.x[7].permute(1, 2, 0).numpy(), x["train"][..., 7])
+    assert data.train.y.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3], "the publisher's label 10 is digit 0"
+    assert "12 / 5 images, the paper's (Table 1) 73,257 / 26,032" in capsys.readouterr().out
+    (tmp_path / "svhn.pt").unlink()
+    savemat(tmp_path / "train_32x32.mat", {"X": x["train"][:16], "y": np.ones((12, 1))})
+    with pytest.raises(UserError, match="train_32x32.mat is not SVHN's cropped digits"):
+        datasets.get("svhn", tmp_path)
+
+
+def test_flowers102_in_its_publishers_format(tmp_path, monkeypatch, capsys):
+    from scipy.io import savemat
+    from torchvision.datasets import flowers102
+    monkeypatch.setattr(flowers102, "check_integrity", lambda *a: True)
+    folder = tmp_path / "flowers-102"
+    for i in range(1, 8):
+        write_jpeg(folder / "jpg" / f"image_{i:05d}.jpg", (10 * i, 0, 0))
+    savemat(folder / "imagelabels.mat", {"labels": np.array([[5, 102, 1, 7, 7, 2, 3]])})
+    savemat(folder / "setid.mat", {"trnid": np.array([[2, 4, 6]]), "valid": np.array([[1, 7]]), "tstid": np.array([[3, 5]])})
+    data = datasets.get("flowers102", tmp_path)
+    assert data.train.y.tolist() == [101, 6, 1] and data.test.y.tolist() == [4, 2] and len(data.classes) == 102
+    assert data.train.streamed and abs(data.train.pixels(torch.tensor([1]), "cpu")[0, 0].mean() - 40 / 255) < 0.02, "image 4"
+    assert "1,020 / 1,020" in capsys.readouterr().out
+
+
+def test_caltech256_in_its_publishers_format(tmp_path, table_1):
+    table_1("caltech256", 3)
+    for c, name in enumerate(("001.ak47", "002.american-flag", "257.clutter")):
+        for i in range(1, 6):
+            write_jpeg(tmp_path / "caltech256" / "256_ObjectCategories" / name / f"{c + 1:03d}_{i:04d}.jpg", mode="L" if i == 2 else "RGB")
+    (tmp_path / "caltech256" / "256_ObjectCategories" / "001.ak47" / "RENAME2").write_text("a stray file of the real archive")
+    data = datasets.get("caltech256", tmp_path)
+    assert data.classes == ["ak47", "american-flag", "clutter"] and (len(data.train), len(data.test)) == (12, 3)
+    assert not set(data.train.x.paths) & set(data.test.x.paths) and data.train.x.paths == datasets.get("caltech256", tmp_path).train.x.paths
+    assert data.train.pixels(torch.arange(12), "cpu").shape == (12, 3, 224, 224), "grey images become RGB"
+
+
+def test_caltech256_after_a_download_that_failed(tmp_path, monkeypatch):
+    import urllib.request
+    def refuse(*a, **k):
+        raise OSError("no route to host")
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    for _ in range(2):  # torchvision leaves an empty caltech256/ behind, which is no image folder
+        with pytest.raises(UserError, match="no caltech256 under .* put caltech256/256_ObjectCategories/"):
+            datasets.get("caltech256", tmp_path)
+
+
+def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
+    wnids = [line.split("\t")[0] for line in (HERE / "configs" / "imagenet200_wnids.txt").read_text().splitlines()[1:]]
+    assert len(wnids) == 200
+    for wnid in [*wnids, "n99999999"]:
+        for part in ("train", "val"):
+            write_jpeg(tmp_path / "imagenet" / part / wnid / "a.JPEG")
+    data = datasets.get("imagenet200", tmp_path)
+    assert len(data.train) == len(data.test) == 200 and data.train.streamed and len(set(data.classes)) == 200
+    assert data.classes[0] == "stingray" and data.train.x.paths[0].parent.name == wnids[0]
+    shutil.rmtree(tmp_path / "imagenet" / "val" / wnids[3])
+    with pytest.raises(UserError, match=f"val lacks 1 class folders: {wnids[3]}"):
+        datasets.get("imagenet200", tmp_path)
+
+
+def test_streamed_views(tmp_path):
+    """Training crops are RandomResizedCrop's, drawn per example and epoch; test images are resized to 256, cropped to 224."""
+    from PIL import Image
+    ramp = np.zeros((300, 400, 3), dtype=np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 300)[:, None]
+    for i in range(8):
+        path = tmp_path / "mine" / ("train" if i < 6 else "test") / "a" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ramp).save(path)
+    data = datasets.get("mine", tmp_path)
+    x = data.test.pixels(torch.arange(2), "cpu")
+    # The shortest side 300 becomes 256, so 400 becomes 341; the centre 224 of each are left.
+    assert x.shape == (2, 3, 224, 224)
+    assert x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01) and x[0, 0, :, 0].mean().item() == pytest.approx(58.5 / 341, abs=0.01)
+    first, again, other = (next(datasets.batches(data.train, 6, 0, e, "full", "cpu"))[0] for e in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (6, 3, 224, 224)
+    half = next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0]
+    width = [(c[0].amax() - c[0].amin()).item() for c in (next(datasets.batches(data.train, 6, 0, 2, "crop", "cpu"))[0])]
+    assert len({round(w, 3) for w in width}) == 6 and min(width) > 0.1 and max(width) < 1.01, "each example has a crop of its own"
+    params = datasets.draw(1000, (3, 224, 224), "full", True, torch.Generator().manual_seed(0))
+    assert 0.9 <= params["factor"].min() < 0.91 and 1.09 < params["factor"].max() <= 1.1 and "crop" not in params
+    data.train.x.workers, data.train.x.loader = 2, None
+    for _ in range(2):  # the same workers twice, the first time left before the epoch's end
+        assert torch.equal(next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0], half), "workers change nothing"
+    assert [len(x) for x, _, _ in datasets.batches(data.train, 3, 0, 0, "full", "cpu")] == [3, 3]
+
+
+def test_small_cifar_is_the_same_whatever_the_order_of_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SMALLER", {"few": ("many", 3, 2)})
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(0, 256, (60, 3, 8, 8), generator=g, dtype=torch.uint8), torch.arange(60) % 4
+    for folder, order in ((tmp_path / "a", torch.arange(60)), (tmp_path / "b", torch.randperm(60, generator=g))):
+        folder.mkdir()
+        torch.save({"train": {"x": x[order], "y": y[order]}, "test": {"x": x[order], "y": y[order]}, "classes": list("abcd")}, folder / "many.pt")
+    a, b = (datasets.get("few", tmp_path / f) for f in "ab")
+    assert torch.equal(a.train.x, b.train.x) and a.fingerprint() == b.fingerprint() and (tmp_path / "a" / "few.pt").exists()
+    assert a.train.y.bincount().tolist() == [3] * 4 and a.test.y.bincount().tolist() == [2] * 4
+    import hashlib
+    digests = [hashlib.sha256(i.numpy().tobytes()).hexdigest() for i in x[y == 2]]
+    assert {hashlib.sha256(i.numpy().tobytes()).hexdigest() for i in a.train.x[a.train.y == 2]} == set(sorted(digests)[:3])
+
+
+def test_corrupt_and_doubled(tmp_path, capsys):
+    for part, n in (("train", 3), ("test", 2)):
+        for i in range(n):
+            for c in ("cat", "dog"):
+                write_jpeg(tmp_path / "mine" / part / c / f"{i}.jpg")
+    (tmp_path / "mine" / "train" / "dog" / "1.jpg").write_bytes(b"\xff\xd8 no jpeg")
+    data = datasets.get("mine", tmp_path, workers=1)
+    with pytest.raises(UserError, match="dog/1.jpg is not an image .* python data.py NAME") as e:
+        list(datasets.ordered(data.train, torch.arange(6), 2, "cpu"))
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="1 images of mine cannot be read"):
+        datasets.main(["mine", "--data-dir", str(tmp_path)])
+    assert "dog/1.jpg" in capsys.readouterr().out
+    (tmp_path / "mine" / "train" / "Cat").mkdir()
+    with pytest.raises(UserError, match="holds the class folder 'Cat' twice, also as 'cat'"):
+        datasets.get("mine", tmp_path)
+    with pytest.raises(UserError, match="has 2 classes, not 10"):
+        (tmp_path / "mine" / "train" / "Cat").rmdir()
+        (tmp_path / "mine").rename(tmp_path / "svhn")
+        datasets.get("svhn", tmp_path)
+
+
+def test_resnet50_through_every_stage(tmp_path, monkeypatch, capsys):
+    """A two-class tree of JPEGs through rank, sat, evaluate and transfer, one epoch each (images of 64, to be quick)."""
+    rng = np.random.default_rng(0)
+    for name in ("pets", "other"):
+        for part, n in (("train", 4), ("val", 10)):
+            for c, colour in (("cat", (220, 40, 40)), ("dog", (40, 40, 220))):
+                for i in range(n):
+                    write_jpeg(tmp_path / "data" / name / part / c / f"{i}.jpg", tuple(int(v) for v in np.clip(rng.normal(colour, 20), 0, 255)))
+    (tmp_path / "c.yaml").write_text("arch: resnet50\naugment: full\neps: 3.0\nstep-size: 0.5\nsteps: 1\nepochs: 1\nbatch-size: 4\nlr: 0.01\nside: 64\n"
+                                     "workers: 0\neval-attacks: [apgd-ce]\nselect-attacks: [apgd-ce]\neval-n: 2\nselect-n: 1\n")
+    monkeypatch.chdir(tmp_path)
+    rank.main(["--config", "c.yaml", "--dataset", "pets"])
+    sat.main(["--config", "c.yaml", "--dataset", "pets", "--split", "esat", "--frac", "0.5", "--run", "a"])
+    evaluate.main(["results/pets/a/best.pt"])
+    transfer.main(["results/pets/a/best.pt", "--config", "c.yaml", "--dataset", "other"])
+    own, again = (json.loads(p.read_text()) for p in [Path("results/pets/a/result.json"), *Path("results/pets/a").glob("eval-*.json")])
+    assert own["accuracy"] == again["accuracy"] and own["A"] == 4 and own["cost"]["attacked"] == 4
+    target, = Path("results/other").glob("*/result.json")
+    assert json.loads(target.read_text())["source"]["run"] == "a"
+    with pytest.raises(UserError, match="vog keeps two numbers a pixel"):
+        rank.main(["--config", "c.yaml", "--dataset", "pets", "--metrics", "vog", "--results", "other"])
+    report.main([])
+    assert (tmp_path / "results" / "figures" / "fig8.png").exists() is False and "No runs yet" in (tmp_path / "results" / "tables.md").read_text()
+
+
+TABLE_2 = """
+cifar10      preactresnet18 200 128 0.1 100,150 5e-4 0.5 0.1
+cifar100     preactresnet18 200 128 0.1 100,150 5e-4 0.5 0.1
+imagenet200  resnet50       150 256 0.1 50,100  1e-4 3.0 0.5
+transfer/cifar10    preactresnet18 40 128 0.1 20,30 5e-4 0.5 -
+transfer/svhn       preactresnet18 40 128 0.1 20,30 5e-4 0.5 -
+transfer/caltech256 resnet50      100 128 0.1 50,75 1e-4 3.0 -
+transfer/flowers102 resnet50      100 102 0.1 50,75 1e-4 3.0 -
+"""  # data set, architecture, epochs, batch size, lr, decays, L2 decay; eps and step size of A.1
+
+
+@pytest.mark.parametrize("row", TABLE_2.split("\n")[1:-1])
+def test_configs_are_table_2(row):
+    name, arch, epochs, batch, lr, decays, decay, eps, step = row.split()
+    argv = ["--config", str(HERE / f"configs/{name}.yaml")]
+    args = transfer.command_line(["x.pt", *argv]) if "/" in name else sat.command_line([*argv, "--split", "full"])
+    assert (args.dataset, args.arch, args.epochs, args.batch_size, args.lr) == (name.split("/")[-1], arch, int(epochs), int(batch), float(lr))
+    assert (args.lr_decays, args.weight_decay, args.eps) == ([int(d) for d in decays.split(",")], float(decay), float(eps))
+    assert (args.norm, args.augment, args.eval_attacks, args.eval_n, args.select_n) == ("l2", "full", list(attacks.STANDARD), 0, 0)
+    if step != "-":
+        assert (args.attack, args.steps, args.step_size, args.random_start, args.weight) == ("pgd", 7, float(step), False, "vanilla")
+
+
+def test_command_line_beats_yaml_beats_defaults(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("dataset: digits\nlr: 5e-2\nepochs: 3\nrandom-start: true\nlr-decays: [1, 2]\nclasses: [1, 2]\n")
+    args = sat.command_line(["--config", str(config), "--split", "csat", "--epochs", "4"])
+    assert (args.lr, args.epochs, args.random_start, args.lr_decays, args.batch_size) == (0.05, 4, True, [1, 2], 128)
+    assert args.classes == ["1", "2"]
+    assert sat.command_line(["--config", str(config), "--split", "csat", "--no-random-start"]).random_start is False
+
+
+BAD = {
+    "unknown dataset": (["--split", "full", "--dataset", "mnist"], "no data set 'mnist'"),
+    "dataset is a path": (["--dataset", "../x"], "not a plain name"),
+    "no such flag": (["--split", "full", "--lrr", "1"], "unrecognized arguments"),
+    "wrong type": (["--split", "full", "--lr", "fast"], "'fast' is not a finite number above 0"),
+    "negative": (["--split", "full", "--epochs", "0"], "whole number of at least 1"),
+    "wrong choice": (["--split", "half"], "invalid choice: 'half'"),
+    "unknown class": (["--split", "csat", "--classes", "cat"], "unknown class cat; valid: 0, 1, 2"),
+    "frac 0": (["--split", "esat", "--frac", "0"], "'0' is not a finite number above 0 and at most 1"),
+    "frac above 1": (["--split", "esat", "--frac", "1.5"], "'1.5' is not a finite number above 0 and at most 1"),
+    "frac of no class": (["--split", "csat", "--frac", "0.01"], "makes 0; it must be 1 to 10"),
+    "size above N": (["--split", "esat", "--size", "1298"], "it must be 1 to 1297"),
+    "too many classes": (["--split", "csat", "--size", "11"], "it must be 1 to 10"),
+    "no size": (["--split", "esat"], "needs one of --frac, --size"),
+    "two sizes": (["--split", "esat", "--frac", "0.5", "--size", "3"], "given: frac, size"),
+    "classes for esat": (["--split", "esat", "--classes", "3"], "takes no --classes"),
+    "size for full": (["--split", "full", "--size", "3"], "takes no --size"),
+    "batch above N": (["--split", "full", "--batch-size", "1298"], "must be 1 to 1297"),
+    "run is a path": (["--split", "full", "--run", "a/b"], "not a plain name"),
+    "no config": (["--config", "none.yaml", "--split", "full"], "cannot read the config none.yaml"),
+    "abbreviated flag": (["--split", "full", "--conf", "configs/cifar10.yaml"], "unrecognized arguments: --conf"),
+    "cuda without a GPU": (["--split", "full", "--device", "cuda"], "sees no GPU"),
+    "negative eps": (["--eps", "-1"], "'-1' is not a finite number of at least 0"),
+    "eps is no number": (["--eps", "nan"], "'nan' is not a finite number"),
+    "eps is empty": (["--eps", ""], "'' is not a finite number"),
+    "infinite lr": (["--lr", "inf"], "'inf' is not a finite number"),
+    "frac is no number": (["--frac", "nan"], "'nan' is not a finite number above 0 and at most 1"),
+    "seed of 32 bits": (["--seed", "2147483648"], "at most 2147483647"),
+    "decay before the start": (["--lr-decays", "-1"], "'-1' is not a whole number of at least 0"),
+    "another norm": (["--norm", "l1"], "invalid choice: 'l1' (choose from l2, linf)|invalid choice: 'l1' (choose from 'l2', 'linf')"),
+    "another attack in training": (["--attack", "cw"], "invalid choice: 'cw'"),
+    "another AutoAttack": (["--eval-attacks", "apgd"], "invalid choice: 'apgd'"),
+    "another metric": (["--metric", "loss"], "invalid choice: 'loss'"),
+    "another order": (["--order", "hard"], "invalid choice: 'hard'"),
+    "another network": (["--arch", "vgg"], "invalid choice: 'vgg'"),
+    "another precision": (["--amp", "fp16"], "invalid choice: 'fp16'"),
+    "another augmentation": (["--augment", "mixup"], "invalid choice: 'mixup'"),
+    "weight factor 0": (["--weight-factor", "0"], "'0' is not a finite number above 0"),
+    "no class named": (["--split", "csat", "--classes"], "expected at least one argument"),
+    "classes and size": (["--split", "csat", "--classes", "3", "--size", "1"], "given: size, classes"),
+    "run name empty": (["--split", "full", "--run", ""], "not a plain name"),
+    "run name climbs": (["--split", "full", "--run", ".."], "not a plain name"),
+    "run name with a line": (["--split", "full", "--run", "a\nb"], "not a plain name"),
+    "dataset empty": (["--dataset", ""], "not a plain name"),
+    "small side": (["--side", "8"], "'8' is not a whole number of at least 32"),
+    "half a batch": (["--batch-size", "0.5"], "'0.5' is not a whole number"),
+    "no steps": (["--steps", "0"], "'0' is not a whole number of at least 1"),
+    "negative threads": (["--threads", "-2"], "'-2' is not a whole number of at least 0"),
+    "a word too many": (["results/a/best.pt"], "unrecognized arguments: results/a/best.pt"),
+    "config is a folder": (["--config", "."], "cannot read the config ."),
+    "config without a name": (["--config"], "expected one argument"),
+    "compile without a compiler": (["--split", "full", "--compile"], "--compile needs a compiler"),
+}
+
+
+OTHERS = {  # main, arguments, message
+    "rank takes no split": (rank.main, ["--split", "esat"], "unrecognized arguments: --split esat"),
+    "rank by nothing": (rank.main, ["--metrics"], "expected at least one argument"),
+    "rank by loss": (rank.main, ["--metrics", "loss"], "invalid choice: 'loss'"),
+    "transfer of nothing": (transfer.main, [], "the following arguments are required: checkpoint"),
+    "transfer attacks nothing": (transfer.main, ["x.pt", "--attack", "pgd"], "unrecognized arguments: --attack pgd"),
+    "evaluate nothing": (evaluate.main, [], "the following arguments are required: checkpoint"),
+    "evaluate a folder": (evaluate.main, ["."], ". is truncated or not a file of this project"),
+    "report of nothing": (report.main, ["--results", "nowhere"], "nowhere"),
+    "data is a path": (datasets.main, ["../x"], "not a plain name"),
+    "data unknown": (datasets.main, ["mnist"], "no data set 'mnist'"),
+    "bench without 1": (bench.main, ["--fractions", "0.5"], "lacks 1"),
+    "bench of 2": (bench.main, ["--fractions", "2"], "'2' is not a finite number of at least 0 and at most 1"),
+}
+
+
+@pytest.mark.parametrize("case", [*BAD, *OTHERS])
+def test_bad_flags(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    main, argv, messages = OTHERS[case] if case in OTHERS else (sat.main, *BAD[case])
+    with pytest.raises(UserError) as e:
+        main(argv)
+    assert any(message in str(e.value) for message in messages.split("|")), str(e.value)
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir()), "one line, and nothing is written"
+
+
+def test_every_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    """What script() makes of a UserError, for one of each script; the inputs above and below are more than 60."""
+    for name, *argv in (("sat.py", "--lr", "fast"), ("rank.py", "--lr", "fast"), ("transfer.py",), ("evaluate.py", "none.pt"), ("report.py", "--results", "no"),
+                        ("data.py", "mnist"), ("bench.py", "--fractions", "2")):
+        done = script(name, *argv, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    assert len(BAD) + len(OTHERS) >= 60 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text,message", [
+    ("learning-rate: 1", "unknown key 'learning-rate'; valid keys: amp, arch"), ("lr: fast", "lr: 'fast' is not a finite number|'fast' is not a finite number"),
+    ("epochs: 2.5", "'2.5' is not a whole number"), ("split: half", "invalid choice: 'half'"), ("lr: true", "lr: True is not a value"),
+    ("random-start: 1", "random-start: 1 is not a value"), ("lr: ", "lr: None is not a value"), ("lr: {a: 1}", "is not a value"),
+    ("- lr", "flat list"), ("lr: [", "cannot read the config"), ("!!python/object/apply:os.system ['touch pwned']", "cannot read the config"),
+    ("lr: [0.1, 0.2]", "unrecognized arguments"),
+])
+def test_bad_config(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.compile("|".join(map(re.escape, message.split("|"))))) as e:
+        sat.main(["--config", "c.yaml", "--split", "full"])
+    assert "c.yaml" in str(e.value) and "\n" not in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
+
+
+class Malicious:
+    """Unpickled, it would run a command."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.root}/pwned",)
+
+
+def bad_files(root):
+    """name -> (main, argv, message) over files in `root`."""
+    write_images(root / "a" / "no_test", classes=("x",)), write_images(root / "a" / "uneven"), write_images(root / "a" / "torn")
+    shutil.rmtree(root / "a" / "no_test" / "test"), shutil.rmtree(root / "a" / "uneven" / "test" / "dog")
+    (root / "a" / "torn" / "train" / "cat" / "1.png").write_bytes(b"\x89PNG not")
+    (root / "a" / "short.pt").write_bytes(b"PK\x03\x04 short")
+    torch.save({"train": {"x": torch.zeros(2, 3, 8, 8), "y": torch.zeros(2)}, "test": {}, "classes": ["a"]}, root / "a" / "floats.pt")
+    torch.save({"some": "thing"}, root / "foreign.pt")
+    torch.save(["no", "dict"], root / "list.pt")
+    with open(root / "pickle.pt", "wb") as f:
+        pickle.dump(SimpleNamespace(), f)
+    torch.save({"model": Malicious(root), "arch": "preactresnet8"}, root / "malicious.pt")
+    torch.save({"train": Malicious(root), "test": {}, "classes": []}, root / "a" / "malicious.pt")
+    data = ["--data-dir", str(root / "a"), "--split", "full", "--augment", "none", "--batch-size", "2"]
+    yield "folder without test", sat.main, [*data, "--dataset", "no_test"], "lacks test/ or val/"
+    yield "uneven classes", sat.main, [*data, "--dataset", "uneven"], "lacks 1 class folders: dog"
+    yield "corrupt image", sat.main, [*data, "--dataset", "torn"], "1.png is not an image"
+    yield "truncated data", sat.main, [*data, "--dataset", "short"], "short.pt is truncated or not a file of this project"
+    x, y = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])
+    torch.save({"train": {"x": x[:, :, :6], "y": y}, "test": {"x": x[:, :, :6], "y": y}, "classes": ["a", "b"]}, root / "a" / "oblong.pt")
+    torch.save({"train": {"x": x, "y": y}, "test": {"x": x, "y": y}, "classes": ["a", "b", "c"]}, root / "a" / "empty.pt")
+    torch.save({"train": {"x": x, "y": y}, "test": {"x": x[:1], "y": y[:1]}, "classes": ["a", "b"]}, root / "a" / "one.pt")
+    scores = root / "results" / "digits" / "rank-preactresnet8-seed0" / "scores.pt"
+    scores.parent.mkdir(parents=True)
+    torch.save({"entropy": torch.zeros(3)}, scores)
+    yield "scores of something", sat.main, ["--split", "esat", "--frac", "0.5"], "scores.pt is not a file of this kind: it lacks fingerprint"
+    yield "not square", sat.main, [*data, "--dataset", "oblong"], "images of 6 x 8 pixels: small images must be square"
+    yield "a class without images", sat.main, [*data, "--dataset", "empty"], "1 of its 3 classes have no training image"
+    yield "one test image", sat.main, [*data, "--dataset", "one", "--arch", "preactresnet8"], "the test set has 1 image"
+    yield "float data", sat.main, [*data, "--dataset", "floats"], "train must hold x, uint8"
+    yield "malicious data", sat.main, [*data, "--dataset", "malicious"], "malicious.pt is truncated or not a file of this project"
+    for name, message in (("foreign", "lacks model"), ("list", "lacks model"), ("pickle", "truncated or not a file"), ("none", "no file"),
+                          ("malicious", "malicious.pt is truncated or not a file of this project (UnpicklingError)")):
+        yield f"evaluate {name}", evaluate.main, [str(root / f"{name}.pt")], message
+        yield f"transfer {name}", transfer.main, [str(root / f"{name}.pt")], message
+
+
+def test_bad_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for case, main, argv, message in list(bad_files(tmp_path)):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError) as e:
+            main(argv)
+        assert message in str(e.value) and "\n" not in str(e.value), case
+        assert sorted(tmp_path.rglob("*")) == before, case
+
+
+def test_no_network_and_no_data(tmp_path, monkeypatch):
+    import urllib.request
+    def refuse(*a, **k):
+        raise OSError("no route to host")
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(UserError, match="no cifar10 under .* put cifar-10-batches-py/ .* or image folders cifar10/train"):
+        sat.main(["--dataset", "cifar10", "--data-dir", str(tmp_path / "d"), "--results", str(tmp_path / "r"), "--split", "full"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_scores_of_another_data_set(pipeline, tmp_path):
+    folder = tmp_path / "digits" / "rank-preactresnet8-seed0"
+    folder.mkdir(parents=True)
+    (folder / "scores.pt").write_bytes((pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "scores.pt").read_bytes())
+    with pytest.raises(UserError, match="scores.pt belongs to other data .*digits0-4 there, digits here"):
+        sat.main(["--split", "esat", "--frac", "0.5", "--results", str(tmp_path)])
+    assert not (tmp_path / "digits" / "esat-hardest-0.5-seed0").exists()
+
+
+def test_run_directory_made_with_other_flags(pipeline):
+    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2", "--split", "csat", "--size", "2", "--run", "b"]
+    before = (pipeline / "digits0-4" / "b" / "result.json").read_bytes()
+    with pytest.raises(UserError, match=r"made with other flags \(lr: 0.1 there, 0.2 now\)"):
+        sat.main([*argv, "--lr", "0.2", "--results", str(pipeline)])
+    assert (pipeline / "digits0-4" / "b" / "result.json").read_bytes() == before
+
+
+def test_truncated_checkpoint(pipeline, tmp_path):
+    whole = (pipeline / "digits0-4" / "a" / "best.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    for name in ("evaluate.py", "transfer.py"):
+        done = script(name, tmp_path / "cut.pt", cwd=tmp_path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ") and "truncated" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["cut.pt"]
+
+
+def test_transfer_of_a_transferred_network(pipeline):
+    folder, = (pipeline / "digits5-9").iterdir()
+    with pytest.raises(UserError, match="is itself a transferred network"):
+        transfer.main([str(folder / "best.pt"), "--results", str(pipeline)])
+
+
+def test_transfer_of_an_unfinished_run(pipeline, tmp_path):
+    (tmp_path / "last.pt").write_bytes((pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt").read_bytes())
+    with pytest.raises(UserError, match="result.json is missing beside .*last.pt: give the best.pt of a finished run"):
+        transfer.main([str(tmp_path / "last.pt"), "--config", str(HERE / "configs/transfer/digits5-9.yaml"), "--results", str(tmp_path)])

@@ -1,0 +1,390 @@
+"""Runs as processes: stopped, killed, resumed, several at once, and the list of all runs.    python -m pytest -q test_runs.py"""
+import functools
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import data as datasets
+import flags
+import rank
+import sat
+import transfer
+from common import UserError
+from conftest import HERE, QUICK, script, KILLER, CHAIN, run_stage, contents
+
+
+def test_best_is_mended_when_stopped_before_it_was_written(tmp_path, monkeypatch):
+    argv = ["--split", "none", *QUICK, "--results", str(tmp_path), "--run", "r"]
+    real = common.save
+    def stop(path, value):
+        if path.name == "best.pt":
+            raise KeyboardInterrupt
+        real(path, value)
+    with monkeypatch.context() as m:
+        m.setattr(common, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sat.main(argv)
+    assert (tmp_path / "digits" / "r" / "last.pt").exists() and not (tmp_path / "digits" / "r" / "best.pt").exists()
+    sat.main(argv)
+    assert common.load(tmp_path / "digits" / "r" / "best.pt")["epoch"] == 2
+
+
+TWO = """
+import sys, torch, common, data, sat
+from torch import nn
+torch.set_num_threads(1)
+out, w_A, start, epochs, *flags = sys.argv[1:]
+def main():
+  args = sat.command_line(["--split", "none", "--epochs", epochs, "--lr-decays", "1", "--batch-size", "63", "--steps", "2", *flags])
+  device = common.set_up(args)
+  digits = data.get("digits", "data")
+  digits.train = data.Split(digits.train.x[:300], digits.train.y[:300])
+  torch.manual_seed(0)
+  model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))  # no batch norm
+  model.frozen = False
+  A = torch.arange(300) % 29 == 0  # so few that batches of a process often hold none
+  state = common.load(start) if start != "-" else None
+  for state in sat.train(model, digits.train, A, float(w_A), args, device, state):
+      pass
+  if common.rank() == 0:
+      torch.save(state, out)
+common.script(main)
+"""
+
+
+def processes(n, *command):
+    """Runs a Python script with n processes under torchrun, or alone."""
+    launch = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--"]
+    return subprocess.run([sys.executable, *launch, *map(str, command)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("w_A,flags_", [(5.0, []), (1.0, ["--random-start"])])
+def test_two_processes_equal_one(tmp_path, w_A, flags_):
+    """The same weights (so the same gradients), loss and counts from 1 process, from 2, and from 2 that become 1 after an epoch."""
+    (tmp_path / "two.py").write_text(TWO)
+    for name, n, start, epochs in (("one", 1, "-", 2), ("two", 2, "-", 2), ("half", 2, "-", 1), ("rest", 1, tmp_path / "half", 2)):
+        done = processes(n, tmp_path / "two.py", tmp_path / name, w_A, start, epochs, *flags_)
+        assert done.returncode == 0, done.stderr
+    one, *others = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two", "rest"))
+    for other in others:
+        for k, v in one["model"].items():
+            torch.testing.assert_close(other["model"][k], v, atol=1e-5, rtol=1e-4)
+        for k in ("loss", "train_accuracy", "attacked", "forward_equivalents"):
+            assert other["row"][k] == pytest.approx(one["row"][k], rel=1e-4)
+    assert one["row"]["attacked"] > 0
+
+
+STAGES = """
+import sys, common, evaluate, sat
+results, other = sys.argv[1:]
+def main():
+    sat.main(["--dataset", "digits0-4", "--epochs", "2", "--lr-decays", "--eval-attacks", "apgd-ce", "--eval-n", "24", "--select-attacks", "apgd-ce",
+              "--select-n", "8", "--split", "esat", "--frac", "0.3", "--run", "n", "--results", results])
+    evaluate.main([other, "--eval-batch", "7"])
+common.script(main)
+"""
+
+
+def test_stages_with_two_processes(pipeline, tmp_path):
+    """Given the same scores.pt: the same A, n and keys from sat.py; the same flags of one checkpoint from evaluate.py."""
+    (tmp_path / "stages.py").write_text(STAGES)
+    for n in (1, 2):
+        scores = tmp_path / f"{n}" / "digits0-4" / "rank-preactresnet8-seed0"
+        shutil.copytree(pipeline / "digits0-4" / "rank-preactresnet8-seed0", scores)
+        shutil.copytree(pipeline / "digits0-4" / "b", tmp_path / f"b{n}", ignore=shutil.ignore_patterns("eval*"))
+        done = processes(n, tmp_path / "stages.py", tmp_path / f"{n}", tmp_path / f"b{n}" / "best.pt")
+        assert done.returncode == 0 and done.stdout.count("SAT on digits0-4") == 1, done.stderr + done.stdout
+    one, two = (common.read_json(tmp_path / f"{n}" / "digits0-4" / "n" / "result.json") for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2) and one["A"] == two["A"] == round(0.3 * 649)
+    masks = [common.load(tmp_path / f"{n}" / "digits0-4" / "n" / "last.pt")["A"] for n in (1, 2)]
+    assert masks[0] == masks[1], "the hash of A"
+    shape = lambda v: {k: shape(w) for k, w in v.items()} if isinstance(v, dict) else None
+    assert shape(one) == shape(two) and {k: v["clean"]["n"] for k, v in one["accuracy"].items() if k != "classes"} == {"all": 24}
+    assert one["cost"]["attacked"] == two["cost"]["attacked"] > 0 and one["ranking"] == two["ranking"]
+    evals = [common.read_json(*(tmp_path / f"b{n}").glob("eval-*.json")) for n in (1, 2)]
+    assert evals[0] == evals[1], "AutoAttack in chunks of 7, dealt to two"
+
+
+def test_a_process_that_dies_ends_the_job(undisturbed, tmp_path):
+    """Rank 1 is killed in the second epoch: the job ends with a message, and one process takes the run to its end."""
+    stage, argv, _ = CHAIN[0]
+    command = [f"{tmp_path}/marker", "epoch", str(undisturbed[1]["rank"]["epoch"] // 2), stage, *argv, "--results", str(tmp_path)]
+    (tmp_path / "killer.py").write_text(KILLER.replace("if where == phase", "if common.rank() == 1 and where == phase"))
+    done = processes(2, tmp_path / "killer.py", *command)
+    assert done.returncode != 0 and "exitcode  : -9" in done.stderr and "[rank0]: Traceback" not in done.stderr
+    folder = tmp_path / "digits0-4" / "rank-preactresnet8-seed0"
+    assert common.load(folder / "last.pt")["epoch"] == 1 and not (folder / "scores.pt").exists()
+    done, _ = run_stage(tmp_path, stage, argv)
+    assert done.returncode == 0 and "going on after epoch 1" in done.stdout
+    assert set(contents(tmp_path)) == {p for p in undisturbed[0] if "/rank-" in p}
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    argv = ["--split", "none", *QUICK, "--results", str(tmp_path), "--run", "r"]
+    real, calls = sat.sat_loss, []
+    def poisoned(*a):
+        calls.append(1)
+        return real(*a) * (math.nan if len(calls) == 25 else 1)  # 20 steps an epoch: the 5th of the second
+    monkeypatch.setattr(sat, "sat_loss", poisoned)
+    with pytest.raises(UserError, match="not finite in epoch 2, step 5"):
+        sat.main(argv)
+    kept = common.load(tmp_path / "digits" / "r" / "last.pt")
+    assert kept["epoch"] == 1 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_run_names():
+    name = lambda *argv: sat.run_folder(sat.command_line([*argv]))[0].as_posix()
+    assert name("--split", "esat", "--frac", "0.5", "--order", "hardest") == "results/digits/esat-hardest-0.5-seed0"
+    assert name("--split", "csat", "--classes", "3", "1", "--weight", "emphasis", "--seed", "2") == "results/digits/csat-1-3-emphasis-seed2"
+    assert name("--split", "full", "--eps", "1", "--results", "r") == "results/digits/full-eps=1.0-seed0".replace("results", "r")
+    escape = sat.run_folder(sat.command_line(["--split", "csat", "--classes", "../../../x"]))[0]
+    assert escape.parent == Path("results/digits") and ".." not in escape.parts
+
+
+def dry_run(*argv, **env):
+    """The commands of ./run_all.sh --dry-run as [(script, argv)], and its summary {figure: [runs, transfers, new]}."""
+    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True, check=True,
+                         env={**os.environ, **env}).stdout
+    lines = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
+    counts = [line[2:].rsplit(maxsplit=4) for line in out.splitlines() if line.startswith("# ") and ":" in line.split("(")[0]]
+    return [(Path(w[1]).name, w[2:]) for w in lines], {c[0].strip(): [int(v) for v in c[1:4]] for c in counts}
+
+
+COUNTS = {  # [runs of sat.py, transfers], each: (hardest + easiest + random subsets) x nine sizes, unless said
+    "cifar10: baselines": [2, 0], "cifar10: fig2": [10, 0],  # one run a class
+    "cifar10: fig4": [9 * (2 + 10), 0], "cifar10: fig5": [9 * (2 + 10), 0], "cifar10: fig6": [9 * (2 + 10), 0], "cifar10: fig13": [9 * (2 + 10), 0],
+    "cifar100: baselines": [2, 0], "cifar100: fig5": [9 * (2 + 5), 0], "cifar100: fig6": [9 * (2 + 5), 0], "cifar100: fig13": [9 * (2 + 5), 0],
+    "cifar100: fig12": [9 * 3, 0],  # hardest, three metrics
+    "imagenet200: baselines": [2, 0], "imagenet200: fig5": [9 * (2 + 3), 0], "imagenet200: fig6": [9 * (2 + 3), 0], "imagenet200: fig13": [9 * (2 + 3), 0],
+    "cifar100 -> cifar10: fig7": [9 * 3, 9 * 3 + 2],  # hardest, three weights; + 2: the transfers of both baselines
+    "cifar100 -> cifar10: fig8": [9 * (2 + 5), 9 * (2 + 5) + 2], "cifar100 -> svhn: fig14": [9 * (2 + 5), 9 * (2 + 5) + 2],
+    "cifar100 -> cifar10: fig15": [9 * (2 + 5), 9 * (2 + 5) + 2],
+    "cifar100 -> cifar10: fig16": [9 * 2, 9 * 2 + 2],  # hardest, PGD-7 and FGSM-RS
+    "imagenet200 -> caltech256 flowers102: fig8": [9 * (2 + 3), 2 * (9 * (2 + 3) + 2)],  # two targets
+    "imagenet200 -> caltech256 flowers102: fig15": [9 * (2 + 3), 2 * (9 * (2 + 3) + 2)],
+    "imagenet200 -> caltech256 flowers102: fig16": [9 * 2, 2 * (9 * 2 + 2)],
+    "cifar10: ranking (fig3)": [1, 0], "cifar100: ranking (fig3)": [1, 0], "imagenet200: ranking (fig3)": [1, 0]}
+
+
+NEW = {"cifar10: fig5": 0, "cifar10: fig13": 0, "cifar100: fig12": 18, "cifar100 -> cifar10: fig16": 9 + 9,
+       "cifar100 -> svhn: fig14": 63 + 2, "cifar100 -> cifar10: fig7": 18 + 27 + 2, "cifar100 -> cifar10: fig15": 54 + 54}
+
+
+def test_run_all_lists_every_run_of_the_paper(monkeypatch):
+    monkeypatch.setattr(flags, "from_yaml", functools.cache(flags.from_yaml))  # a thousand commands share a few configs
+    commands, counts = dry_run("cifar10", "cifar100", "imagenet200", "transfer")
+    assert {k: v[:2] for k, v in counts.items()} == COUNTS
+    assert {k: counts[k][2] for k in NEW} == NEW
+    runs = [sat.command_line(argv) for name, argv in commands if name == "sat.py"]
+    assert len({(r.dataset, r.run) for r in runs}) == len(runs), "each run once"
+    kinds = {}
+    for r in runs:
+        how = (r.dataset, r.split, "named" if r.classes else r.order, r.metric, r.weight, r.attack)
+        kinds.setdefault(how, set()).add((r.frac or r.size, r.seed))
+        assert r.run.endswith(f"-seed{r.seed}") and (r.weight == "emphasis") == ("-emphasis" in r.run)
+    tenths, _ = [k / 10 for k in range(1, 10)], ("entropy", "vanilla", "pgd")
+    for dataset, seeds, sizes in (("cifar10", 10, range(1, 10)), ("cifar100", 5, range(10, 100, 10)), ("imagenet200", 3, range(20, 200, 20))):
+        for split, steps in (("esat", tenths), ("csat", sizes)):
+            for weight in ("vanilla",) if dataset == "cifar10" else ("vanilla", "emphasis"):
+                assert kinds[dataset, split, "hardest", "entropy", weight, "pgd"] == {(s, 0) for s in steps}
+                assert kinds[dataset, split, "easiest", "entropy", weight, "pgd"] == {(s, 0) for s in steps}
+                assert kinds[dataset, split, "random", "entropy", weight, "pgd"] == {(s, k) for s in steps for k in range(seeds)}
+        if dataset != "cifar10":
+            assert kinds[dataset, "esat", "hardest", "entropy", "emphasis", "fgsm-rs"] == {(s, 0) for s in tenths}
+    assert kinds["cifar100", "csat", "hardest", "entropy", "balanced", "pgd"] == {(s, 0) for s in range(10, 100, 10)}
+    assert kinds["cifar100", "esat", "hardest", "vog", "vanilla", "pgd"] == {(s, 0) for s in tenths}
+    assert sorted(c for r in runs if r.classes for c in r.classes) == sorted("airplane automobile bird cat deer dog frog horse ship truck".split())
+
+
+def test_every_command_of_run_all_parses_in_order(monkeypatch):
+    monkeypatch.setattr(flags, "from_yaml", functools.cache(flags.from_yaml))
+    commands, _ = dry_run("all")
+    made = set()
+    for name, argv in commands:
+        if name == "rank.py":
+            args = rank.command_line(argv)
+            made.add((args.dataset, args.arch))
+        elif name == "sat.py":
+            args = sat.command_line(argv)
+            made.add((sat.run_folder(args)[0] / "best.pt").as_posix())
+            assert (args.dataset, args.arch) in made or args.split in ("none", "full") or args.classes, "the ranking comes first"
+        elif name == "transfer.py":
+            args = transfer.command_line(argv)
+            assert args.checkpoint.as_posix() in made, "its source was trained before"
+    source = lambda target: {Path(argv[0]).parent.name for name, argv in commands if name == "transfer.py" and f"{target}.yaml" in " ".join(argv)}
+    assert source("svhn") == {r for r in source("cifar10") if r.startswith(("none", "full", "esat")) and "fgsm" not in r}
+    assert all("emphasis" in r for r in source("caltech256") if not r.startswith(("none", "full"))) and source("caltech256") == source("flowers102")
+
+
+def test_run_all_with_torchrun_and_a_wrong_section():
+    from torch.distributed.run import parse_args as torchrun
+    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", "digits", "fig2"], capture_output=True, text=True, env={**os.environ, "NPROC": "4"}).stdout
+    stages = [line for line in out.splitlines() if "report.py" not in line and not line.startswith("#")]
+    assert len(stages) == 2 + 10
+    for line in stages:
+        words = shlex.split(line)
+        assert words[1:3] == ["-m", "torch.distributed.run"]
+        args = torchrun(words[3:])  # torchrun's own parser
+        assert args.nproc_per_node == "4" and Path(args.training_script).name == "sat.py"
+        assert sat.command_line(args.training_script_args).run.startswith("quick-")
+    for argv in (["mnist"], ["digits", "fig99"], []):
+        done = subprocess.run([str(HERE / "run_all.sh"), *argv], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "cifar10" in done.stderr
+
+
+def test_run_all_claims(tmp_path):
+    """A finished run is skipped, one that another copy has claimed too; a failure is listed and does not stop the rest."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\ncase \"$*\" in *csat-2-*) echo no such luck >&2; exit 2;; esac\n")
+    python.chmod(0o755)
+    results = tmp_path / "results"
+    (results / "digits" / "quick-csat-0-seed0").mkdir(parents=True)
+    (results / "digits" / "quick-csat-0-seed0" / "result.json").write_text("{}")
+    claim = results / "claims" / f"{results}_digits_quick-csat-1-seed0".replace("/", "_")
+    claim.mkdir(parents=True)
+    go = lambda: subprocess.run([str(HERE / "run_all.sh"), "digits", "fig2"], capture_output=True, text=True,
+                                env={**os.environ, "PYTHON": str(python), "RESULTS": str(results)})
+    done, calls = go(), lambda: (tmp_path / "calls").read_text()
+    assert "csat-0-seed0" not in calls() and "csat-1-seed0" not in calls() and "csat-9-seed0" in calls() and "report.py" in calls()
+    assert done.returncode == 1 and "1 failed:" in done.stderr and "csat-2-seed0" in done.stderr
+    log = done.stderr.split("(its output: ")[1].split(")")[0]
+    assert "no such luck" in Path(log).read_text() and "no such luck" in done.stdout
+    assert [p.name for p in (results / "claims").iterdir()] == [claim.name], "its own claims are given back"
+    os.utime(claim, (1, 1))  # a copy that died long ago
+    go()
+    assert "csat-1-seed0" in calls()
+
+
+def test_two_run_alls_at_once(tmp_path):
+    """Every run of a section exactly once, whichever of two copies makes it; a transfer after its source."""
+    python, results = tmp_path / "python", tmp_path / "results"
+    python.write_text(f"""#!{sys.executable}
+import sys, time
+from pathlib import Path
+words = sys.argv[1:]
+with open("{tmp_path}/calls", "a") as f:
+    f.write(" ".join(words) + chr(10))
+if "--run" in words:
+    config = words[words.index("--config") + 1]
+    data = words[words.index("--dataset") + 1] if "--dataset" in words else Path(config).stem
+    if "transfer.py" in words[0]:
+        assert Path(words[1]).with_name("result.json").exists()
+    folder = Path("{results}") / data / words[words.index("--run") + 1]
+    folder.mkdir(parents=True)  # a second one would fail
+    time.sleep(0.02)
+    (folder / "result.json").write_text("")
+elif "rank.py" in words[0]:
+    folder = Path("{results}") / (words[words.index("--dataset") + 1] if "--dataset" in words else "digits") / "rank-preactresnet8-seed0"
+    folder.mkdir(parents=True)
+    (folder / "rank.json").write_text("")
+""")
+    python.chmod(0o755)
+    copies = [subprocess.Popen([str(HERE / "run_all.sh"), "digits"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHON": str(python), "RESULTS": str(results)}) for _ in range(2)]
+    for copy in copies:
+        _, errors = copy.communicate(timeout=300)
+        assert copy.returncode == 0, errors
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "report.py" not in line]
+    commands, _ = dry_run("digits")
+    assert len(calls) == len(set(calls)) == len(commands) - 1 and not list((results / "claims").iterdir())
+
+
+def test_pipeline_files(pipeline):
+    for run in ("a", "b", "none"):
+        folder = pipeline / "digits0-4" / run
+        assert {p.name for p in folder.iterdir() if not p.name.startswith("eval-")} == {
+            "args.json", "log.jsonl", "last.pt", "best.pt", "robust.pt", "result.json"}
+        result, rows = json.loads((folder / "result.json").read_text()), [json.loads(r) for r in open(folder / "log.jsonl")]
+        n = 649
+        assert result["N"] == n and result["A"] == {"a": round(0.5 * n), "none": 0}.get(run, result["A"])
+        assert [r["epoch"] for r in rows] == [1, 2, 3, 4] and [("selection" in r) for r in rows] == [False, False, True, True]
+        assert result["cost"]["attacked"] == sum(r["attacked"] for r in rows)
+        per_example = common.load(folder / "robust.pt")
+        assert per_example["clean"].sum() > per_example["robust"].sum() > 0
+        assert result["accuracy"]["all"]["robust"]["accuracy"] == pytest.approx(per_example["robust"].float().mean().item())
+        select, final = datasets.selection_and_final(len(datasets.get("digits0-4", "data").test))
+        assert torch.equal(per_example["index"], final[:24])
+    b = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
+    classes = b["accuracy"]
+    assert len(b["A_classes"]) == 2 and classes["A_val"]["clean"]["n"] + classes["B_val"]["clean"]["n"] == 24
+    a = json.loads((pipeline / "digits0-4" / "a" / "result.json").read_text())
+    assert a["w_A"] == pytest.approx((1 + 10 * a["A"] / 649) * (649 - a["A"]) / a["A"])
+
+
+def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
+    argv = ["--split", "full", *QUICK, "--epochs", "3", "--steps", "2", "--random-start", "--results"]
+    sat.main([*argv, str(tmp_path / "whole")])
+    real = common.save_epoch
+    def stop(*a):
+        real(*a)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(common, "save_epoch", stop)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                sat.main([*argv, str(tmp_path / "parts")])
+            torch.rand(100)  # the state of the global generator plays no part
+    sat.main([*argv, str(tmp_path / "parts")])
+    whole, parts = (next((tmp_path / d / "digits").iterdir()) for d in ("whole", "parts"))
+    for name in ("best.pt", "last.pt"):
+        a, b = common.load(whole / name)["model"], common.load(parts / name)["model"]
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = lambda r: {k: v for k, v in r.items() if k not in ("cost", "args")}
+    assert drop(common.read_json(whole / "result.json")) == drop(common.read_json(parts / "result.json"))
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 3))))  # KILLS=20 python -m pytest -k killed
+def test_killed_at_any_moment_ends_with_the_same_result(undisturbed, tmp_path, seed):
+    """SIGKILL once in each stage, at a random moment of a phase that changes with the seed (three seeds hit every phase of every stage), then
+    the same command again: all that was written is bit-identical to the undisturbed chain's."""
+    import random
+    chance, (expected, moments) = random.Random(seed), undisturbed
+    for i, (stage, argv, phases) in enumerate(CHAIN):
+        phase = phases[(seed + i) % len(phases)]
+        moment = chance.randint(1, moments[stage][phase])
+        done, marker = run_stage(tmp_path, stage, argv, phase, moment)
+        print(f"{stage} killed in {phase} {moment} of {moments[stage][phase]}")
+        assert done.returncode == -9 and marker == f"{phase} {moment}", (stage, phase, moment, done.stderr)
+        assert list(tmp_path.rglob("*.part")) or phase != "save", "killed with the file beside its place"
+        done, _ = run_stage(tmp_path, stage, argv)
+        assert done.returncode == 0, done.stderr
+    found = contents(tmp_path)
+    assert set(found) == set(expected)
+    for path in expected:
+        assert found[path] == expected[path], path
+
+
+@pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_sigterm_and_ctrl_c(undisturbed, tmp_path, name, code):
+    stage, argv, _ = CHAIN[0]
+    done, marker = run_stage(tmp_path, stage, argv, "epoch", undisturbed[1]["rank"]["epoch"] // 2, WITH=name)
+    assert done.returncode == code and marker and done.stderr.splitlines()[-1].startswith("stopped: the same command, without --force, goes on")
+    assert "Traceback" not in done.stderr and len(common.load(tmp_path / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt")["log"]) == 1
+    done, _ = run_stage(tmp_path, stage, argv)
+    assert "going on after epoch 1" in done.stdout
+    assert all(undisturbed[0][path] == value for path, value in contents(tmp_path).items())
+
+
+def test_full_disk(undisturbed, tmp_path):
+    """A file-size limit stands for a full disk: one line, no half-written file, and the run goes on when there is room."""
+    stage, argv, _ = CHAIN[0]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+    folder = tmp_path / "r"
+    command = [sys.executable, "-c", limit + f"import common, {stage}; common.script({stage}.main)", *argv, "--results", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "last.pt: File too large (finished work is kept" in done.stderr, done.stderr
+    assert {p.name for p in folder.rglob("*") if p.is_file()} == {"args.json", "log.jsonl"}
+    assert run_stage(folder, stage, argv)[0].returncode == 0
+    (tmp_path / "file").write_text("")
+    done = script("rank.py", *argv, "--results", tmp_path / "file" / "r")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
