@@ -21,7 +21,6 @@ from common import UserError, rank, say, world
 from results import wilson
 
 SEED = 0  # AutoAttack's, the same for every run
-GROUPS = ("threat model", "evaluation (AutoAttack)", "machine")
 CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
 
 
@@ -132,7 +131,7 @@ def command_line(argv):
     usage = "python evaluate.py CHECKPOINT [--flag VALUE ...]"
     parser = flags.Parser(prog="evaluate.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
-    flags.add_flags(parser, *GROUPS)
+    flags.add_flags(parser, *flags.SCRIPTS["evaluate.py"])
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
     ckpt = common.load(parser.parse_args(argv).checkpoint, CHECKPOINT_KEYS)

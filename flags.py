@@ -127,6 +127,27 @@ FLAGS = {
 }
 
 
+SCRIPTS = {  # script: the groups whose flags it has
+    "sat.py": [group for group in FLAGS if group != "ranking"],
+    "rank.py": ["data and network", "training", "machine", "the run", "ranking"],
+    "transfer.py": ["data and network", "threat model", "training", "evaluation (AutoAttack)", "selection of the checkpoint",
+                    "machine", "the run"],
+    "evaluate.py": ["threat model", "evaluation (AutoAttack)", "machine"],
+}
+
+
+def known(words, script):
+    """Those of the words of a command line, flags and their values, that a script has."""
+    names = {flag for group in SCRIPTS[script] for flag, *_ in FLAGS[group]}
+    found, take = [], True
+    for word in words:
+        if word.startswith("--"):
+            name = word.split("=")[0]
+            take = name in names or name.replace("--no-", "--") in names
+        found += [word] * take
+    return found
+
+
 def add_flags(parser, *groups):
     """Adds the flags of the named groups of FLAGS to an argparse parser, each with its default in its help."""
     for title in groups:

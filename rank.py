@@ -13,7 +13,7 @@ import models
 import results
 from common import UserError, rank, say, world
 from results import spearman
-from sat import RANK_GROUPS, checkpoint, class_means, train
+from sat import checkpoint, class_means, train
 
 
 def entropy(logits, y=None):
@@ -133,7 +133,7 @@ def table(result, most=20):
 def command_line(argv=None):
     """The command line."""
     parser = flags.Parser(prog="rank.py", usage="python rank.py [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
-    flags.add_flags(parser, *RANK_GROUPS, "ranking")
+    flags.add_flags(parser, *flags.SCRIPTS["rank.py"])
     return flags.parse(parser, argv)
 
 

@@ -23,8 +23,6 @@ import models
 import results
 from common import HERE, UserError, all_sum, rank, say, world
 
-RANK_GROUPS = ("data and network", "training", "machine", "the run")
-
 
 def how_many(amount, n, unit):
     """|A| from a fraction (float) of n, or a number (int), of examples or classes. Raises UserError outside 1..n."""
@@ -326,7 +324,7 @@ def within_class(scores, y):
 def rank_command(args):
     """The arguments with which rank.py makes the ranking that these flags of sat.py ask for."""
     words = ["--config", str(args.config)]
-    for flag in (flag for group in RANK_GROUPS for flag, *_ in flags.FLAGS[group]):
+    for flag in (flag for group in flags.SCRIPTS["rank.py"] if group != "ranking" for flag, *_ in flags.FLAGS[group]):
         dest = flag[2:].replace("-", "_")
         if dest not in ("seed", "run", "force") and (value := getattr(args, dest)) != args.base[dest]:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
@@ -336,7 +334,7 @@ def rank_command(args):
 def command_line(argv=None):
     """The command line, with the checks that need more than one flag."""
     parser = flags.Parser(prog="sat.py", usage="python sat.py [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
-    flags.add_flags(parser, *(g for g in flags.FLAGS if g != "ranking"))
+    flags.add_flags(parser, *flags.SCRIPTS["sat.py"])
     args = flags.parse(parser, argv)
     args.classes = args.classes and sorted(set(args.classes))
     sized = [f for f in ("frac", "size", "classes") if getattr(args, f) is not None]

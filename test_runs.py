@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import common
 import data as datasets
 import flags
 import rank
+import run_all
 import sat
 import transfer
 from common import UserError
@@ -186,13 +188,14 @@ def test_run_all_lists_every_run_of_the_paper(monkeypatch):
     assert {k: v[:2] for k, v in counts.items()} == COUNTS
     assert {k: counts[k][2] for k in NEW} == NEW
     runs = [sat.command_line(argv) for name, argv in commands if name == "sat.py"]
-    assert len({(r.dataset, r.run) for r in runs}) == len(runs), "each run once"
+    assert len({sat.run_folder(r)[0] for r in runs}) == len(runs), "each run once"
     kinds = {}
     for r in runs:
         how = (r.dataset, r.split, "named" if r.classes else r.order, r.metric, r.weight, r.attack)
         kinds.setdefault(how, set()).add((r.frac or r.size, r.seed))
-        assert r.run.endswith(f"-seed{r.seed}") and (r.weight == "emphasis") == ("-emphasis" in r.run)
-    tenths, _ = [k / 10 for k in range(1, 10)], ("entropy", "vanilla", "pgd")
+        folder = sat.run_folder(r)[0].name
+        assert r.run is None and folder.endswith(f"-seed{r.seed}") and (r.weight == "emphasis") == ("-emphasis" in folder)
+    tenths = [k / 10 for k in range(1, 10)]
     for dataset, seeds, sizes in (("cifar10", 10, range(1, 10)), ("cifar100", 5, range(10, 100, 10)), ("imagenet200", 3, range(20, 200, 20))):
         for split, steps in (("esat", tenths), ("csat", sizes)):
             for weight in ("vanilla",) if dataset == "cifar10" else ("vanilla", "emphasis"):
@@ -237,88 +240,96 @@ def test_run_all_with_torchrun_and_a_wrong_section():
         args = torchrun(words[3:])  # torchrun's own parser
         assert args.nproc_per_node == "4" and Path(args.training_script).name == "sat.py"
         assert sat.command_line(args.training_script_args).run.startswith("quick-")
+    assert "cifar10-cpu" in subprocess.run([str(HERE / "run_all.sh"), "--help"], capture_output=True, text=True, check=True).stdout
     for argv in (["mnist"], ["digits", "fig99"], []):
         done = subprocess.run([str(HERE / "run_all.sh"), *argv], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "cifar10" in done.stderr
 
 
-def test_run_all_claims(tmp_path):
-    """A finished run is skipped, one that another copy has claimed too; a failure is listed and does not stop the rest."""
+def test_folders_that_run_all_expects_are_those_that_the_scripts_make(monkeypatch):
+    monkeypatch.setattr(flags, "from_yaml", functools.cache(flags.from_yaml))
+    for figure, script, folder, done, _, argv in run_all.stages(run_all.SECTIONS, [], "results"):
+        if script == "sat.py":
+            assert sat.run_folder(sat.command_line(argv))[0].as_posix() == folder
+        elif script == "transfer.py":
+            args = transfer.command_line(argv)
+            assert (args.results / args.dataset / args.run).as_posix() == folder and "result.json" == done
+        else:
+            args = rank.command_line(argv)
+            assert f"results/{args.dataset}/rank-{args.arch}-seed0" == folder and done == "rank.json"
+
+
+def stub(tmp_path, body):
+    """A Python that notes its calls in tmp_path/calls and runs `body` in place of a script; how to start run_all with it."""
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\ncase \"$*\" in *csat-2-*) echo no such luck >&2; exit 2;; esac\n")
-    python.chmod(0o755)
-    results = tmp_path / "results"
-    (results / "digits" / "quick-csat-0-seed0").mkdir(parents=True)
-    (results / "digits" / "quick-csat-0-seed0" / "result.json").write_text("{}")
-    claim = results / "claims" / f"{results}_digits_quick-csat-1-seed0".replace("/", "_")
-    claim.mkdir(parents=True)
-    go = lambda: subprocess.run([str(HERE / "run_all.sh"), "digits", "fig2"], capture_output=True, text=True,
-                                env={**os.environ, "PYTHON": str(python), "RESULTS": str(results)})
-    done, calls = go(), lambda: (tmp_path / "calls").read_text()
-    assert "csat-0-seed0" not in calls() and "csat-1-seed0" not in calls() and "csat-9-seed0" in calls() and "report.py" in calls()
-    assert done.returncode == 1 and "1 failed:" in done.stderr and "csat-2-seed0" in done.stderr
-    log = done.stderr.split("(its output: ")[1].split(")")[0]
-    assert "no such luck" in Path(log).read_text() and "no such luck" in done.stdout
-    assert [p.name for p in (results / "claims").iterdir()] == [claim.name], "its own claims are given back"
-    os.utime(claim, (1, 1))  # a copy that died long ago
-    go()
-    assert "csat-1-seed0" in calls()
-
-
-def test_two_run_alls_at_once(tmp_path):
-    """Every run of a section exactly once, whichever of two copies makes it; a transfer after its source."""
-    python, results = tmp_path / "python", tmp_path / "results"
     python.write_text(f"""#!{sys.executable}
 import sys, time
 from pathlib import Path
 words = sys.argv[1:]
+flag = lambda name, default: words[words.index(name) + 1] if name in words else default
+dataset = flag("--dataset", "digits5-9" if "digits5-9.yaml" in str(words) else "digits")
+name = flag("--run", f"rank-preactresnet8-seed{{flag('--seed', 0)}}")
+folder = Path("{tmp_path}/results", dataset, name)
 with open("{tmp_path}/calls", "a") as f:
     f.write(" ".join(words) + chr(10))
-if "--run" in words:
-    config = words[words.index("--config") + 1]
-    data = words[words.index("--dataset") + 1] if "--dataset" in words else Path(config).stem
-    if "transfer.py" in words[0]:
-        assert Path(words[1]).with_name("result.json").exists()
-    folder = Path("{results}") / data / words[words.index("--run") + 1]
-    folder.mkdir(parents=True)  # a second one would fail
-    time.sleep(0.02)
-    (folder / "result.json").write_text("")
-elif "rank.py" in words[0]:
-    folder = Path("{results}") / (words[words.index("--dataset") + 1] if "--dataset" in words else "digits") / "rank-preactresnet8-seed0"
-    folder.mkdir(parents=True)
-    (folder / "rank.json").write_text("")
+{body}
 """)
     python.chmod(0o755)
-    copies = [subprocess.Popen([str(HERE / "run_all.sh"), "digits"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHON": str(python), "RESULTS": str(results)}) for _ in range(2)]
-    for copy in copies:
+    env = {"PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
+    return lambda *argv, start=subprocess.run, **more: start([sys.executable, str(HERE / "run_all.py"), *argv], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env, **more})
+
+
+MAKES = """
+if "report.py" not in words[0]:
+    assert "transfer.py" not in words[0] or Path(words[1]).with_name("result.json").exists()
+    folder.mkdir(parents=True)  # a second one would fail
+    time.sleep(0.02)
+    (folder / ("rank.json" if "rank.py" in words[0] else "result.json")).write_text("")
+"""
+
+
+def test_run_all_skips_what_is_finished_and_says_what_is_missing(tmp_path):
+    go = stub(tmp_path, """
+if "csat-2-seed0" in name:
+    print("no such luck", file=sys.stderr)
+    sys.exit(2)""" + MAKES)
+    (tmp_path / "results" / "digits" / "quick-csat-0-seed0").mkdir(parents=True)
+    (tmp_path / "results" / "digits" / "quick-csat-0-seed0" / "result.json").write_text("{}")
+    done, calls = go("digits", "fig2"), (tmp_path / "calls").read_text()
+    assert "csat-0-seed0" not in calls and "csat-9-seed0" in calls and "report.py" in calls
+    assert done.returncode == 1 and "1 missing" in done.stderr and "digits/quick-csat-2-seed0" in done.stderr
+    assert "no such luck" in (tmp_path / "results" / "logs" / "digits_quick-csat-2-seed0.log").read_text() and "no such luck" in done.stdout
+
+
+def test_two_run_alls_at_once(tmp_path):
+    """Every run of a section exactly once, whichever of two copies makes it; a transfer after its source."""
+    go = stub(tmp_path, MAKES)
+    for copy in [go("digits", start=subprocess.Popen) for _ in range(2)]:
         _, errors = copy.communicate(timeout=300)
         assert copy.returncode == 0, errors
     calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "report.py" not in line]
-    commands, _ = dry_run("digits")
-    assert len(calls) == len(set(calls)) == len(commands) - 1 and not list((results / "claims").iterdir())
+    assert len(calls) == len(set(calls)) == len(dry_run("digits")[0]) - 1
 
 
-def test_pipeline_files(pipeline):
-    for run in ("a", "b", "none"):
-        folder = pipeline / "digits0-4" / run
-        assert {p.name for p in folder.iterdir() if not p.name.startswith("eval-")} == {
-            "args.json", "log.jsonl", "last.pt", "best.pt", "robust.pt", "result.json"}
-        result, rows = json.loads((folder / "result.json").read_text()), [json.loads(r) for r in open(folder / "log.jsonl")]
-        n = 649
-        assert result["N"] == n and result["A"] == {"a": round(0.5 * n), "none": 0}.get(run, result["A"])
-        assert [r["epoch"] for r in rows] == [1, 2, 3, 4] and [("selection" in r) for r in rows] == [False, False, True, True]
-        assert result["cost"]["attacked"] == sum(r["attacked"] for r in rows)
-        per_example = common.load(folder / "robust.pt")
-        assert per_example["clean"].sum() > per_example["robust"].sum() > 0
-        assert result["accuracy"]["all"]["robust"]["accuracy"] == pytest.approx(per_example["robust"].float().mean().item())
-        select, final = datasets.selection_and_final(len(datasets.get("digits0-4", "data").test))
-        assert torch.equal(per_example["index"], final[:24])
-    b = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
-    classes = b["accuracy"]
-    assert len(b["A_classes"]) == 2 and classes["A_val"]["clean"]["n"] + classes["B_val"]["clean"]["n"] == 24
-    a = json.loads((pipeline / "digits0-4" / "a" / "result.json").read_text())
-    assert a["w_A"] == pytest.approx((1 + 10 * a["A"] / 649) * (649 - a["A"]) / a["A"])
+def test_run_all_that_was_killed_is_taken_over_at_once(tmp_path):
+    """Killed with -9, its run going on: a second copy waits for that run, does not start it again, and makes the rest."""
+    go = stub(tmp_path, 'if "csat-3-seed0" in name: time.sleep(3)' + MAKES)
+    first = go("digits", "fig2", start=subprocess.Popen)
+    while not (tmp_path / "calls").exists() or "csat-3-seed0" not in (tmp_path / "calls").read_text():
+        time.sleep(0.05)
+    first.kill()
+    done = go("digits", "fig2")
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "report.py" not in line]
+    assert done.returncode == 0 and len(calls) == len(set(calls)) == 12, done.stderr
+
+
+def test_extra_flags_reach_the_scripts_that_have_them(tmp_path):
+    go = stub(tmp_path, MAKES)
+    assert go("digits", "fig8", "fig6", EXTRA="--epochs 2 --eval-n 20 --no-compile --order easiest").returncode == 0
+    for line in (tmp_path / "calls").read_text().splitlines()[:-1]:
+        assert "--epochs 2" in line and "--no-compile" in line
+        assert ("--eval-n 20" in line) == ("rank.py" not in line) and line.count("--order easiest") >= ("sat.py" in line)
 
 
 def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):

@@ -16,15 +16,13 @@ import flags
 from common import UserError, say
 from sat import fit
 
-GROUPS = ("data and network", "threat model", "training", "evaluation (AutoAttack)", "selection of the checkpoint", "machine", "the run")
-
 
 def command_line(argv=None):
     """The command line."""
     usage = "python transfer.py CHECKPOINT --config YAML [--flag VALUE ...]"
     parser = flags.Parser(prog="transfer.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt of the source run")
-    flags.add_flags(parser, *GROUPS)
+    flags.add_flags(parser, *flags.SCRIPTS["transfer.py"])
     return flags.parse(parser, argv)
 
 

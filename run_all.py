@@ -1,0 +1,236 @@
+"""Every run of the paper's figures, then the report. Finished runs are skipped, so it can be stopped and started again.
+
+    ./run_all.sh digits                    each figure in small, on the embedded data, on a CPU
+    ./run_all.sh cifar10-cpu               the paper's claims on all of CIFAR-10 and -100, at a size for a CPU
+    ./run_all.sh cifar10 fig2 fig6         some figures of a section, at the paper's settings
+    ./run_all.sh --dry-run all             print every command, the runs of each figure and their cost
+    NPROC=4 ./run_all.sh cifar10           each run on 4 GPUs (or processes) of this machine, by torchrun
+
+Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all; then figures of them, or none for all.
+Environment: RESULTS and DATA (folders), NPROC, PYTHON, EXTRA (flags for every run that has them, e.g. EXTRA="--epochs 2").
+Several copies may share a results folder, one a GPU or on several machines (its file system must have flock): each run is
+made once, a transfer waits for its source, and a run whose copy died is taken over.
+"""
+import fcntl
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import flags
+
+HERE = Path(__file__).resolve().parent
+TEN = "airplane automobile bird cat deer dog frog horse ship truck".split()
+TENTHS = {k / 10: 1 for k in range(1, 10)}
+
+# What the figures need to know of a data set: training images, classes; |A| as {amount: training seeds} in examples (esat), in
+# classes (csat) and as single classes; random subsets of each size; training seeds of AT and no AT; metrics of the ranking.
+PAPER = {"arch": "preactresnet18", "epochs": 200, "esat": TENTHS, "baselines": 1, "metrics": "entropy svar", "prefix": ""}
+DIGITS = {**PAPER, "config": "digits", "arch": "preactresnet8", "epochs": 30, "esat": {0.1: 1, 0.3: 1, 0.5: 1}, "random": 2,
+          "prefix": "quick-", "flags": "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"}
+CPU = {**PAPER, "config": "cifar10-cpu", "arch": "preactresnet8", "epochs": 12, "n": 50000, "random": 1, "prefix": "cpu-"}
+DATASETS = {
+    "cifar10": {**PAPER, "n": 50000, "n_classes": 10, "csat": {k: 1 for k in range(1, 10)}, "single": {c: 1 for c in TEN},
+                "random": 10},
+    "cifar100": {**PAPER, "n": 50000, "n_classes": 100, "csat": {k: 1 for k in range(10, 100, 10)}, "random": 5,
+                 "metrics": "entropy svar vog"},
+    "imagenet200": {**PAPER, "n": 259906, "n_classes": 200, "csat": {k: 1 for k in range(20, 200, 20)}, "random": 3,
+                    "arch": "resnet50", "epochs": 150},
+    "digits": {**DIGITS, "n": 1297, "n_classes": 10, "csat": {3: 1, 5: 1, 7: 1}, "single": {str(c): 1 for c in range(10)},
+               "metrics": "entropy svar vog"},
+    "digits0-4": {**DIGITS, "n": 649, "n_classes": 5, "csat": {1: 1, 2: 1, 3: 1}},
+    # Three seeds where a verdict hangs on it, decided before the first run.
+    "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.1: 3, 0.5: 3, 0.3: 1}, "baselines": 3,
+                    "single": {c: 3 if c in ("cat", "automobile") else 1 for c in ["cat", "automobile", *TEN]}},
+    "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "csat": {10: 3, 30: 3}, "esat": {0.3: 1, 0.1: 1},
+                     "metrics": "entropy"},
+}
+TARGETS = {"cifar10": 50000 * 40, "svhn": 73257 * 40, "caltech256": 24485 * 100, "flowers102": 1020 * 100,
+           "digits5-9": 648 * 20, "cifar10-cpu": 50000 * 10}  # forward passes of a transfer: images times epochs
+FIGURES = {  # --split, orders, and the flags whose values the figure compares
+    "fig2": ("single", [], {}),
+    "fig3": ("ranking", [], {}),
+    "fig5": ("csat", ["hardest", "easiest", "random"], {}),
+    "fig6": ("esat", ["hardest", "easiest", "random"], {}),
+    "fig7": ("csat", ["hardest"], {"weight": ["vanilla", "balanced", "emphasis"]}),
+    "fig8": ("esat", ["hardest", "easiest", "random"], {"weight": ["emphasis"]}),
+    "fig12": ("esat", ["hardest"], {"metric": ["entropy", "svar", "vog"]}),
+    "fig15": ("csat", ["hardest", "easiest", "random"], {"weight": ["emphasis"]}),
+    "fig16": ("esat", ["hardest"], {"weight": ["emphasis"], "attack": ["fgsm-rs", "pgd"]}),
+}
+SAME = {"fig4": "fig5", "fig13": "fig5", "fig14": "fig8"}  # other views of the same runs
+SECTIONS = {  # section: (source, targets of the transfer, figures)
+    "cifar10": [("cifar10", "", "fig2 fig3 fig4 fig5 fig6 fig13")],
+    "cifar100": [("cifar100", "", "fig5 fig6 fig12 fig13")],
+    "imagenet200": [("imagenet200", "", "fig5 fig6 fig13")],
+    "transfer": [("cifar100", "cifar10", "fig7 fig8 fig15 fig16"), ("cifar100", "svhn", "fig14"),
+                 ("imagenet200", "caltech256 flowers102", "fig8 fig15 fig16")],
+    "cifar10-cpu": [("cifar10-cpu", "", "fig2 fig3 fig6"), ("cifar100-cpu", "cifar10-cpu", "fig7 fig8")],
+    "digits": [("digits", "", "fig2 fig3 fig4 fig5 fig6 fig12 fig13"),
+               ("digits0-4", "digits5-9", "fig7 fig8 fig14 fig15 fig16")],
+}
+
+
+def runs_of(d, name):
+    """The runs of sat.py in a figure: (the name of the run, |A|/N, passes of the attack an example, flags)."""
+    split, orders, compared = FIGURES[name]
+    if split == "single":
+        return [(f"csat-{c}-seed{seed}", 1 / d["n_classes"], 14, ["--split", "csat", "--classes", c, "--seed", str(seed)])
+                for c, seeds in d["single"].items() for seed in range(seeds)]
+    rows = []
+    plain = {"weight": "vanilla", "metric": "entropy", "attack": "pgd"}
+    weights, metrics, attacks = (compared.get(flag, [plain[flag]]) for flag in plain)
+    for how in ({"weight": w, "metric": m, "attack": a} for w in weights for m in metrics for a in attacks):
+        told = {flag: value for flag, value in how.items() if value != plain[flag]}
+        tag = "".join(f"-{told[flag]}" for flag in ("metric", "weight") if flag in told)
+        tag += f"-attack={told['attack']}" if "attack" in told else ""  # as sat.py names its runs
+        for amount, seeds in d.get(split, {}).items():
+            share, sized = (amount / d["n_classes"], "--size") if split == "csat" else (amount, "--frac")
+            for order in orders:
+                for seed in range(max(seeds, d["random"]) if order == "random" else seeds):
+                    rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share, 2 if how["attack"] == "fgsm-rs" else 14,
+                                 ["--split", split, sized, str(amount), "--order", order, "--seed", str(seed),
+                                  *(word for flag, value in told.items() for word in (f"--{flag}", value))]))
+    return rows
+
+
+def stages(sections, wanted, results):
+    """Every stage of the figures, repeats included: (figure, script, folder, the file that ends it, cost, arguments)."""
+    for source, targets, figures in (part for s in sections for part in SECTIONS[s]):
+        d = DATASETS[source]
+        config, dataset, prefix = d.get("config", source), d.get("dataset", source), d["prefix"]
+        base = ["--config", str(HERE / f"configs/{config}.yaml")]
+        base += [] if dataset == flags.from_yaml(base[1])["dataset"] else ["--dataset", dataset]
+        evaluation = d.get("flags", "").split()
+
+        def train(figure, name, share, passes, how):
+            """A run of sat.py, and its transfers."""
+            run = ["--run", prefix + name] if prefix else []
+            yield (figure, "sat.py", f"{results}/{dataset}/{prefix}{name}", "result.json",
+                   d["n"] * d["epochs"] * (3 + passes * share), [*base, *run, *how, *evaluation])
+            for target in targets.split():
+                onto = flags.from_yaml(HERE / f"configs/transfer/{target}.yaml")["dataset"]
+                folder = f"{dataset}-{prefix}{name}-seed0"
+                yield (figure, "transfer.py", f"{results}/{onto}/{folder}", "result.json", TARGETS[target],
+                       [f"{results}/{dataset}/{prefix}{name}/best.pt", "--config", str(HERE / f"configs/transfer/{target}.yaml"),
+                        "--run", folder, *evaluation])
+
+        for shown in (f for f in figures.split() if not wanted or f in wanted):
+            name, figure = SAME.get(shown, shown), f"{source}{' -> ' * bool(targets)}{targets}: {shown}"
+            if name != "fig2":
+                yield (f"{source}: ranking (fig3)", "rank.py", f"{results}/{dataset}/rank-{d['arch']}-seed0", "rank.json",
+                       d["n"] * d["epochs"] * (6 if "vog" in d["metrics"] else 4), [*base, "--metrics", *d["metrics"].split()])
+            if name != "fig3":
+                for split, share in (("none", 0), ("full", 1)):
+                    for seed in range(d["baselines"]):
+                        for stage in train(figure, f"{split}-seed{seed}", share, 14, ["--split", split, "--seed", str(seed)]):
+                            yield (f"{source}: baselines", *stage[1:]) if stage[1] == "sat.py" else stage
+                for run in runs_of(d, name):
+                    yield from train(figure, *run)
+
+
+def summary(listed):
+    """The runs, transfers, new runs and forward passes of every figure, as --dry-run prints them."""
+    rows, seen = {}, set()
+    for figure, script, folder, _, cost, _ in listed:
+        row = rows.setdefault(figure, {"runs": set(), "transfers": set(), "new": 0, "cost": 0.0})
+        row["transfers" if script == "transfer.py" else "runs"].add(folder)
+        if folder not in seen:
+            row["new"], row["cost"] = row["new"] + 1, row["cost"] + cost
+        seen.add(folder)
+    lines = [f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>6} forward passes of the new ones, evaluation not counted"]
+    return lines + [f"# {f:<42} {len(r['runs']):6d} {len(r['transfers']):9d} {r['new']:6d} {r['cost']:10.3g}"
+                    for f, r in sorted(rows.items())]
+
+
+class Stage:
+    """A stage that is made by whichever copy first locks its log, results/logs/<folder>.log. The kernel drops the lock with
+    the last process that has it, the stage's own included, so that a killed copy's run is neither lost nor made twice."""
+
+    def __init__(self, results, folder, done, command, source=None):
+        self.done, self.command, self.source = Path(folder, done), command, source and Path(source).with_name("result.json")
+        self.seed = int(re.search(r"-seed(\d+)", folder)[1])  # of a transfer its source's
+        self.log = Path(results, "logs", str(Path(folder).relative_to(results)).replace("/", "_") + ".log")
+
+    def make(self, wait=False):
+        """Runs the command unless the stage is finished. Without `wait`, False when another copy has it or makes its source;
+        rankings, which all that follows needs, are always waited for."""
+        if self.source and not self.source.exists() and not wait:
+            return False
+        wait = wait or self.done.name == "rank.json"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return False
+            if self.done.exists():
+                return True
+            print(f"\n> {shlex.join(self.command)}", flush=True)
+            process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[log.fileno()])
+            for line in process.stdout:
+                sys.stdout.buffer.write(line)
+                sys.stdout.flush()
+                log.write(line)
+                log.flush()
+            if process.wait() in (130, 143, -2, -15):
+                raise KeyboardInterrupt
+        return True
+
+
+def command_line(argv):
+    """(the sections, the figures, whether to print only) of the words, or exits with one line."""
+    words = [w for w in argv if w != "--dry-run"]
+    known = [*SECTIONS, "all", *FIGURES, *SAME]
+    unknown = [w for w in words if w not in known]
+    sections = [s for w in words for s in (SECTIONS if w == "all" else [w]) if s in SECTIONS]
+    if "--help" in words or "-h" in words:
+        print(__doc__.strip())
+        sys.exit(0)
+    if unknown or not sections:
+        print(f"error: {f'there is no section or figure {unknown[0]!r}' if unknown else 'name a section'}; valid: "
+              f"{' '.join(SECTIONS)} all, then {' '.join(sorted([*FIGURES, *SAME], key=lambda f: int(f[3:])))}, and --dry-run",
+              file=sys.stderr)
+        sys.exit(2)
+    return list(dict.fromkeys(sections)), [w for w in words if w in FIGURES or w in SAME], "--dry-run" in argv
+
+
+def main(argv):
+    """Lists the stages, then prints them, or makes them and the report."""
+    sections, wanted, dry = command_line(argv)
+    results, data = os.environ.get("RESULTS", "results"), os.environ.get("DATA", "data")
+    python, nproc = os.environ.get("PYTHON", sys.executable), os.environ.get("NPROC", "1")
+    torchrun = [] if nproc == "1" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
+    listed, extra = list(stages(sections, wanted, results)), os.environ.get("EXTRA", "").split()
+    todo = {}
+    for _, script, folder, done, _, how in listed:  # each once, where it is needed first
+        how = [*how, *flags.known(extra, script)]
+        command = [python, *torchrun, str(HERE / script), *how, "--results", results, "--data-dir", data]
+        todo.setdefault(folder, Stage(results, folder, done, command, how[0] if script == "transfer.py" else None))
+    report = [python, str(HERE / "report.py"), "--results", results]
+    if dry:
+        print("\n".join([*(shlex.join(stage.command) for stage in todo.values()), shlex.join(report), *summary(listed)]))
+        return 0
+    in_order = sorted(todo.values(), key=lambda stage: stage.seed)  # a sweep that is cut short has one seed of everything
+    for stage in [stage for stage in in_order if not stage.make()]:
+        stage.make(wait=True)  # another copy had it, or its source: once that is through, it is finished or is taken over
+    return finish(listed, report)
+
+
+def finish(listed, report):
+    """Makes the report; says which stages are missing. Returns the exit code."""
+    code = subprocess.run(report).returncode
+    missing = {folder: done for _, _, folder, done, *_ in listed if not Path(folder, done).exists()}
+    if missing:
+        print(f"\n{len(missing)} missing (what each said is in its log):", *(f"  {f}" for f in missing), sep="\n", file=sys.stderr)
+    return 1 if missing or code else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("stopped; started again, it goes on from here", file=sys.stderr)
+        sys.exit(130)
