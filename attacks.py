@@ -77,15 +77,16 @@ def pgd_step(model, x, y, delta, eps, step_size, norm):
     return (x + delta).clamp(0, 1) - x
 
 
-def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step):
+def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step, values=True):
     """Projected gradient ascent on the cross-entropy (Madry et al. 2018; paper, A.1). Returns the last iterate x + delta.
 
     It starts at delta = `start` (say random_start(x, eps, norm)), or at 0. The model is attacked in eval mode; its mode,
     parameters and their .grad are left as they were. An empty batch, eps = 0 and zero gradients are valid. `step`: what
-    does one iteration, say a compiled pgd_step.
+    does one iteration, say a compiled pgd_step. Raises ValueError as check() does (`values` as there).
     """
-    if norm not in ("l2", "linf"):
-        raise ValueError(f"norm {norm!r}: l2 or linf")
+    check(x, y, norm, eps, values)
+    if steps < 0 or not 0 <= step_size < float("inf"):
+        raise ValueError(f"{steps} steps of {step_size}: 0 or more, of a finite size")
     x = x.detach()
     if len(x) == 0:
         return x
@@ -96,11 +97,12 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd
     return (x + delta).clamp(0, 1)
 
 
-def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd_step):
+def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd_step, values=True):
     """FGSM from a random start (Wong et al. 2020; paper, A.5): one step of 1.25 eps (or `step_size`), projected."""
+    check(x, y, norm, eps, values)
     start = random_start(x, eps, norm) if start is None else start
     step_size = 1.25 * eps if step_size is None else step_size
-    return pgd(model, x, y, eps=eps, step_size=step_size, steps=1, norm=norm, start=start, step=step)
+    return pgd(model, x, y, eps=eps, step_size=step_size, steps=1, norm=norm, start=start, step=step, values=False)
 
 
 class Watch(logging.Handler):
@@ -122,8 +124,27 @@ class Watch(logging.Handler):
 
 
 def usable(attacks, n_classes):
-    """The attacks that exist for this many classes: apgd-t's loss needs four (AutoAttack, DLR loss)."""
-    return [a for a in attacks if n_classes >= 4 or a != "apgd-t"]
+    """The attacks that exist for this many classes: apgd-t's loss needs four (AutoAttack, DLR loss). Raises ValueError for
+    none, and for names that are not in STANDARD."""
+    found = [a for a in attacks if n_classes >= 4 or a != "apgd-t"]
+    if not found or not set(attacks) <= set(STANDARD):
+        raise ValueError(f"{' '.join(attacks) or 'no attack'} on {n_classes} classes: valid are {' '.join(usable(STANDARD, n_classes))}")
+    return found
+
+
+def check(x, y, norm, eps, values=True):
+    """ValueError unless x, y, norm and eps are what an attack takes. `values`: that x lies in [0, 1] too, for which a GPU must
+    be waited for."""
+    if norm not in ("l2", "linf"):
+        raise ValueError(f"norm {norm!r}: l2 or linf")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps = {eps}: a finite number of 0 or more, pixels in [0, 1]")
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each of the {len(x)} images, int64")
+    if values and len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false of nan too
+        raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
 
 
 def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
@@ -133,6 +154,7 @@ def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
     an adversarial example outside the ball or the box and for a robust accuracy above the clean one.
     """
     from pyautoattack import AutoAttack
+    check(x, y, norm, eps)
     with torch.no_grad():
         logits = model(x)
     aa = AutoAttack(model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, version="standard", device=x.device, seed=seed)

@@ -11,11 +11,11 @@ import statistics
 import time
 from pathlib import Path
 
+import common  # first: Ctrl-C while torch loads ends in one line
 import torch
 from torch.nn import functional as F
 
 import attacks
-import common
 import data as datasets
 import flags
 import models
@@ -29,7 +29,7 @@ def command_line(argv=None):
     """The command line."""
     parser = flags.Parser(prog="bench.py", usage="python bench.py [--flag VALUE ...]", description=__doc__,
                           formatter_class=flags.Help)
-    parser.add_argument("--arch", choices=models.ARCHS, default="preactresnet8", help="network")
+    parser.add_argument("--arch", choices=flags.ARCHS, default="preactresnet8", help="network")
     parser.add_argument("--batch-size", type=flags.count, default=128, help="examples a step")
     parser.add_argument("--side", type=flags.number(int, 8), default=32, help="side of the images, in pixels")
     parser.add_argument("--fractions", type=flags.number(float, 0, 1), nargs="+", default=[0.0, 0.1, 0.5, 1.0], help="|A|/N")

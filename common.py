@@ -4,6 +4,7 @@ Admission rule for this file: three callers, no mathematics.
 """
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -14,13 +15,23 @@ import sys
 import time
 from pathlib import Path
 
+def quiet(kind, value, trace, before=sys.excepthook):
+    """An excepthook: Ctrl-C while the scripts are still importing ends in one line."""
+    if kind is KeyboardInterrupt:
+        print("stopped before anything was done", file=sys.stderr)
+    else:
+        before(kind, value, trace)
+
+
+sys.excepthook = quiet
+LOCKS = {}  # of the runs that this process makes: {path: file}
 HERE = Path(__file__).resolve().parent
 # Flags that say where and how fast, not what: they do not belong to a run's identity.
-NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "data_dir", "results", "run", "force"}
+NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "data_dir", "results", "run", "force", "own_scores"}
 
 
-class UserError(Exception):
-    """A mistake the user can mend: printed as one line, exit code 2, no traceback."""
+class UserError(ValueError):
+    """A mistake the user can mend: printed as one line, exit code 2, no traceback. A ValueError for those who import us."""
 
 
 def identity(args):
@@ -37,28 +48,74 @@ def run_dir(args, lead, told, done="result.json"):
     text = lambda v: "+".join(map(str, v)) if isinstance(v, list) else v
     extra = [f"{k.replace('_', '-')}={text(v)}" for k, v in identity(args).items()
              if k not in {*told, "seed", "dataset", "checkpoint"} and v != args.base.get(k)]
-    name = re.sub(r"[^A-Za-z0-9_.+=-]+", "_", "-".join([*map(str, lead), *extra]))
-    if len(name) > 180:  # a file system's names end at 255
-        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    plain = "-".join([*map(str, lead), *extra])
+    name = re.sub(r"[^A-Za-z0-9_.+=-]+", "_", plain)
+    if name != plain or len(name) > 180:  # other letters, so that names stay distinct; a file system's names end at 255
+        name = f"{name[:160]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
     folder = args.results / args.dataset / (args.run or f"{name}-seed{args.seed}")
-    if args.force or not (folder / "args.json").exists():
-        return folder, False
-    before, now = read_json(folder / "args.json"), json.loads(json.dumps(identity(args)))
-    differ = [f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-    if differ:
-        raise UserError(f"{folder} was made with other flags ({'; '.join(differ)}): name this run with --run, or --force")
-    return folder, (folder / done).exists()
+    check_flags(folder, args)
+    return folder, not args.force and (folder / done).exists()
 
 
-def start_run(folder, args):
-    """Makes the run's folder (rank 0), emptied of an earlier run's files with --force, with its args.json."""
+def check_flags(folder, args):
+    """UserError for a run's folder that was made with other flags, unless --force."""
+    if not args.force and (folder / "args.json").exists():
+        if differ := differing(read_json(folder / "args.json", ("dataset",)), identity(args)):
+            raise UserError(f"{folder} was made with other flags ({differ}): name this run with --run, or --force")
+
+
+def differing(there, now):
+    """The flags in which the identities of two runs differ, as text."""
+    now = json.loads(json.dumps(now))
+    differ = [k for k in sorted({*there, *now}) if there.get(k) != now.get(k)]
+    return "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in differ)
+
+
+def claim(folder):
+    """Locks a run for as long as this process lives, so that two equal commands do not write into one folder. Alone, it waits
+    for the other process; under torchrun that is a UserError."""
+    path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
+    if path in LOCKS:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = LOCKS[path] = open(path, "w")  # closed, and so unlocked, with the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if world() > 1:
+            raise UserError(f"{folder} is being made by another process: wait for it, or name this run with --run") from None
+        say(f"{folder} is being made by another process: waiting for it")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def start_run(folder, args, done="result.json"):
+    """Locks and makes the run's folder (rank 0) with its args.json. Whether another process has finished it meanwhile.
+
+    With --force an earlier run is put aside, as .old-<run>, until end_run: a repeat that fails loses nothing.
+    """
     if rank() == 0:
+        claim(folder)
+        check_flags(folder, args)
+        if (folder / done).exists() and not args.force:
+            return True
+        old = folder.with_name(f".old-{folder.name}")
+        if (folder / done).exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        elif args.force and folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("args.json", "result.json", "rank.json", "last.pt", "best.pt", "robust.pt", "scores.pt", "log.jsonl"):
-            for path in [*folder.glob(f"{name}.*.part"), *[folder / name] * args.force]:  # of a killed process, or of an earlier run
-                path.unlink(missing_ok=True)
+        for path in folder.glob("*.part"):  # of a killed process
+            path.unlink(missing_ok=True)
         write_json(folder / "args.json", identity(args))
     barrier()
+    return False
+
+
+def end_run(folder):
+    """Deletes what start_run put aside (rank 0): the new run is whole."""
+    if rank() == 0:
+        shutil.rmtree(folder.with_name(f".old-{folder.name}"), ignore_errors=True)
 
 
 def atomic(path, write):
@@ -84,12 +141,16 @@ def write_json(path, value):
     atomic(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
-def read_json(path):
-    """Reads a JSON file; UserError when it is none."""
+def read_json(path, keys=()):
+    """Reads a JSON file; UserError when it is none, or no dict that has `keys`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
+    missing = [k for k in keys if not isinstance(value, dict) or k not in value]
+    if missing:
+        raise UserError(f"{path} is not a file of this kind: it lacks {', '.join(missing)}; --force makes its run again")
+    return value
 
 
 def save(path, value):

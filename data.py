@@ -8,11 +8,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # first: Ctrl-C while torch loads ends in one line
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-import common
 import flags
 import sources
 from common import UserError, barrier, rank, say, world

@@ -9,11 +9,11 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+import common  # first: Ctrl-C while torch loads ends in one line
 import numpy
 import torch
 
 import attacks
-import common
 import data as datasets
 import flags
 import models
@@ -59,7 +59,11 @@ def digest(state):
 def settings(args, data, which="eval"):
     """What fixes AutoAttack's numbers: threat model, attacks (that exist for this many classes), number of examples, batch
     size, seed. `which`: eval, or select."""
-    return {"norm": args.norm, "eps": args.eps, "attacks": attacks.usable(getattr(args, f"{which}_attacks"), len(data.classes)),
+    try:
+        usable = attacks.usable(getattr(args, f"{which}_attacks"), len(data.classes))
+    except ValueError as e:
+        raise UserError(f"--{which}-attacks: {e}") from None
+    return {"norm": args.norm, "eps": args.eps, "attacks": usable,
             "n": getattr(args, f"{which}_n"), "batch_size": args.eval_batch, "seed": SEED}
 
 
@@ -107,14 +111,36 @@ def head_line(result):
     return "\n".join([f"{aa}, {s['norm']} eps {s['eps']}; 95 % Wilson intervals", *text])
 
 
+def finished(run):
+    """What is said of a finished run, from its result.json."""
+    result = common.read_json(run / "result.json", ("settings", "accuracy"))
+    try:
+        return f"{run} is finished (--force repeats it)\n{head_line(result)}"
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{run / 'result.json'} is not a result of this project ({type(e).__name__}): --force makes its run again") from None
+
+
 def versions():
     """The versions that the numbers depend on."""
     return {name: version(name) for name in ("torch", "torchvision", "pyautoattack")}
 
 
+def checkpoint(path):
+    """A checkpoint's dict, checked as far as it can be without building the network. Raises UserError for a foreign file."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
+    ckpt = common.load(path, CHECKPOINT_KEYS)
+    args, classes, a = ckpt["args"], ckpt["classes"], ckpt["A_classes"]
+    if not (isinstance(args, dict) and {"dataset", "side"} <= set(args) and isinstance(ckpt["fingerprint"], dict)
+            and isinstance(classes, list) and all(isinstance(c, str) for c in classes) and isinstance(ckpt["epoch"], int)
+            and (a is None or isinstance(a, list) and set(a) <= set(classes)) and isinstance(ckpt["model"], dict)):
+        raise UserError(f"{path} is not a checkpoint of this project: its args, classes or fingerprint are not as sat.py writes them")
+    return ckpt
+
+
 def load_model(path):
     """The Classifier of a checkpoint of this project, and the checkpoint's dict. Raises UserError for a foreign file."""
-    ckpt = common.load(path, CHECKPOINT_KEYS)
+    ckpt = checkpoint(path)
     try:
         mean, std = (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
         model = models.build(ckpt["arch"], len(ckpt["classes"]), mean, std)
@@ -134,10 +160,15 @@ def command_line(argv):
     flags.add_flags(parser, *flags.SCRIPTS["evaluate.py"])
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
-    ckpt = common.load(parser.parse_args(argv).checkpoint, CHECKPOINT_KEYS)
+    ckpt = checkpoint(parser.parse_args(argv).checkpoint)
     valid = {a.dest for a in parser._actions}
-    parser.set_defaults(**{k: v for k, v in ckpt["args"].items() if k in valid})
-    return parser.parse_args(argv)
+    theirs = {k: v for k, v in ckpt["args"].items() if k in valid}
+    parser.set_defaults(**theirs)
+    args = parser.parse_args(argv)
+    if args.norm != theirs.get("norm", args.norm) and not flags.given(argv, "eps"):
+        raise UserError(f"--norm {args.norm} needs an --eps of its own: the checkpoint's {theirs['eps']} is in {theirs['norm']} "
+                        "(linf: 0.0314 is 8/255)")
+    return args
 
 
 def main(argv=None):

@@ -7,12 +7,14 @@ matplotlib.use("Agg")
 from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend comes first)
 
 import results  # noqa: E402
+from common import atomic  # noqa: E402
 from results import mean  # noqa: E402
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "xtick.labelsize": 7.5,
          "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
          "lines.markersize": 4, "svg.hashsalt": "sat", "svg.fonttype": "none"}
 LOOKS = {"hardest": ("tab:blue", "-", "o"), "easiest": ("tab:cyan", "--", "s"), "random": ("tab:red", "-", "D"),
+         "redrawn": ("tab:pink", ":", "v"),
          "entropy": ("tab:blue", "-", "o"), "svar": ("tab:purple", "--", "s"), "vog": ("tab:red", ":", "D"),
          "vanilla": ("tab:blue", "-", "o"), "balanced": ("tab:green", ":", "s"), "emphasis": ("tab:purple", "--", "P"),
          "pgd": ("tab:blue", "-", "o"), "fgsm-rs": ("tab:green", ":", "s")}
@@ -29,9 +31,9 @@ def write(fig, path, title, vector=True):
     """Writes a figure as <path>.png and <path>.svg."""
     fig.suptitle("\n".join(textwrap.fill(line, round(15 * fig.get_figwidth())) for line in title.splitlines()), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(f"{path}.png", dpi=120)
+    atomic(f"{path}.png", lambda f: fig.savefig(f, format="png", dpi=120))
     if vector:
-        fig.savefig(f"{path}.svg", metadata={"Date": None})
+        atomic(f"{path}.svg", lambda f: fig.savefig(f, format="svg", metadata={"Date": None}))
     pyplot.close(fig)
 
 

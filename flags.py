@@ -3,8 +3,10 @@
 A config is one flat YAML of flag values; its values pass through argparse as if typed: same types, same choices, same errors.
 """
 import argparse
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import yaml
@@ -13,6 +15,8 @@ from common import HERE, UserError
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 METRICS = ("entropy", "svar", "vog")
+ORDERS = ("hardest", "easiest", "random", "redrawn")
+ARCHS = ("preactresnet8", "preactresnet18", "preactresnet18-authors", "resnet50")
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,20 +42,34 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return action.help if plain else f"{action.help} (default: {shown})"
 
 
-def number(kind, low, high=float("inf"), open_low=False):
-    """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low."""
+def number(kind, low, high=None, open_low=False):
+    """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low. Floats end at 1e30 (float32)."""
+    most = high if high is not None else 1e30 if kind is float else float("inf")
+
     def convert(text):
         """argparse's type function."""
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not (low < value <= high if open_low else low <= value <= high) or value == float("inf"):
+        if value is None or not (low < value <= most if open_low else low <= value <= most):
             what = "a whole number" if kind is int else "a finite number"
-            bound = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {high}" if high < float("inf") else "")
+            bound = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {most if kind is int else f'{most:g}'}" if most < float("inf") else "")
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
         return value
     return convert
+
+
+def folder(text):
+    """A type for argparse: a folder, which an empty text is not."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text is no folder (the current one is .)")
+    return Path(text)
+
+
+def threads(text):
+    """A type for argparse: CPU threads, no more than there are cores."""
+    return number(int, 0, max(1, os.cpu_count() or 1))(text)
 
 
 def plain_name(text):
@@ -67,18 +85,21 @@ count, positive = number(int, 1), number(float, 0, open_low=True)
 FLAGS = {
     "data and network": [
         ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or a folder in --data-dir"),
-        ("--data-dir", Path("data"), Path, "folder that holds (or receives) the data sets"),
-        ("--arch", "preactresnet8", ("preactresnet8", "preactresnet18", "resnet50"), "network"),
+        ("--data-dir", Path("data"), folder, "folder that holds (or receives) the data sets"),
+        ("--arch", "preactresnet8", ARCHS, "network (README, Deviations, on preactresnet18-authors)"),
         ("--side", 224, number(int, 32), "side of the images of streamed sets, in pixels; small images keep theirs"),
         ("--augment", "full", ("none", "crop", "full"), "training images: none; pad an eighth and crop; or all of Fig. 9"),
     ],
     "subset A (Sec. 3)": [
         ("--split", "esat", ("none", "csat", "esat", "full"), "A = nothing, whole classes, single examples, everything"),
-        ("--frac", None, number(float, 0, 1, open_low=True), "|A| as a fraction: of the classes (csat), of the examples (esat)"),
+        ("--frac", None, number(float, 0, 1, open_low=True), "|A| as a fraction: of the classes (csat), of the examples (esat); "
+                                                             "0.5 if no amount is given"),
         ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
-        ("--order", "hardest", ("hardest", "easiest", "random"), "which come into A first; random ones by --seed"),
+        ("--order", "hardest", ORDERS, "which come into A first; random ones by --seed; redrawn: other random ones every epoch"),
         ("--metric", "entropy", METRICS, "difficulty score that orders them (written by rank.py)"),
+        ("--scores", None, Path, "scores of your own in place of rank.py's: .pt, .npy or .npz, N numbers, higher = harder, or an "
+                                 "order of the indices, hardest first"),
         ("--weight", "vanilla", ("vanilla", "balanced", "emphasis"), "w_A of Eq. 2: 1, |B|/|A|, (1 + 10|A|/N)|B|/|A|; w_B = 1"),
         ("--weight-factor", None, positive, "w_A as a number, in place of --weight"),
     ],
@@ -114,13 +135,13 @@ FLAGS = {
     ],
     "machine": [
         ("--device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU when there is one"),
-        ("--threads", 0, number(int, 0), "CPU threads of a process; 0 = torch's choice"),
+        ("--threads", 0, threads, "CPU threads of a process; 0 = torch's choice"),
         ("--workers", 4, number(int, 0), "loader processes (224x224 sets only)"),
     ],
     "the run": [
         ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
         ("--compile", False, bool, "torch.compile the attack and the network for training: a minute at the start, then faster (README, Speed)"),
-        ("--results", Path("results"), Path, "folder that receives every run"),
+        ("--results", Path("results"), folder, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run, overwriting it"),
     ],
@@ -167,10 +188,23 @@ def add_flags(parser, *groups):
             group.add_argument(flag, **how)
 
 
+class Text(yaml.BaseLoader):
+    """Reads every scalar as the text that stands there: argparse converts it (YAML itself takes 010 for 8, 1:30 for 90, off for
+    false and 5e-4 for a string). A key that stands there twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        """As yaml's, but for keys that repeat."""
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} stands there more than once")
+        return super().construct_mapping(node, deep)
+
+
 def from_yaml(path):
     """The flag values {dest: value} of a flat YAML file, converted and checked by argparse as on the command line."""
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), Text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
     if not isinstance(found, dict):
@@ -182,12 +216,14 @@ def from_yaml(path):
         if key not in kinds:
             raise UserError(f"{path}: unknown key {key!r}; valid keys: {', '.join(sorted(kinds))}")
         items = value if isinstance(value, list) else [value]
-        if any(v is None or isinstance(v, (dict, list)) or isinstance(v, bool) != (kinds[key] is bool) for v in items):
+        a_list = isinstance(kinds[key], tuple) and kinds[key][-1] in ("+", "*")
+        if any(not isinstance(v, str) or v in ("", "~", "null") for v in items) or isinstance(value, list) and not a_list \
+                or kinds[key] is bool and value not in ("true", "false"):
             raise UserError(f"{path}: {key}: {value!r} is not a value of this flag (python sat.py --help shows its type)")
         if kinds[key] is bool:
-            tokens = [f"--{key}" if value else f"--no-{key}"]
+            tokens = [f"--{key}" if value == "true" else f"--no-{key}"]
         else:
-            tokens = [f"--{key}", *map(str, items)] if isinstance(value, list) else [f"--{key}={value}"]
+            tokens = [f"--{key}", *items] if a_list else [f"--{key}={value}"]
         try:
             dest = key.replace("-", "_")
             values[dest] = getattr(parser.parse_args(tokens), dest)
@@ -205,8 +241,33 @@ def parse(parser, argv=None):
     finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml")
     config = finder.parse_known_args(argv)[0].config
     dests = {action.dest for action in parser._actions}
-    parser.set_defaults(**{k: v for k, v in from_yaml(config).items() if k in dests})
+    values = from_yaml(config)
+    parser.set_defaults(**{k: v for k, v in values.items() if k in dests})
     args = parser.parse_args(argv)
     args.config = config
     args.base = {dest: parser.get_default(dest) for dest in dests}
+    check_norm(args, argv, values)
     return args
+
+
+def given(argv, dest):
+    """Whether the command line has the flag of this dest."""
+    flag = f"--{dest.replace('_', '-')}"
+    return any(word == flag or word.startswith(f"{flag}=") for word in (sys.argv[1:] if argv is None else argv))
+
+
+def check_norm(args, argv, values):
+    """UserError for a norm that is set without its own eps and step size: those of another norm mean something else."""
+    typed = {d for d in ("norm", "eps", "step_size") if given(argv, d)}
+    if not hasattr(args, "norm"):
+        return
+    if "norm" in typed and args.norm != args.base["norm"]:
+        where, has = "--norm", typed
+    elif values.get("norm", "l2") != "l2":
+        where, has = f"{args.config}: norm", {*values, *typed}
+    else:
+        return
+    lacks = [f"--{d.replace('_', '-')}" for d in ("eps", "step_size") if hasattr(args, d) and d not in has]
+    if lacks:
+        raise UserError(f"{where} {args.norm} needs {' and '.join(lacks)} of its own (linf: say --eps 0.0314 --step-size 0.0078, "
+                        "which are 8/255 and 2/255; l2 on 32x32: 0.5 and 0.1)")

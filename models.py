@@ -6,17 +6,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ARCHS = ("preactresnet8", "preactresnet18", "resnet50")
+from flags import ARCHS
 
 
 class PreActBlock(nn.Module):
     """Pre-activation residual block (He et al. 2016): (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
 
-    def __init__(self, c_in, c_out, stride):
+    def __init__(self, c_in, c_out, stride, always=False):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.shortcut = None if c_in == c_out and stride == 1 else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        plain = c_in == c_out and stride == 1 and not always  # `always`: a 1x1 convolution even where the shapes agree
+        self.shortcut = None if plain else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x):
         out = F.relu(self.bn1(x), inplace=True)
@@ -24,12 +25,13 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + identity
 
 
-def preactresnet(channels, widths, blocks):
+def preactresnet(channels, widths, blocks, stem=None, always=False):
     """Convolution, `blocks` blocks a width (halving the side from the second on), batch norm, ReLU, pooling."""
-    layers, c_in = [nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)], widths[0]
+    c_in = stem or widths[0]
+    layers = [nn.Conv2d(channels, c_in, 3, 1, 1, bias=False)]
     for stage, width in enumerate(widths):
         for block in range(blocks):
-            layers.append(PreActBlock(c_in, width, 2 if stage > 0 and block == 0 else 1))
+            layers.append(PreActBlock(c_in, width, 2 if stage > 0 and block == 0 else 1, always))
             c_in = width
     return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -78,10 +80,12 @@ class Classifier(nn.Module):
 
 
 def build(arch, n_classes, mean, std):
-    """A new network of one of ARCHS with a linear head; draws its weights from torch's global generator. They lie in memory
+    """A new network of one of flags.ARCHS with a linear head; draws its weights from torch's global generator. They lie in memory
     channels_last, as convolutions like them best."""
     if arch == "preactresnet18":
         features, k = preactresnet(len(mean), (64, 128, 256, 512), 2), 512
+    elif arch == "preactresnet18-authors":  # of the authors' released configs
+        features, k = preactresnet(len(mean), (128, 256, 512, 512), 2, stem=64, always=True), 512
     elif arch == "preactresnet8":
         features, k = preactresnet(len(mean), (16, 32, 64), 1), 64
     elif arch == "resnet50":

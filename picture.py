@@ -4,12 +4,13 @@ Paper: Eq. 1 and 2, seen. Of a run with A = {} or A = everything, one example of
     python picture.py results/cifar10-small/csat-airplane-seed0/best.pt
 Files in: a checkpoint whose A is made of classes, the data. Files out: picture.png beside the checkpoint.
 """
+import argparse
 from pathlib import Path
 
+import common  # first: Ctrl-C while torch loads ends in one line
 import torch
 
 import attacks
-import common
 import data as datasets
 import evaluate
 import figures
@@ -19,11 +20,18 @@ from common import UserError, say
 STEPS = 50
 
 
+def png(text):
+    """A type for argparse: the name of a PNG file."""
+    if Path(text).suffix != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a PNG file (x.png)")
+    return Path(text)
+
+
 def command_line(argv=None):
     """The command line."""
     parser = flags.Parser(prog="picture.py", usage="python picture.py CHECKPOINT [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt of a run of sat.py")
-    parser.add_argument("--out", type=Path, help="the PNG (default: picture.png beside the checkpoint)")
+    parser.add_argument("--out", type=png, help="the PNG (default: picture.png beside the checkpoint)")
     parser.add_argument("--magnify", type=flags.positive, default=10.0, help="factor of the perturbation shown")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     flags.add_flags(parser, "machine")

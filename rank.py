@@ -4,16 +4,20 @@
 Files in: the data. Files out, in results/<dataset>/rank-<arch>-seed<seed>/: scores.pt (per example, higher = harder),
 rank.json (per class; agreement of the metrics), args.json, log.jsonl, last.pt.
 """
+import common  # first: Ctrl-C while torch loads ends in one line
 import torch
 
-import common
 import data as datasets
 import flags
 import models
 import results
 from common import UserError, rank, say, world
 from results import spearman
-from sat import checkpoint, class_means, train
+from sat import checkpoint, train
+from subset import class_means
+
+
+KEYS = ("classes_hardest_first", "spearman_of_examples", "spearman_of_classes_with_paper", "fingerprint", "args")  # of rank.json
 
 
 def entropy(logits, y=None):
@@ -140,9 +144,11 @@ def command_line(argv=None):
 def rank_epochs(run, model, data, metrics, args, device):
     """Trains without attacks from last.pt on, scoring every epoch; returns {metric: (N,)} averaged over the epochs (Eq. 3),
     and the cost in forward passes."""
-    state = common.load(run / "last.pt", ("optimizer", "log", "sums", "vog")) if (run / "last.pt").exists() else None
+    state = common.load(run / "last.pt", ("args", "fingerprint", "optimizer", "log", "sums", "vog")) if (run / "last.pt").exists() else None
     if state:
         datasets.check_fingerprint(data, state["fingerprint"], run / "last.pt")
+        if differ := common.differing(state["args"], common.identity(args)):
+            raise UserError(f"{run / 'last.pt'} was trained with other flags ({differ}): name this run with --run, or --force")
         say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
     sums, log = (state["sums"], state["log"]) if state else ({}, [])
     # VoG's sums of a large set are gigabytes: kept after every tenth epoch, from which a stopped run goes on.
@@ -166,9 +172,9 @@ def main(argv=None):
     """Trains, scores, writes scores.pt and rank.json, prints the classes hardest first."""
     args = command_line(argv)
     run, finished = common.run_dir(args, ["rank", args.arch], set(vars(args)), done="rank.json")
+    told = lambda: say(f"{run} is finished (--force repeats it)\n{table(common.read_json(run / 'rank.json', KEYS))}")
     if finished:
-        say(f"{run} is finished (--force repeats it)\n{table(common.read_json(run / 'rank.json'))}")
-        return
+        return told()
     device = common.set_up(args)
     data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
@@ -177,7 +183,8 @@ def main(argv=None):
         raise UserError(f"--metrics vog keeps two numbers a pixel, too much for {data.name}'s streamed images; valid here: entropy svar")
     say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by {', '.join(metrics)} over "
         f"{args.epochs} epochs of non-robust training; {args.arch} on {common.device_name(device)} -> {run}")
-    common.start_run(run, args)
+    if common.start_run(run, args, "rank.json"):
+        return told()
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
     scores, cost = rank_epochs(run, model, data, metrics, args, device)
@@ -187,6 +194,7 @@ def main(argv=None):
     if rank() == 0:
         common.save(run / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(), "args": common.identity(args)})
         common.write_json(run / "rank.json", result)
+    common.end_run(run)
     say(f"{table(result)}\nwrote {run}/scores.pt and rank.json")
 
 

@@ -216,7 +216,7 @@ def precision_section(runs):
 def evaluation_section(folder):
     """What evaluate.py measured under other threat models."""
     rows = []
-    for path in sorted(folder.glob("**/eval-*.json")):
+    for path in results.found(folder, "eval-*.json"):
         r = common.read_json(path)
         try:
             s, a = r["settings"], r["accuracy"]["all"]

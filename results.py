@@ -18,7 +18,7 @@ import common
 import flags
 from common import HERE, UserError, say
 
-SUBSET = {"split", "frac", "size", "classes", "order", "metric", "weight", "weight_factor", "attack", "seed"}  # vary in a table
+SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor", "attack", "seed"}  # vary in a table
 NOT_SETTING = {"dataset", "eval_batch", "side", "source", "source_weights", "checkpoint", "seed"}
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
 
@@ -136,7 +136,7 @@ def run_of(path, result):
         path=str(path.parent), data=f"{source['dataset']}->{target['dataset']}" if source else target["dataset"],
         transfer=bool(source), setting=setting, precision=result.get("precision", "float32"), split=args["split"],
         order="named" if args["classes"] else args["order"],
-        metric="entropy" if args["order"] == "random" else args["metric"], attack=args["attack"],
+        metric="entropy" if args["order"] in ("random", "redrawn") else f"own {args['scores']}" if args.get("scores") else args["metric"], attack=args["attack"],
         weight=f"w_A {args['weight_factor']:g}" if args["weight_factor"] else args["weight"],
         seed=target["seed"] if source and target["seed"] else args["seed"], A=made["A"], N=made["N"], w_A=made["w_A"],
         A_classes=made["A_classes"] or [], n_classes=len(made["fingerprint"]["classes"]),
@@ -144,10 +144,15 @@ def run_of(path, result):
         weights=made["weights"], accuracy=result["accuracy"])
 
 
+def found(results, name):
+    """The files of that name (a pattern) below the folder, but for those put aside by --force."""
+    return [p for p in sorted(Path(results).glob(f"**/{name}")) if not any(part.startswith(".old-") for part in p.parts)]
+
+
 def read(results):
     """Every Run below the folder `results`, repeats included."""
     runs = []
-    for path in sorted(Path(results).glob("**/result.json")):
+    for path in found(results, "result.json"):
         try:
             runs.append(run_of(path, common.read_json(path)))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
@@ -215,7 +220,7 @@ def pick(runs, **like):
 
 def rankings(results):
     """{path: content} of every rank.json below the folder `results`."""
-    ranks = {path: common.read_json(path) for path in sorted(Path(results).glob("**/rank.json"))}
+    ranks = {path: common.read_json(path) for path in found(results, "rank.json")}
     for path, r in ranks.items():
         if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint", "args"} <= set(r):
             raise UserError(f"{path} is not a ranking of this project: move it away, or repeat it with rank.py --force")

@@ -7,75 +7,27 @@ args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
 import functools
 import hashlib
-import subprocess
-import sys
 import time
 
+import common  # first: Ctrl-C while torch loads ends in one line
 import torch
 from torch.nn import functional as F
 
 import attacks
-import common
 import data as datasets
 import evaluate
 import flags
 import models
 import results
-from common import HERE, UserError, all_sum, rank, say, world
-
-
-def how_many(amount, n, unit):
-    """|A| from a fraction (float) of n, or a number (int), of examples or classes. Raises UserError outside 1..n."""
-    k = round(amount * n) if isinstance(amount, float) else amount
-    if not 1 <= k <= n:
-        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
-    return k
-
-
-def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", scores=None, seed=0):
-    """The subset A as bool (N,), chosen once, before training (Sec. 3.3).
-
-    split: none, full, esat (examples) or csat (classes). amount: a fraction (float) or a number (int) of examples or
-    classes. order: hardest or easiest by `scores` (N,), higher = harder (a class counts by its mean, Eq. 3), ties by index;
-    or random, by seed. names: csat's classes by name instead. Raises UserError for what cannot be chosen.
-    """
-    if split in ("none", "full"):
-        return torch.full(y.shape, split == "full")
-    if names:
-        unknown = sorted(set(names) - set(classes))
-        if unknown:
-            raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)}")
-        return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
-    n = len(classes) if split == "csat" else len(y)
-    k = how_many(amount, n, "classes" if split == "csat" else "examples")
-    if order == "random":
-        # A stream of its own: the batches of an epoch are dealt by a permutation drawn from the same seed.
-        first = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + 700_000))[:k]
-    else:
-        if split == "csat":
-            scores = class_means(scores, y, n)
-        first = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
-    return torch.isin(y, first) if split == "csat" else torch.zeros(n, dtype=torch.bool).index_fill(0, first, True)
-
-
-def class_means(scores, y, n_classes):
-    """Mean score of each class (Eq. 3, right): (N,), (N,) -> (n_classes,) float64."""
-    total = torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, scores.double())
-    return total / torch.bincount(y, minlength=n_classes)
-
-
-def weight_A(kind, n_A, n):
-    """w_A of Eq. 2, with w_B = 1, by |A| = n_A and N = n: vanilla 1, balanced |B|/|A|, emphasis (1 + 10 |A|/N) |B|/|A|
-    (Sec. 3.2 and 4.3: 2 |B|/|A| at 10 %, 10 |B|/|A| at 90 %), or the number `kind`. 1 when A or B is empty."""
-    if n_A in (0, n):
-        return 1.0
-    balanced = (n - n_A) / n_A
-    named = {"vanilla": 1.0, "balanced": balanced, "emphasis": (1 + 10 * n_A / n) * balanced}
-    return named[kind] if isinstance(kind, str) else kind
+import subset
+from common import UserError, all_sum, rank, say, world
+from subset import choose_A, weight_A
 
 
 def sat_loss(logits, y, w):
     """Eq. 2 on a batch: the sum of w_i loss_i, the weights being w_A for examples of A and 1 for B, divided by their sum."""
+    if w.shape != y.shape:
+        raise ValueError(f"the weights are {tuple(w.shape)}, the labels {tuple(y.shape)}: one weight an example")
     return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum()
 
 
@@ -112,7 +64,7 @@ def epoch_plan(order, A, w_A, device):
 def training_attack(model, args, device):
     """The attack that the flags ask for, on the model: attack(x, y, start=None) -> adversarial examples."""
     step = compiled(attacks.pgd_step, device) if args.compile else attacks.pgd_step
-    how = {"eps": args.eps, "norm": args.norm, "step": step}
+    how = {"eps": args.eps, "norm": args.norm, "step": step, "values": False}  # data.py gives pixels
     if args.attack == "fgsm-rs":
         attack = functools.partial(attacks.fgsm_rs, model, **how)
     else:
@@ -191,7 +143,9 @@ def train(model, split, A, w_A, args, device, state=None):
         began, lr = time.perf_counter(), args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        order, _ = datasets.epoch_order(len(split), args.batch_size, args.seed, epoch)
+        order, generator_of_A = datasets.epoch_order(len(split), args.batch_size, args.seed, epoch)
+        if A.any() and args.order == "redrawn":  # a control at equal cost: other random examples every epoch
+            A = A[torch.randperm(len(A), generator=generator_of_A)]
         plan, steps = zip(*epoch_plan(order, A, w_A, device)), len(order)
         todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
         todo = common.progress(zip(todo, plan), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")
@@ -207,13 +161,21 @@ def train(model, split, A, w_A, args, device, state=None):
         loss, hits = all_sum(sums).tolist()
         if (first := int(all_sum(bad, "MIN"))) < steps:
             raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: stopped; the last "
-                            f"good checkpoint is kept. Lower --lr (now {args.lr}) or a --weight-factor")
+                            f"good checkpoint is kept. {suspects(args)}")
         if world() > 1:
             for buffer in model.buffers():  # each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
         row = {"epoch": epoch + 1, "lr": lr, "loss": loss / steps, "train_accuracy": hits / order.numel(),
                **cost(args, order.numel(), int(A[order].sum()), model.frozen), "seconds": time.perf_counter() - began}
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "row": row}
+
+
+def suspects(args):
+    """What to do about a loss that is not finite: the flags that differ from the config, or else the learning rate."""
+    names = ("lr", "weight_decay", "batch_size", "weight_factor", "eps", "step_size", "steps", "amp", "arch")
+    differ = [f"--{k.replace('_', '-')} {getattr(args, k)} (config: {args.base.get(k)})" for k in names
+              if getattr(args, k, None) != args.base.get(k)]
+    return (f"Suspect {', '.join(differ) or f'--lr {args.lr}'}; give the mended run another name with --run, or --force")
 
 
 def cost(args, seen, attacked, frozen):
@@ -241,9 +203,10 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     select, final = select[:args.select_n or None], final[:args.eval_n or None]
     when = {d + 1 for d in args.lr_decays if d < args.epochs} | {args.epochs}
     mark = {"A": hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16], "fingerprint": data.fingerprint()}
-    state = common.load(run / "last.pt", (*mark, "optimizer", "log", "best")) if (run / "last.pt").exists() else None
-    if state and any(state[k] != v for k, v in mark.items()):
-        raise UserError(f"{run / 'last.pt'} was trained with another A or other data: name this run with --run, or --force")
+    state = common.load(run / "last.pt", (*mark, "args", "optimizer", "log", "best")) if (run / "last.pt").exists() else None
+    if state and any(state[k] != v for k, v in {**mark, "args": common.identity(args)}.items()):
+        raise UserError(f"{run / 'last.pt'} was trained with another A, other data or other flags "
+                        f"({common.differing(state['args'], common.identity(args))}): name this run with --run, or --force")
     log, best = (state["log"], state["best"]) if state else ([], None)
     if state:
         say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
@@ -285,50 +248,8 @@ def conclude(run, model, data, index, args, log, about):
         common.save(run / "robust.pt", {"index": index, "clean": clean, "robust": robust})
         common.write_json(run / "result.json", result)
     common.remove(run / "chunks")
+    common.end_run(run)
     return result
-
-
-def ranking(args, data):
-    """The scores (N,) of args.metric, and what result.json says of them, from rank.py's scores.pt for this data and network;
-    runs rank.py when it is missing. Scores of another number of epochs (or other flags) are used, and that is said."""
-    path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
-    command = rank_command(args)
-    if not path.exists():
-        if world() > 1:
-            raise UserError(f"--order {args.order} needs {path}: first run python rank.py {' '.join(command)}")
-        say(f"no {path}: ranking the examples first (python rank.py {' '.join(command)})")
-        if subprocess.run([sys.executable, str(HERE / "rank.py"), *command]).returncode:
-            raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message is above")
-    found = common.load(path, ("fingerprint", "args", "epochs"))
-    datasets.check_fingerprint(data, found["fingerprint"], path)
-    differ = [f"{k} {v} there, {getattr(args, k)} here" for k, v in found["args"].items()
-              if k not in ("seed", "metrics") and getattr(args, k) != v]
-    if differ:
-        say(f"note: {path} was made with other flags ({'; '.join(differ)}); python rank.py {' '.join(command)} --force remakes it")
-    if args.metric not in found:
-        raise UserError(f"{path} has no {args.metric}: first run python rank.py {' '.join(command)} --force")
-    scores = found[args.metric]
-    said = {"metric": args.metric, "epochs": found["epochs"], "scores": results.scores_hash(scores.numpy())}
-    if args.metric == "vog" and args.split == "esat":  # gradients differ in size between classes (Agarwal et al. 2022)
-        scores = within_class(scores, data.train.y)
-    return scores, said
-
-
-def within_class(scores, y):
-    """Scores (N,) normalised to mean 0 and standard deviation 1 within each class of y."""
-    mean = class_means(scores, y, int(y.max()) + 1)
-    std = class_means((scores.double() - mean[y])**2, y, len(mean)).sqrt()
-    return (scores.double() - mean[y]) / std[y].clamp_min(1e-12)
-
-
-def rank_command(args):
-    """The arguments with which rank.py makes the ranking that these flags of sat.py ask for."""
-    words = ["--config", str(args.config)]
-    for flag in (flag for group in flags.SCRIPTS["rank.py"] if group != "ranking" for flag, *_ in flags.FLAGS[group]):
-        dest = flag[2:].replace("-", "_")
-        if dest not in ("seed", "run", "force") and (value := getattr(args, dest)) != args.base[dest]:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def command_line(argv=None):
@@ -338,21 +259,31 @@ def command_line(argv=None):
     args = flags.parse(parser, argv)
     args.classes = args.classes and sorted(set(args.classes))
     sized = [f for f in ("frac", "size", "classes") if getattr(args, f) is not None]
-    if args.split in ("none", "full") and sized or args.split == "esat" and args.classes:
-        raise UserError(f"--split {args.split} takes no --{sized[-1]}")
-    if args.split in ("esat", "csat") and len(sized) != 1:
-        raise UserError(f"--split {args.split} needs one of --frac, --size{' and --classes' * (args.split == 'csat')}; "
-                        f"given: {', '.join(sized) or 'none'}")
+    parted = args.split in ("esat", "csat")
+    if not parted and (sized or args.scores) or args.split == "esat" and args.classes:
+        raise UserError(f"--split {args.split} takes no --{[*sized, *['scores'] * bool(args.scores)][-1]}")
+    if len(sized) > 1:
+        raise UserError(f"--split {args.split} takes one of --frac, --size{' and --classes' * (args.split == 'csat')}; "
+                        f"given: {', '.join(sized)}")
+    if parted and not sized:
+        args.frac = 0.5
+    if args.order == "redrawn" and args.split == "csat":
+        raise UserError("--order redrawn draws single examples: it goes with --split esat")
+    if args.scores and (args.classes or args.order not in ("hardest", "easiest")):
+        raise UserError("--scores goes with --order hardest or easiest, and without --classes")
+    args.own_scores = subset.read_scores(args.scores) if args.scores else None
+    args.scores = args.scores and results.scores_hash(args.own_scores.numpy())  # what it holds, not where it lies
     return args
 
 
 def run_folder(args):
     """The folder of the run that these flags describe, and whether it is finished."""
-    lead, told = [args.split], {"split", "frac", "size", "classes", "order", "metric", "weight", "weight_factor"}
+    lead, told = [args.split], {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor"}
     if args.classes:
         lead += args.classes
     elif args.split in ("csat", "esat"):
-        lead += [args.order, args.size or args.frac] + [args.metric] * (args.metric != "entropy" and args.order != "random")
+        by = [f"scores={args.scores}"] if args.scores else [args.metric] * (args.metric != "entropy")
+        lead += [args.order, args.size or args.frac, *(by if args.order in ("hardest", "easiest") else [])]
     if args.weight_factor or args.weight != "vanilla":
         lead.append(f"w{args.weight_factor}" if args.weight_factor else args.weight)
     return common.run_dir(args, lead, told)
@@ -363,21 +294,22 @@ def main(argv=None):
     args = command_line(argv)
     run, finished = run_folder(args)
     if finished:
-        say(f"{run} is finished (--force repeats it)\n{evaluate.head_line(common.read_json(run / 'result.json'))}")
-        return
+        return say(evaluate.finished(run))
     device = common.set_up(args)
     data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
+    evaluate.settings(args, data), evaluate.settings(args, data, "select")  # before the work
     y, amount, scores, ranked = data.train.y, args.frac or args.size, None, None
-    if amount and args.order != "random":
-        how_many(amount, *((len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")))  # before the work
-        scores, ranked = ranking(args, data)
+    if amount and args.order in ("hardest", "easiest"):
+        subset.how_many(amount, *((len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")))  # before the work
+        scores, ranked = (args.own_scores, {"scores": args.scores}) if args.scores else subset.ranking(args, data)
     A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order, scores=scores, seed=args.seed)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes = [data.classes[c] for c in y[A].unique()] if args.split == "csat" else None
     say(f"SAT on {data.name} ({len(y):,} training images, {len(data.classes)} classes): |A| = {int(A.sum()):,} ({A.float().mean():.1%}), "
         f"w_A {w_A:.3g}; {args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {run}")
-    common.start_run(run, args)
+    if common.start_run(run, args):
+        return say(evaluate.finished(run))
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
     result = fit(run, model, data, A, w_A, args, device, A_classes, ranking=ranked)

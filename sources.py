@@ -62,18 +62,25 @@ def smaller(name, root):
 def packed(path):
     """A data set from its <name>.pt."""
     found = load(path, ("train", "test", "classes"))
-    parts = []
+    parts, classes = [], found["classes"]
+    if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes) and len(set(classes)) == len(classes) > 1):
+        raise UserError(f"{path}: classes must be a list of two or more different names")
     for s in ("train", "test"):
         x, y = (found[s].get(k) if isinstance(found[s], dict) else None for k in "xy")
         if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 4 and isinstance(y, torch.Tensor)
                 and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y)):
             raise UserError(f"{path}: {s} must hold x, uint8 (N, C, H, W), and y, int64 (N,)")
-        if y.min() < 0 or y.max() >= len(found["classes"]):
-            raise UserError(f"{path}: {s} has labels outside 0..{len(found['classes']) - 1}, its classes")
-        if len(y.unique()) < len(found["classes"]) and s == "train":
-            raise UserError(f"{path}: {len(found['classes']) - len(y.unique())} of its {len(found['classes'])} classes have no training image")
+        if not 1 <= x.shape[1] <= 4 or x.shape[2] < 5:
+            raise UserError(f"{path}: {s} has images of {x.shape[1]} channels and {x.shape[2]} x {x.shape[3]} pixels; valid: 1 to 4 "
+                            "channels, 5 x 5 pixels or more (AutoAttack's Square)")
+        if y.min() < 0 or y.max() >= len(classes):
+            raise UserError(f"{path}: {s} has labels outside 0..{len(classes) - 1}, its classes")
+        if len(y.unique()) < len(classes) and s == "train":
+            raise UserError(f"{path}: {len(classes) - len(y.unique())} of its {len(classes)} classes have no training image")
         parts.append((x, y))
-    return *parts, [str(c) for c in found["classes"]]
+    if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        raise UserError(f"{path}: train has images {tuple(parts[0][0].shape[1:])} and test {tuple(parts[1][0].shape[1:])}; they must agree")
+    return *parts, classes
 
 
 def class_files(folder, classes):
@@ -89,11 +96,7 @@ def class_files(folder, classes):
 
 def in_memory(paths):
     """The images of `paths`, all of one size, as a uint8 tensor (N, 3, H, W)."""
-    images = []
-    for path in progress(paths, desc=f"reading {paths[0].parent.parent}", unit="image"):
-        images.append(np.asarray(open_image(path)))
-        if images[-1].shape != images[0].shape:
-            raise UserError(f"{path} is {images[-1].shape[:2]} pixels, {paths[0]} {images[0].shape[:2]}: small images must be of one size")
+    images = [np.asarray(open_image(p)) for p in progress(paths, desc=f"reading {paths[0].parent.parent}", unit="image")]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -124,9 +127,15 @@ def image_folder(root, wanted=None, titles=None):
         raise UserError(f"{parts[1]} has class folders that {parts[0]} lacks: {', '.join(sorted(set(names[1]) - set(names[0]))[:10])}")
     classes = wanted or names[0]
     (train, y), (test, y_test) = (class_files(part, classes) for part in parts)
-    if max(open_image(train[0]).size) <= SMALL:
+    if max(side := open_image(train[0]).size) <= SMALL and all(open_image(path).size == side for path in [*train, *test]):
         train, test = in_memory(train), in_memory(test)
     return (train, y), (test, y_test), titles or classes
+
+
+def listing(folder):
+    """A hash of the names and sizes of the files of an image folder: whether it has changed since it was packed."""
+    files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def svhn(root, download):
@@ -191,6 +200,8 @@ def publisher(name, root):
         except RuntimeError:  # not there, or not whole: torchvision checks their sums
             say(f"downloading {name} to {root}")
             return read(root, True)
+    except UserError:
+        raise
     except (OSError, RuntimeError, KeyError, ValueError) as e:
         raise UserError(f"no {name} under {root} and no download ({' '.join(str(e).split())[:80]}): put {FILES[name]}, or {name}.pt, "
                         f"or image folders {name}/train/<class>/ and {name}/test/<class>/ there, or name their folder with --data-dir") from None
@@ -198,13 +209,18 @@ def publisher(name, root):
 
 def find(name, root):
     """(train, test, classes) of the data set `name` under the folder `root`; keeps what is slow to read as <name>.pt."""
-    path = root / f"{name}.pt"
+    path, folder = root / f"{name}.pt", root / name
     if name in DIGITS:
         return digits(name)
-    if path.exists():
+    has_folder = name != "imagenet200" and (folder / ("" if name not in TABLE_1 else "train")).is_dir()
+    listed = listing(folder) if has_folder else ""
+    stale = path.exists() and has_folder and load(path, ("classes",)).get("folder", listed) != listed
+    if stale:
+        say(f"{folder} has changed since {path} was made of it: reading it again")
+    if path.exists() and not stale:
         found = packed(path)
-    elif name != "imagenet200" and (root / name / ("" if name not in TABLE_1 else "train")).is_dir():
-        found = image_folder(root / name)
+    elif has_folder:
+        found = image_folder(folder)
     elif name in SMALLER:
         found = smaller(name, root)
     elif name in TABLE_1:
@@ -221,10 +237,11 @@ def find(name, root):
             say(f"warning: {name} here has {len(y):,} / {len(y_test):,} images, the paper's (Table 1) {counts[0]:,} / {counts[1]:,}")
     if isinstance(x, torch.Tensor) and x.shape[2] != x.shape[3]:
         raise UserError(f"{name} under {root} has images of {x.shape[2]} x {x.shape[3]} pixels: small images must be square")
-    if not path.exists() and isinstance(x, torch.Tensor):
+    if (stale or not path.exists()) and isinstance(x, torch.Tensor):
         try:
-            save(path, {"train": {"x": x, "y": y}, "test": {"x": x_test, "y": y_test}, "classes": classes})
-            say(f"wrote {path}, which is read from now on (delete it when the images change)")
+            kept = {"train": {"x": x, "y": y}, "test": {"x": x_test, "y": y_test}, "classes": classes}
+            save(path, {**kept, "folder": listed} if has_folder else kept)
+            say(f"wrote {path}, which is read from now on")
         except UserError as e:
             say(f"warning: {e}; the images will be read one by one again next time")
     return found

@@ -11,15 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import attacks
 import bench
 import data as datasets
 import evaluate
+import flags
+import picture
 import rank
 import report
 import sat
 import sources
+import subset
 import transfer
 from common import UserError
 from conftest import HERE, QUICK, script, write_images, write_jpeg
@@ -318,7 +322,16 @@ BAD = {
     "frac of no class": (["--split", "csat", "--frac", "0.01"], "makes 0; it must be 1 to 10"),
     "size above N": (["--split", "esat", "--size", "1298"], "it must be 1 to 1297"),
     "too many classes": (["--split", "csat", "--size", "11"], "it must be 1 to 10"),
-    "no size": (["--split", "esat"], "needs one of --frac, --size"),
+    "redrawn classes": (["--split", "csat", "--order", "redrawn"], "it goes with --split esat"),
+    "scores for full": (["--split", "full", "--scores", "x.npy"], "takes no --scores"),
+    "scores at random": (["--scores", "x.npy", "--order", "random"], "--scores goes with --order hardest or easiest"),
+    "scores that are missing": (["--scores", "x.npy"], "--scores x.npy: [Errno 2] No such file"),
+    "norm without eps": (["--norm", "linf", "--step-size", "0.01"], "--norm linf needs --eps of its own"),
+    "norm without a step size": (["--norm", "linf", "--eps=0.03"], "--norm linf needs --step-size of its own"),
+    "huge lr": (["--lr", "1e308"], "'1e308' is not a finite number above 0 and at most 1e+30"),
+    "huge weight": (["--weight-factor", "1e300"], "at most 1e+30"),
+    "threads of no machine": (["--threads", "10000"], "'10000' is not a whole number of at least 0 and at most"),
+    "results nowhere": (["--results", ""], "an empty text is no folder"),
     "two sizes": (["--split", "esat", "--frac", "0.5", "--size", "3"], "given: frac, size"),
     "classes for esat": (["--split", "esat", "--classes", "3"], "takes no --classes"),
     "size for full": (["--split", "full", "--size", "3"], "takes no --size"),
@@ -367,7 +380,8 @@ OTHERS = {  # main, arguments, message
     "transfer of nothing": (transfer.main, [], "the following arguments are required: checkpoint"),
     "transfer attacks nothing": (transfer.main, ["x.pt", "--attack", "pgd"], "unrecognized arguments: --attack pgd"),
     "evaluate nothing": (evaluate.main, [], "the following arguments are required: checkpoint"),
-    "evaluate a folder": (evaluate.main, ["."], ". is truncated or not a file of this project"),
+    "evaluate a folder": (evaluate.main, ["."], ". is a folder: give the checkpoint in it, say best.pt"),
+    "a picture of text": (picture.main, ["x.pt", "--out", "x.txt"], "'x.txt' is not the name of a PNG file"),
     "report of nothing": (report.main, ["--results", "nowhere"], "nowhere"),
     "data is a path": (datasets.main, ["../x"], "not a plain name"),
     "data unknown": (datasets.main, ["mnist"], "no data set 'mnist'"),
@@ -399,10 +413,11 @@ def test_every_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 @pytest.mark.parametrize("text,message", [
     ("learning-rate: 1", "unknown key 'learning-rate'; valid keys: amp, arch"), ("lr: fast", "lr: 'fast' is not a finite number|'fast' is not a finite number"),
-    ("epochs: 2.5", "'2.5' is not a whole number"), ("split: half", "invalid choice: 'half'"), ("lr: true", "lr: True is not a value"),
-    ("random-start: 1", "random-start: 1 is not a value"), ("lr: ", "lr: None is not a value"), ("lr: {a: 1}", "is not a value"),
-    ("- lr", "flat list"), ("lr: [", "cannot read the config"), ("!!python/object/apply:os.system ['touch pwned']", "cannot read the config"),
-    ("lr: [0.1, 0.2]", "unrecognized arguments"),
+    ("epochs: 2.5", "'2.5' is not a whole number"), ("split: half", "invalid choice: 'half'"), ("lr: true", "lr: 'true' is not a finite number|'true' is not a finite number"),
+    ("random-start: 1", "random-start: '1' is not a value"), ("lr: ", "lr: '' is not a value"), ("lr: 0.1\nlr: 0.2", "lr stands there more than once"),
+    ("epochs: 1:30", "'1:30' is not a whole number"), ("norm: linf\neps: 0.03", "norm linf needs --step-size of its own"), ("lr: {a: 1}", "is not a value"),
+    ("- lr", "flat list"), ("lr: [", "cannot read the config"), ("!!python/object/apply:os.system ['touch pwned']", "flat list"),
+    ("lr: [0.1, 0.2]", "is not a value of this flag"),
 ])
 def test_bad_config(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -423,13 +438,170 @@ class Malicious:
         return os.system, (f"touch {self.root}/pwned",)
 
 
+def pack(root, name, *, x=None, x_test=None, y=None, classes=("a", "b")):
+    """<root>/<name>.pt of eight 3x8x8 images, but for what is given."""
+    plain = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
+    y = torch.arange(8) % 2 if y is None else y
+    parts = {"train": {"x": plain if x is None else x, "y": y}, "test": {"x": plain if x_test is None else x_test, "y": torch.arange(8) % 2}}
+    torch.save({**parts, "classes": list(classes) if isinstance(classes, tuple) else classes}, root / f"{name}.pt")
+
+
+@pytest.mark.parametrize("how,message", [
+    ({"x_test": torch.zeros(8, 1, 8, 8, dtype=torch.uint8)}, "train has images (3, 8, 8) and test (1, 8, 8)"),
+    ({"x_test": torch.zeros(8, 3, 16, 16, dtype=torch.uint8)}, "train has images (3, 8, 8) and test (3, 16, 16)"),
+    ({"x": torch.zeros(8, 3, 0, 0, dtype=torch.uint8)}, "0 x 0 pixels; valid: 1 to 4 channels, 5 x 5 pixels or more"),
+    ({"classes": ("a", "a")}, "two or more different names"), ({"classes": "ab"}, "two or more different names"),
+    ({"classes": 3}, "two or more different names"), ({"classes": ("a",), "y": torch.zeros(8, dtype=torch.int64)}, "two or more different names"),
+    ({"y": torch.arange(8) % 3}, "labels outside 0..1"), ({"y": torch.arange(8) % 2 - 1}, "labels outside 0..1"),
+])
+def test_bad_packs(how, message, tmp_path):
+    pack(tmp_path, "good"), pack(tmp_path, "bad", **how)
+    assert len(sources.find("good", tmp_path)[2]) == 2
+    with pytest.raises(UserError, match=re.escape(message)):
+        sources.find("bad", tmp_path)
+
+
+def test_a_folder_that_has_changed_is_read_again(tmp_path, capsys):
+    write_images(tmp_path / "pets")
+    assert sources.find("pets", tmp_path)[2] == ["cat", "dog"] and (tmp_path / "pets.pt").exists()
+    capsys.readouterr()
+    sources.find("pets", tmp_path)
+    assert "reading it again" not in capsys.readouterr().out
+    for part in ("train", "test"):
+        shutil.copytree(tmp_path / "pets" / part / "dog", tmp_path / "pets" / part / "emu")
+    assert sources.find("pets", tmp_path)[2] == ["cat", "dog", "emu"] and "has changed" in capsys.readouterr().out
+
+
+def test_small_images_of_unequal_sizes_are_streamed(tmp_path):
+    write_images(tmp_path / "mixed", side=32)
+    write_jpeg(tmp_path / "mixed" / "train" / "cat" / "large.jpg", size=(80, 60))
+    (train, _), (test, _), _ = sources.find("mixed", tmp_path)
+    assert isinstance(train, list) and isinstance(test, list) and not (tmp_path / "mixed.pt").exists()
+
+
+def test_attacks_refuse_what_they_would_misread():
+    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    calls = [lambda x, y, **how: attacks.pgd(model, x, y, **{"eps": 0.5, "step_size": 0.1, **how}),
+             lambda x, y, **how: attacks.fgsm_rs(model, x, y, **{"eps": 0.5, **how}),
+             lambda x, y, **how: attacks.autoattack(model, x, y, **{"eps": 0.5, "attacks": ["apgd-ce"], **how})]
+    for call in calls:
+        for bad in (255 * x, x - 0.5, x * float("nan")):
+            with pytest.raises(ValueError, match=r"not in \[0, 1\]: give pixels, and put the normalisation into the model"):
+                call(bad, y)
+        for images, labels, how, message in ((x, y, {"eps": -0.1}, "eps = -0.1"), (x, y, {"eps": math.inf}, "eps = inf"), (x, y, {"norm": "l1"}, "'l1'"),
+                                             ((255 * x).byte(), y, {}, "as floats"), (x, y.float(), {}, "int64"), (x, y[:3], {}, "a label for each"),
+                                             (x[0], y[:1], {}, r"\(N, C, H, W\)")):
+            if call is not calls[2] or images.is_floating_point():  # AutoAttack's wrapper converts
+                with pytest.raises(ValueError, match=message):
+                    call(images, labels, **how)
+    for how in ({"steps": -1}, {"step_size": -0.1}, {"step_size": math.nan}):
+        with pytest.raises(ValueError, match="0 or more"):
+            calls[0](x, y, **how)
+    for n_classes, chosen in ((3, ["apgd-t"]), (5, []), (5, ["pgd"])):
+        with pytest.raises(ValueError, match="valid are apgd-ce"):
+            attacks.autoattack(nn.Sequential(nn.Flatten(), nn.Linear(64, n_classes)), x, y, eps=0.5, attacks=chosen)
+
+
+def test_choosing_A_refuses_what_it_would_misread():
+    y, good = torch.arange(6) % 2, torch.rand(6)
+    for how in ({"split": "ESAT"}, {"order": "hard"}, {"scores": good[:5]}, {"scores": good * math.nan}, {"scores": good / 0}, {"scores": None}):
+        with pytest.raises(ValueError):
+            subset.choose_A(**{"split": "esat", "y": y, "classes": ["a", "b"], "amount": 2, "scores": good, **how})
+    with pytest.raises(ValueError, match="one weight an example"):
+        sat.sat_loss(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64), torch.ones(4, 1))
+
+
+def test_no_attack_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pack(tmp_path, "two", x=torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
+    data = ["--dataset", "two", "--data-dir", ".", "--split", "full", "--augment", "none", "--batch-size", "4"]
+    for flag in ("--eval-attacks", "--select-attacks"):
+        with pytest.raises(UserError, match=f"{flag}: apgd-t on 2 classes: valid are apgd-ce fab-t square"):
+            sat.main([*data, flag, "apgd-t"])
+    assert not (tmp_path / "results").exists()
+
+
+def test_scores_of_ones_own(tmp_path):
+    values = np.array([0.3, -1.0, 7.0, 2.5])
+    np.save(tmp_path / "a.npy", values), np.savez(tmp_path / "a.npz", scores=values), torch.save(torch.from_numpy(values), tmp_path / "a.pt")
+    order = np.array([2, 3, 0, 1])  # hardest first
+    np.save(tmp_path / "order.npy", order)
+    for name in ("a.npy", "a.npz", "a.pt", "order.npy"):
+        scores = subset.read_scores(tmp_path / name)
+        assert scores.argsort(descending=True).tolist() == order.tolist() and scores.dtype == torch.float64
+    np.savez(tmp_path / "two.npz", a=values, b=values), np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / "matrix.npy", np.ones((2, 2))), torch.save({"entropy": torch.ones(3)}, tmp_path / "dict.pt")
+    torch.save(Malicious(tmp_path), tmp_path / "bad.pt")
+    for name in ("two.npz", "objects.npy", "matrix.npy", "dict.pt", "bad.pt"):
+        with pytest.raises(UserError, match=f"{name}: .*valid: a .pt tensor"):
+            subset.read_scores(tmp_path / name)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_run_by_scores_of_ones_own(tmp_path, monkeypatch):
+    """What the file holds, not its name, is in the run's identity; no ranking is trained."""
+    monkeypatch.chdir(tmp_path)
+    scores = torch.arange(1297) % 100 + torch.arange(1297) / 1e4
+    torch.save(scores, "mine.pt"), torch.save(scores, "same.pt"), torch.save(-scores, "other.pt"), torch.save(scores[:9], "short.pt")
+    folders = [sat.run_folder(sat.command_line(["--scores", f"{name}.pt"]))[0] for name in ("mine", "same", "other")]
+    assert folders[0] == folders[1] != folders[2] and "scores=" in folders[0].name
+    sat.main(["--scores", "mine.pt", "--size", "40", *QUICK, "--epochs", "1"])
+    result = json.loads(next(Path("results").glob("digits/*/result.json")).read_text())
+    assert result["A"] == 40 and result["ranking"]["scores"] == result["args"]["scores"] and not list(Path("results").glob("*/rank*"))
+    with pytest.raises(UserError, match="1,297 finite numbers"):
+        sat.main(["--scores", "short.pt", *QUICK])
+
+
+def test_linf_config_is_cifar10s_under_another_threat_model():
+    plain, linf = (flags.from_yaml(HERE / "configs" / f"{name}.yaml") for name in ("cifar10", "cifar10-linf"))
+    assert {k for k in linf if linf[k] != plain.get(k)} == {"norm", "eps", "step_size"} and set(linf) == set(plain)
+    assert (linf["eps"], linf["step_size"]) == pytest.approx((8 / 255, 2 / 255))
+
+
+def test_evaluate_under_another_norm_needs_its_own_eps(pipeline):
+    best = str(pipeline / "digits0-4" / "b" / "best.pt")
+    with pytest.raises(UserError, match="--norm linf needs an --eps of its own: the checkpoint's 0.5 is in l2"):
+        evaluate.main([best, "--norm", "linf"])
+
+
+def test_edited_results_and_checkpoints(pipeline, tmp_path):
+    """A finished run's files that somebody has edited: one line, never a traceback or a number."""
+    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2", "--split", "csat", "--size", "2", "--run", "b"]
+    for text in ("[]", "{}", "null", '{"settings": 1, "accuracy": 2}', "{"):
+        shutil.rmtree(tmp_path / "digits0-4", ignore_errors=True)
+        shutil.copytree(pipeline / "digits0-4" / "b", tmp_path / "digits0-4" / "b")
+        (tmp_path / "digits0-4" / "b" / "result.json").write_text(text)
+        with pytest.raises(UserError):
+            sat.main([*argv, "--results", str(tmp_path)])
+        with pytest.raises(UserError):
+            transfer.main([str(tmp_path / "digits0-4" / "b" / "best.pt"), "--config", str(HERE / "configs/transfer/digits5-9.yaml")])
+    best = torch.load(pipeline / "digits0-4" / "b" / "best.pt", weights_only=True)
+    for key, value in (("args", []), ("args", {}), ("classes", 3), ("A_classes", ["zebra"]), ("epoch", None), ("model", {}), ("arch", "vgg"), ("head", 7)):
+        torch.save({**best, key: value}, tmp_path / "edited.pt")
+        if key != "head":
+            with pytest.raises(UserError):
+                evaluate.main([str(tmp_path / "edited.pt")])
+
+
+def test_scores_that_are_not_finite(pipeline, tmp_path):
+    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2", "--split", "esat", "--results", str(tmp_path)]
+    shutil.copytree(pipeline / "digits0-4" / "rank-preactresnet8-seed0", tmp_path / "digits0-4" / "rank-preactresnet8-seed0")
+    path = tmp_path / "digits0-4" / "rank-preactresnet8-seed0" / "scores.pt"
+    found = torch.load(path, weights_only=True)
+    for entropy in (found["entropy"] * math.nan, found["entropy"] / 0, found["entropy"][:9]):
+        torch.save({**found, "entropy": entropy}, path)
+        with pytest.raises(UserError, match="scores.pt: its entropy must be a tensor of 649 finite numbers"):
+            sat.main(argv)
+
+
 def bad_files(root):
     """name -> (main, argv, message) over files in `root`."""
     write_images(root / "a" / "no_test", classes=("x",)), write_images(root / "a" / "uneven"), write_images(root / "a" / "torn")
     shutil.rmtree(root / "a" / "no_test" / "test"), shutil.rmtree(root / "a" / "uneven" / "test" / "dog")
     (root / "a" / "torn" / "train" / "cat" / "1.png").write_bytes(b"\x89PNG not")
     (root / "a" / "short.pt").write_bytes(b"PK\x03\x04 short")
-    torch.save({"train": {"x": torch.zeros(2, 3, 8, 8), "y": torch.zeros(2)}, "test": {}, "classes": ["a"]}, root / "a" / "floats.pt")
+    torch.save({"train": {"x": torch.zeros(2, 3, 8, 8), "y": torch.zeros(2)}, "test": {}, "classes": ["a", "b"]}, root / "a" / "floats.pt")
     torch.save({"some": "thing"}, root / "foreign.pt")
     torch.save(["no", "dict"], root / "list.pt")
     with open(root / "pickle.pt", "wb") as f:

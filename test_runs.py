@@ -1,6 +1,5 @@
 """Runs as processes: stopped, killed, resumed, several at once, and the list of all runs.    python -m pytest -q test_runs.py"""
 import functools
-import json
 import math
 import os
 import shlex
@@ -14,9 +13,10 @@ import pytest
 import torch
 
 import common
-import data as datasets
 import flags
 import rank
+import report
+import results
 import run_all
 import sat
 import transfer
@@ -248,10 +248,10 @@ def test_run_all_with_torchrun_and_a_wrong_section():
 
 def test_folders_that_run_all_expects_are_those_that_the_scripts_make(monkeypatch):
     monkeypatch.setattr(flags, "from_yaml", functools.cache(flags.from_yaml))
-    for figure, script, folder, done, _, argv in run_all.stages(run_all.SECTIONS, [], "results"):
-        if script == "sat.py":
+    for _, kind, folder, done, _, argv in run_all.stages(run_all.SECTIONS, [], "results"):
+        if kind == "sat.py":
             assert sat.run_folder(sat.command_line(argv))[0].as_posix() == folder
-        elif script == "transfer.py":
+        elif kind == "transfer.py":
             args = transfer.command_line(argv)
             assert (args.results / args.dataset / args.run).as_posix() == folder and "result.json" == done
         else:
@@ -399,3 +399,66 @@ def test_full_disk(undisturbed, tmp_path):
     (tmp_path / "file").write_text("")
     done = script("rank.py", *argv, "--results", tmp_path / "file" / "r")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# --- one run, one folder -----------------------------------------------------------------------------------------------
+
+def test_force_keeps_the_old_run_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    argv = ["--split", "none", *QUICK, "--results", str(tmp_path), "--run", "r"]
+    sat.main(argv)
+    folder, old = tmp_path / "digits" / "r", tmp_path / "digits" / ".old-r"
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    real = common.save
+    monkeypatch.setattr(common, "save", lambda path, value: (_ for _ in ()).throw(UserError(f"cannot write {path}: the disk is full")))
+    with pytest.raises(UserError, match="disk is full"):
+        sat.main([*argv, "--force"])
+    assert {p.name: p.read_bytes() for p in old.iterdir()} == before and not (folder / "result.json").exists()
+    assert not results.found(tmp_path, "result.json"), "neither is reported"
+    monkeypatch.setattr(common, "save", real)
+    sat.main(argv)  # the repeat goes on without --force
+    assert (folder / "result.json").exists() and not old.exists()
+
+
+def test_two_equal_commands_at_once_make_one_run(tmp_path):
+    command = [sys.executable, str(HERE / "sat.py"), "--split", "none", *QUICK, "--results", str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=300) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    out = "".join(o for o, _ in said)
+    assert out.count("epoch 2:") == 1 and out.count("is being made by another process: waiting for it") == 1 and out.count("is finished") == 1
+
+
+def test_a_checkpoint_of_other_flags_is_not_continued(tmp_path, monkeypatch):
+    """last.pt of another seed, network or learning rate, put into a run's folder: refused."""
+    argv = ["--split", "none", *QUICK, "--results", str(tmp_path)]
+    real = sat.conclude
+    monkeypatch.setattr(sat, "conclude", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    for run, how in (("a", []), ("b", ["--seed", "1"]), ("c", ["--lr", "0.01"])):
+        with pytest.raises(KeyboardInterrupt):
+            sat.main([*argv, "--run", run, *how])
+    monkeypatch.setattr(sat, "conclude", real)
+    for run, differs in (("b", "seed: 1 there, 0 now"), ("c", "lr: 0.01 there, 0.1 now")):
+        shutil.copy(tmp_path / "digits" / run / "last.pt", tmp_path / "digits" / "a" / "last.pt")
+        with pytest.raises(UserError, match=differs):
+            sat.main([*argv, "--run", "a"])
+    
+
+def test_folders_of_names_in_other_scripts_stay_distinct():
+    folder = lambda name: sat.run_folder(sat.command_line(["--split", "csat", "--classes", name]))[0].name
+    names = ["猫", "犬", "a b", "a/b", "a_b", "été"]
+    assert len({folder(n) for n in names}) == len(names) and folder("a_b") == "csat-a_b-seed0"
+    assert all("/" not in folder(n) and folder(n).isascii() for n in names)
+
+
+def test_a_loss_that_is_not_finite_names_the_flags_that_differ(tmp_path):
+    for how, suspect in ((["--weight-decay", "1e30", "--steps", "3"], "--weight-decay 1e+30 (config: 0.0005), --steps 3 (config: 7)"),
+                         (["--lr", "1e30"], "--lr 1e+30 (config: 0.1)")):
+        with pytest.raises(UserError, match="not finite") as e:
+            sat.main(["--split", "full", *QUICK, "--results", str(tmp_path), "--run", "r", "--force", *how])
+        assert f"Suspect {suspect}; give the mended run another name with --run, or --force" in str(e.value)
+    
+
+def test_a_lone_ranking_is_reported(tmp_path):
+    rank.main([*QUICK[:3], "--results", str(tmp_path)])
+    report.main(["--results", str(tmp_path)])
+    assert "digits: preactresnet8, 2 epochs" in (tmp_path / "tables.md").read_text()

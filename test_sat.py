@@ -19,6 +19,7 @@ import evaluate
 import models
 import rank
 import sat
+import subset
 from common import UserError
 from conftest import HERE, QUICK, net, images, GPU
 
@@ -239,7 +240,7 @@ def test_random_A_is_spread_over_the_batches():
 
 def test_class_order_is_by_mean_not_sum():
     y, scores = torch.tensor([0, 0, 0, 1]), torch.tensor([0.4, 0.4, 0.4, 0.5])
-    assert sat.class_means(scores, y, 2).tolist() == pytest.approx([0.4, 0.5])
+    assert subset.class_means(scores, y, 2).tolist() == pytest.approx([0.4, 0.5])
     assert sat.choose_A("csat", y, ["a", "b"], amount=1, scores=scores).tolist() == [False, False, False, True]
 
 
@@ -451,8 +452,8 @@ def test_only_A_is_attacked(trained):
     for flags in ({}, {"random_start": True}, {"attack": "fgsm-rs"}):
         how, seen = SimpleNamespace(**{**vars(args), "batch_size": 64, **flags}), []
         attack = sat.training_attack(model, how, torch.device("cpu"))
-        for subset in (in_A, torch.zeros(64, dtype=torch.bool)):
-            a = subset.nonzero().squeeze(1)
+        for part in (in_A, torch.zeros(64, dtype=torch.bool)):
+            a = part.nonzero().squeeze(1)
             start = sat.random_starts(how, x, a, 0, torch.Generator())
             sat.sat_step(lambda z: seen.append(z) or model(z), optimizer, x, y, a, w, functools.partial(attack, start=start))
         moved = (seen[0] - x).flatten(1).norm(dim=1)  # what the network was trained on
@@ -532,7 +533,7 @@ def test_vog_by_hand():
 
 def test_vog_orders_within_classes_and_averages_raw():
     y, scores = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1.0, 2, 3, 10, 20, 60])
-    z = sat.within_class(scores, y)
+    z = subset.within_class(scores, y)
     assert z[:3].tolist() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
     assert z[3:].mean().item() == pytest.approx(0, abs=1e-9) and z[3:].var(unbiased=False).item() == pytest.approx(1)
 
@@ -589,3 +590,26 @@ def test_transfer_leaves_the_backbone_unchanged(pipeline):
     assert [tuple(target["model"][f"head.{k}"].shape) for k in ("0.weight", "2.weight")] == [(64, 64), (5, 64)]
     result = json.loads((folder / "result.json").read_text())
     assert result["A"] == 0 and result["source"]["run"] == "a" and result["source"]["A"] == 324 and result["source"]["dataset"] == "digits0-4"
+
+
+# --- what later work may want ------------------------------------------------------------------------------------------
+
+def test_redrawn_attacks_other_examples_every_epoch(monkeypatch):
+    """The control at equal cost: as many examples as a fixed random A, others in each epoch, the same in a repeat."""
+    plans, real = [], sat.epoch_plan
+    monkeypatch.setattr(sat, "epoch_plan", lambda order, A, *a: plans.append(set(order.flatten()[A[order.flatten()]].tolist())) or real(order, A, *a))
+    data = datasets.get("digits", "data")
+    split, args = datasets.Split(data.train.x[:192], data.train.y[:192]), sat.command_line([*QUICK, "--order", "redrawn", "--steps", "1"])
+    A = sat.choose_A("esat", split.y, data.classes, amount=48, order="redrawn")
+    rows = [[s["row"]["attacked"] for s in sat.train(net(), split, A, 1.0, args, torch.device("cpu"))] for _ in range(2)]
+    assert rows == [[48, 48], [48, 48]] and plans[0] != plans[1] and plans[:2] == plans[2:] and len(plans[0] & plans[1]) < 24
+
+
+@pytest.mark.parametrize("arch,parameters,flop", [("preactresnet18", 11.17e6, 1.11e9), ("preactresnet18-authors", 21.33e6, 3.64e9)])
+def test_networks_have_the_sizes_that_the_authors_and_the_field_report(arch, parameters, flop):
+    from torch.utils.flop_counter import FlopCounterMode
+    model = net(channels=3, arch=arch).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3)
+    assert counter.get_total_flops() == pytest.approx(flop, rel=1e-2)

@@ -7,14 +7,16 @@ those of sat.py. The network is the checkpoint's, whatever --arch says.
 """
 from pathlib import Path
 
+import common  # first: Ctrl-C while torch loads ends in one line
 import torch
 
-import common
 import data as datasets
 import evaluate
 import flags
 from common import UserError, say
 from sat import fit
+
+SOURCE = ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint", "weights")  # what is told of the source run
 
 
 def command_line(argv=None):
@@ -29,11 +31,11 @@ def command_line(argv=None):
 def source_of(ckpt, path):
     """What the target's result says of its source run: names, weights, and the source's |A| and w_A from its result.json."""
     about = path.parent / "result.json"
-    result = common.read_json(about) if about.exists() else {}
+    result = common.read_json(about, SOURCE) if about.exists() else {}
     if result.get("weights") != evaluate.digest(ckpt["model"]):
         raise UserError(f"{about} {'was not made by' if result else 'is missing beside'} {path}: give the best.pt of a finished run of sat.py")
     return {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "weights": result["weights"],
-            **{k: result[k] for k in ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint")}}
+            "ranking": result.get("ranking"), **{k: result[k] for k in SOURCE if k != "weights"}}
 
 
 def main(argv=None):
@@ -48,17 +50,18 @@ def main(argv=None):
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
     run, finished = common.run_dir(args, [source["dataset"], source["run"]], {"source", "source_weights"})
     if finished:
-        say(f"{run} is finished (--force repeats it)\n{evaluate.head_line(common.read_json(run / 'result.json'))}")
-        return
+        return say(evaluate.finished(run))
     device = common.set_up(args)
     data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
+    evaluate.settings(args, data), evaluate.settings(args, data, "select")  # before the work
     if data.train.x.shape[1] != ckpt["model"]["mean"].shape[1]:
         raise UserError(f"{path} takes images of {ckpt['model']['mean'].shape[1]} channels, {data.name} has {data.train.x.shape[1]}")
     say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> {data.name} "
         f"({len(data.train):,} training images, {len(data.classes)} classes): features frozen, new head; {args.arch} on "
         f"{common.device_name(device)}, seed {args.seed} -> {run}")
-    common.start_run(run, args)
+    if common.start_run(run, args):
+        return say(evaluate.finished(run))
     torch.manual_seed(args.seed)
     model = model.transfer(len(data.classes)).to(device)
     nobody = torch.zeros(len(data.train), dtype=torch.bool)  # the head is trained on clean images; the target is not split

@@ -1,0 +1,142 @@
+"""The subset A: which examples are attacked, and the weight w_A of their loss (Sec. 3.2 and 3.3).
+
+By difficulty scores (rank.py's, or a file of one's own), at random, or by class. Nothing here trains.
+"""
+import subprocess
+import sys
+
+import numpy
+import torch
+
+import common
+import data as datasets
+import flags
+import results
+from common import HERE, UserError, say, world
+
+
+def how_many(amount, n, unit):
+    """|A| from a fraction (float) of n, or a number (int), of examples or classes. Raises UserError outside 1..n."""
+    k = round(amount * n) if isinstance(amount, float) else amount
+    if not 1 <= k <= n:
+        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
+    return k
+
+
+def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", scores=None, seed=0):
+    """The subset A as bool (N,), chosen once, before training (Sec. 3.3).
+
+    split: none, full, esat (examples) or csat (classes). amount: a fraction (float) or a number (int) of examples or
+    classes. order: hardest or easiest by `scores` (N,), higher = harder (a class counts by its mean, Eq. 3), ties by index;
+    or random, by seed (also redrawn, of which train() draws another every epoch). names: csat's classes by name instead. Raises UserError (a ValueError) for what cannot be chosen.
+    """
+    if split not in ("none", "full", "esat", "csat") or order not in flags.ORDERS:
+        raise UserError(f"split {split!r} by order {order!r}: valid are none, full, esat, csat and {', '.join(flags.ORDERS)}")
+    if split in ("none", "full"):
+        return torch.full(y.shape, split == "full")
+    if names:
+        unknown = sorted(set(names) - set(classes))
+        if unknown:
+            raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)}")
+        return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
+    n = len(classes) if split == "csat" else len(y)
+    k = how_many(amount, n, "classes" if split == "csat" else "examples")
+    if order in ("random", "redrawn"):
+        # A stream of its own: the batches of an epoch are dealt by a permutation drawn from the same seed.
+        first = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + 700_000))[:k]
+    else:
+        check_scores(scores, len(y))
+        if split == "csat":
+            scores = class_means(scores, y, n)
+        first = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
+    return torch.isin(y, first) if split == "csat" else torch.zeros(n, dtype=torch.bool).index_fill(0, first, True)
+
+
+def check_scores(scores, n, what="the scores"):
+    """UserError unless scores are n finite numbers."""
+    if not isinstance(scores, torch.Tensor) or scores.shape != (n,) or not scores.double().isfinite().all():
+        raise UserError(f"{what} must be a tensor of {n:,} finite numbers, one a training example, higher = harder")
+
+
+def class_means(scores, y, n_classes):
+    """Mean score of each class (Eq. 3, right): (N,), (N,) -> (n_classes,) float64."""
+    total = torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, scores.double())
+    return total / torch.bincount(y, minlength=n_classes)
+
+
+def weight_A(kind, n_A, n):
+    """w_A of Eq. 2, with w_B = 1, by |A| = n_A and N = n: vanilla 1, balanced |B|/|A|, emphasis (1 + 10 |A|/N) |B|/|A|
+    (Sec. 3.2 and 4.3: 2 |B|/|A| at 10 %, 10 |B|/|A| at 90 %), or the number `kind`. 1 when A or B is empty."""
+    if n_A in (0, n):
+        return 1.0
+    balanced = (n - n_A) / n_A
+    named = {"vanilla": 1.0, "balanced": balanced, "emphasis": (1 + 10 * n_A / n) * balanced}
+    return named[kind] if isinstance(kind, str) else kind
+
+
+def ranking(args, data):
+    """The scores (N,) of args.metric, and what result.json says of them, from rank.py's scores.pt for this data and network;
+    runs rank.py when it is missing. Scores of another number of epochs (or other flags) are used, and that is said."""
+    path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
+    command = rank_command(args)
+    if not path.exists():
+        if world() > 1:
+            raise UserError(f"--order {args.order} needs {path}: first run python rank.py {' '.join(command)}")
+        say(f"no {path}: ranking the examples first (python rank.py {' '.join(command)})")
+        if subprocess.run([sys.executable, str(HERE / "rank.py"), *command]).returncode:
+            raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message is above")
+    found = common.load(path, ("fingerprint", "args", "epochs"))
+    datasets.check_fingerprint(data, found["fingerprint"], path)
+    differ = [f"{k} {v} there, {getattr(args, k)} here" for k, v in found["args"].items()
+              if k not in ("seed", "metrics") and getattr(args, k) != v]
+    if differ:
+        say(f"note: {path} was made with other flags ({'; '.join(differ)}); python rank.py {' '.join(command)} --force remakes it")
+    if args.metric not in found:
+        raise UserError(f"{path} has no {args.metric}: first run python rank.py {' '.join(command)} --force")
+    scores = found[args.metric]
+    check_scores(scores, len(data.train), f"{path}: its {args.metric}")
+    said = {"metric": args.metric, "epochs": found["epochs"], "scores": results.scores_hash(scores.numpy())}
+    if args.metric == "vog" and args.split == "esat":  # gradients differ in size between classes (Agarwal et al. 2022)
+        scores = within_class(scores, data.train.y)
+    return scores, said
+
+
+def within_class(scores, y):
+    """Scores (N,) normalised to mean 0 and standard deviation 1 within each class of y."""
+    mean = class_means(scores, y, int(y.max()) + 1)
+    std = class_means((scores.double() - mean[y])**2, y, len(mean)).sqrt()
+    return (scores.double() - mean[y]) / std[y].clamp_min(1e-12)
+
+
+def rank_command(args):
+    """The arguments with which rank.py makes the ranking that these flags of sat.py ask for."""
+    words = ["--config", str(args.config)]
+    for flag in (flag for group in flags.SCRIPTS["rank.py"] if group != "ranking" for flag, *_ in flags.FLAGS[group]):
+        dest = flag[2:].replace("-", "_")
+        if dest not in ("seed", "run", "force") and (value := getattr(args, dest)) != args.base[dest]:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def read_scores(path):
+    """Scores of one's own, --scores FILE: a tensor (.pt) or an array (.npy, .npz with one array) of N numbers, higher = harder,
+    or N whole numbers that are an order of the indices 0 to N - 1, hardest first. Returns float64 (N,)."""
+    try:
+        if path.suffix == ".pt":
+            found = torch.load(path, weights_only=True, map_location="cpu").numpy()
+        else:
+            found = numpy.load(path, allow_pickle=False)
+            if isinstance(found, numpy.lib.npyio.NpzFile):
+                name, = found.files
+                found = found[name]
+        found = numpy.asarray(found).squeeze()
+        if found.ndim != 1 or found.dtype.kind not in "iuf":
+            raise ValueError(f"it holds {found.dtype} {found.shape}")
+    except Exception as e:  # numpy and torch raise many kinds on foreign files
+        why = " ".join(str(e).split())[:100]
+        raise UserError(f"--scores {path}: {why}; valid: a .pt tensor, a .npy or an .npz with one array, N numbers") from None
+    n = len(found)
+    if found.dtype.kind in "iu" and numpy.array_equal(numpy.sort(found), numpy.arange(n)):
+        order, found = found, numpy.empty(n)
+        found[order] = numpy.arange(n, 0, -1)
+    return torch.from_numpy(found.astype(numpy.float64))
