@@ -48,9 +48,10 @@ def single_class(runs, none, seeds, ranking):
     said = {c: verdict("above", gain[c], rs, none) for c, rs in single.items()}
     told = results.published()["fig2"]["robust_B_val"]
     low, high = (f(told, key=told.get) for f in (min, max))
+    of = lambda c: gain[c][0]
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes)",
            f"{told[low]:+.1f} ({low}) to {told[high]:+.1f} ({high})",
-           "; ".join(f"{c} {points(*gain[c])}" for c in sorted(gain, key=lambda c: -gain[c][0])),
+           " to ".join(f"{points(*gain[c])} ({c})" for c in (min(gain, key=of), max(gain, key=of))),
            ", ".join(f"{v}: {n}" for v in dict.fromkeys(said.values()) if (n := list(said.values()).count(v))) + " classes")
     order = results.published()["class_order_hardest_first"]["cifar10"]
     hard, easy = (next((c for c in single if results.NAMES.get(c, c) == name), None) for name in (order[0], order[-1]))
@@ -163,7 +164,7 @@ def claims(runs, ranks):
             *single_class(mine, none, seeds, ranking), *examples(mine, none, full, seeds, told),
             *clean_against_robust(mine, none, full, clean, told)]
         if rows:
-            tables[data, group] = rows, seeds
+            tables[data, group] = sorted(rows, key=lambda row: row[0][:3]), seeds
     return tables
 
 
