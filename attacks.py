@@ -1,7 +1,9 @@
-"""PGD and FGSM-RS for L2 and Linf, and the one wrapper of AutoAttack. Needs torch (and pyautoattack for the last) alone.
+"""PGD and FGSM-RS for L2 and Linf, and the one wrapper of AutoAttack. Needs torch (and pyautoattack for the
+last) alone.
 
-Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,), eps and step sizes in the same pixel units. `model` maps
-images to logits. Paper: Eq. 1 and 2 (the inner maximisation), Sec. A.1 (PGD-7), Sec. A.5 (FGSM-RS).
+Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,), eps and step sizes in the same pixel units.
+`model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), Sec. A.1 (PGD-7), Sec. A.5
+(FGSM-RS).
 """
 import contextlib
 import logging
@@ -29,7 +31,8 @@ def eval_mode(model):
 
 @contextlib.contextmanager
 def fixed_weights(model):
-    """No parameter asks for a gradient inside: backward passes go to the input alone, and .grad stays as it was."""
+    """No parameter asks for a gradient inside: backward passes go to the input alone, and .grad stays as it
+    was."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
@@ -53,7 +56,8 @@ def project(delta, eps, norm):
 
 
 def ascent(grad, norm):
-    """The direction of steepest ascent of length 1 in `norm`: g / ||g||_2, or sign(g). Zero where the gradient is."""
+    """The direction of steepest ascent of length 1 in `norm`: g / ||g||_2, or sign(g). Zero where the
+    gradient is."""
     return grad.sign() if norm == "linf" else grad / l2_norm(grad).clamp_min(TINY)
 
 
@@ -68,8 +72,8 @@ def random_start(x, eps, norm, generator=None):
 
 
 def pgd_step(model, x, y, delta, eps, step_size, norm):
-    """One iteration of PGD: delta (N, C, H, W), which must ask for a gradient, after a step of steepest ascent on the
-    cross-entropy, the projection onto the eps-ball and the clamp of x + delta to [0, 1]."""
+    """One iteration of PGD: delta (N, C, H, W), which must ask for a gradient, after a step of steepest
+    ascent on the cross-entropy, the projection onto the eps-ball and the clamp of x + delta to [0, 1]."""
     # Summed, not averaged: an example's gradient must not depend on the batch around it.
     loss = F.cross_entropy(model(x + delta).float(), y, reduction="sum")
     grad, = torch.autograd.grad(loss, delta)  # with respect to the input alone: no weight gradients are computed
@@ -78,11 +82,13 @@ def pgd_step(model, x, y, delta, eps, step_size, norm):
 
 
 def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step, values=True):
-    """Projected gradient ascent on the cross-entropy (Madry et al. 2018; paper, A.1). Returns the last iterate x + delta.
+    """Projected gradient ascent on the cross-entropy (Madry et al. 2018; paper, A.1). Returns the last
+    iterate x + delta.
 
-    It starts at delta = `start` (say random_start(x, eps, norm)), or at 0. The model is attacked in eval mode; its mode,
-    parameters and their .grad are left as they were. An empty batch, eps = 0 and zero gradients are valid. `step`: what
-    does one iteration, say a compiled pgd_step. Raises ValueError as check() does (`values` as there).
+    It starts at delta = `start` (say random_start(x, eps, norm)), or at 0. The model is attacked in eval
+    mode; its mode, parameters and their .grad are left as they were. An empty batch, eps = 0 and zero
+    gradients are valid. `step`: what does one iteration, say a compiled pgd_step. Raises ValueError as
+    check() does (`values` as there).
     """
     check(x, y, norm, eps, values)
     if steps < 0 or not 0 <= step_size < float("inf"):
@@ -98,7 +104,8 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd
 
 
 def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd_step, values=True):
-    """FGSM from a random start (Wong et al. 2020; paper, A.5): one step of 1.25 eps (or `step_size`), projected."""
+    """FGSM from a random start (Wong et al. 2020; paper, A.5): one step of 1.25 eps (or `step_size`),
+    projected."""
     check(x, y, norm, eps, values)
     start = random_start(x, eps, norm) if start is None else start
     step_size = 1.25 * eps if step_size is None else step_size
@@ -106,7 +113,8 @@ def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd
 
 
 class Watch(logging.Handler):
-    """Turns what pyautoattack logs into progress (debug lines) and into warnings, each kind of which is passed on once."""
+    """Turns what pyautoattack logs into progress (debug lines) and into warnings, each kind of which is
+    passed on once."""
 
     def __init__(self, progress, warn):
         super().__init__()
@@ -124,8 +132,8 @@ class Watch(logging.Handler):
 
 
 def usable(attacks, n_classes):
-    """The attacks that exist for this many classes: apgd-t's loss needs four (AutoAttack, DLR loss). Raises ValueError for
-    none, and for names that are not in STANDARD."""
+    """The attacks that exist for this many classes: apgd-t's loss needs four (AutoAttack, DLR loss). Raises
+    ValueError for none, and for names that are not in STANDARD."""
     found = [a for a in attacks if n_classes >= 4 or a != "apgd-t"]
     if not found or not set(attacks) <= set(STANDARD):
         raise ValueError(f"{' '.join(attacks) or 'no attack'} on {n_classes} classes: valid are {' '.join(usable(STANDARD, n_classes))}")
@@ -133,8 +141,8 @@ def usable(attacks, n_classes):
 
 
 def check(x, y, norm, eps, values=True):
-    """ValueError unless x, y, norm and eps are what an attack takes. `values`: that x lies in [0, 1] too, for which a GPU must
-    be waited for."""
+    """ValueError unless x, y, norm and eps are what an attack takes. `values`: that x lies in [0, 1] too, for
+    which a GPU must be waited for."""
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm {norm!r}: l2 or linf")
     if not 0 <= eps < float("inf"):
@@ -150,8 +158,9 @@ def check(x, y, norm, eps, values=True):
 def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
     """AutoAttack on one batch: (x_adv, clean, robust), clean and robust being bool (N,).
 
-    Raises FloatingPointError for logits that are not finite (the package would count them as robust), ArithmeticError for
-    an adversarial example outside the ball or the box and for a robust accuracy above the clean one.
+    Raises FloatingPointError for logits that are not finite (the package would count them as robust),
+    ArithmeticError for an adversarial example outside the ball or the box and for a robust accuracy above the
+    clean one.
     """
     from pyautoattack import AutoAttack
     check(x, y, norm, eps)
@@ -208,13 +217,15 @@ def keep(path, value):
 
 def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0, folder=None, rank=0, world=1,
                progress=lambda done, robust, text: None, warn=print):
-    """AutoAttack (Croce and Hein 2020): which examples are right (clean) and stay right (robust), two bool (N,) on the CPU.
+    """AutoAttack (Croce and Hein 2020): which examples are right (clean) and stay right (robust), two bool
+    (N,) on the CPU.
 
-    x: images, or anything whose slices x[i:j] are images. The examples are attacked in fixed chunks of `batch_size`, chunk
-    c seeded by seed + c: batch size and seed change the result, and belong beside it. `folder` keeps finished chunks, from
-    which a later call goes on: it belongs to this model, data and settings alone. Of several processes, number `rank` of
-    `world` does every world-th chunk; the flags of the other chunks are False, so that a sum over the processes gives all.
-    `progress(examples done, robust, what is going on)`. Errors: as attack_chunk.
+    x: images, or anything whose slices x[i:j] are images. The examples are attacked in fixed chunks of
+    `batch_size`, chunk c seeded by seed + c: batch size and seed change the result, and belong beside it.
+    `folder` keeps finished chunks, from which a later call goes on: it belongs to this model, data and
+    settings alone. Of several processes, number `rank` of `world` does every world-th chunk; the flags of the
+    other chunks are False, so that a sum over the processes gives all. `progress(examples done, robust, what
+    is going on)`. Errors: as attack_chunk.
     """
     flags = torch.zeros(2, len(y), dtype=torch.bool)  # clean, robust
     device, done = next(model.parameters()).device, 0

@@ -1,8 +1,10 @@
-"""Times one training step of SAT for several |A|/N against the cost model 3 + 14 |A|/N and against others' steps, on this machine.
+"""Times one training step of SAT for several |A|/N against the cost model 3 + 14 |A|/N and against others'
+steps, on this machine.
 
     python bench.py --arch preactresnet18 --compile
-Files in: none (random images). Prints a table; --json FILE also writes it. Beside ours, in the same run and interleaved:
-a naive baseline (attack everything, weight gradients computed in the attack) and, if installed, torchattacks' PGDL2.
+Files in: none (random images). Prints a table; --json FILE also writes it. Beside ours, in the same run and
+interleaved: a naive baseline (attack everything, weight gradients computed in the attack) and, if installed,
+torchattacks' PGDL2.
 """
 import argparse
 import copy
@@ -89,7 +91,8 @@ class Steps:
         self.plain_optimizer.step()
 
     def naive(self, amp):
-        """Attacks everything with loss.backward(), which computes the gradients of all weights in every attack step."""
+        """Attacks everything with loss.backward(), which computes the gradients of all weights in every
+        attack step."""
         x, y, _ = self.batch()
         x = x.contiguous()
         self.plain.eval()
@@ -151,9 +154,10 @@ def timed(run, device):
 
 
 def measure(rows, steps, args, device):
-    """Times the rows in turn, round after round, so that a drift of the machine meets all alike. Completes each row:
-    seconds (median), images_per_s, GFLOP_per_s; and as medians over the rounds time_to_full, of the same kind's |A| = N, and
-    faster_than: how many times as fast as the naive step and as the peer's, both in float32."""
+    """Times the rows in turn, round after round, so that a drift of the machine meets all alike. Completes
+    each row: seconds (median), images_per_s, GFLOP_per_s; and as medians over the rounds time_to_full, of the
+    same kind's |A| = N, and faster_than: how many times as fast as the naive step and as the peer's, both in
+    float32."""
     times = [[] for _ in rows]
     for r in common.progress(range(args.repeats + 1), desc="rounds"):
         for row, seconds in zip(rows, times):

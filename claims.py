@@ -1,7 +1,9 @@
-"""The paper's claims as rows: what is contrasted, the paper's numbers, ours with an interval, and a verdict. report.py shows them.
+"""The paper's claims as rows: what is contrasted, the paper's numbers, ours with an interval, and a verdict.
+report.py shows them.
 
-A claim "holds" when the 95 % interval (results.contrast: test examples and training together) lies where the claim puts it,
-is "contradicted" when it lies outside, and else "open". A claim that rests on one seed anywhere stays open.
+A claim "holds" when the 95 % interval (results.contrast: test examples and training together) lies where the
+claim puts it, is "contradicted" when it lies outside, and else "open". A claim that rests on one seed
+anywhere stays open.
 """
 import json
 from dataclasses import replace
@@ -13,8 +15,8 @@ MARGIN = 3  # points that count as no difference ("competitive", "as robust as")
 
 
 def verdict(rule, interval, *sides):
-    """The verdict on an interval (value, low, high) by a rule: "above" 0; "within" the margin of 0; "not below" it. `sides`:
-    the runs on each side, of which a single seed allows no verdict."""
+    """The verdict on an interval (value, low, high) by a rule: "above" 0; "within" the margin of 0; "not
+    below" it. `sides`: the runs on each side, of which a single seed allows no verdict."""
     _, low, high = interval
     holds = {"above": low > 0, "within": -MARGIN < low and high < MARGIN, "not below": low > -MARGIN}[rule]
     fails = {"above": high < 0, "within": low > MARGIN or high < -MARGIN, "not below": high < -MARGIN}[rule]
@@ -149,7 +151,8 @@ def transfers(runs, seeds, data):
 
 
 def claims(runs, ranks):
-    """{(data, group): (rows (claim, paper, ours, verdict), the Noise)} of the runs on CIFAR-10, and of transfers to it."""
+    """{(data, group): (rows (claim, paper, ours, verdict), the Noise)} of the runs on CIFAR-10, and of
+    transfers to it."""
     tables = {}
     for (data, group), all_ in sorted(grouped(runs, "data", "group").items(), key=lambda item: "->" in item[0][0]):
         told = results.base(data)
@@ -169,7 +172,8 @@ def claims(runs, ranks):
 
 
 def precisions(runs):
-    """{(data, group): rows (setting, seeds, kind, float32, bf16, bf16 minus float32)} of settings that were trained in both."""
+    """{(data, group): rows (setting, seeds, kind, float32, bf16, bf16 minus float32)} of settings that were
+    trained in both."""
     tables = {}
     both = [replace(r, group=r.precision) for r in runs]
     for (data, _), same in by_setting(both).items():

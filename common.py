@@ -31,7 +31,8 @@ NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "dat
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: printed as one line, exit code 2, no traceback. A ValueError for those who import us."""
+    """A mistake the user can mend: printed as one line, exit code 2, no traceback. A ValueError for those who
+    import us."""
 
 
 def identity(args):
@@ -42,8 +43,9 @@ def identity(args):
 def run_dir(args, lead, told, done="result.json"):
     """The folder results/<dataset>/<name> of a run, and whether it is finished (the file `done` is there).
 
-    The name is made of the words in `lead`, of every other flag that differs from the config, and of the seed; `told`
-    are the flags that `lead` speaks of. Raises UserError when the folder was made with other flags.
+    The name is made of the words in `lead`, of every other flag that differs from the config, and of the
+    seed; `told` are the flags that `lead` speaks of. Raises UserError when the folder was made with other
+    flags.
     """
     text = lambda v: "+".join(map(str, v)) if isinstance(v, list) else v
     extra = [f"{k.replace('_', '-')}={text(v)}" for k, v in identity(args).items()
@@ -72,8 +74,8 @@ def differing(there, now):
 
 
 def claim(folder):
-    """Locks a run for as long as this process lives, so that two equal commands do not write into one folder. Alone, it waits
-    for the other process; under torchrun that is a UserError."""
+    """Locks a run for as long as this process lives, so that two equal commands do not write into one folder.
+    Alone, it waits for the other process; under torchrun that is a UserError."""
     path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
     if path in LOCKS:
         return
@@ -89,7 +91,8 @@ def claim(folder):
 
 
 def start_run(folder, args, done="result.json"):
-    """Locks and makes the run's folder (rank 0) with its args.json. Whether another process has finished it meanwhile.
+    """Locks and makes the run's folder (rank 0) with its args.json. Whether another process has finished it
+    meanwhile.
 
     With --force an earlier run is put aside, as .old-<run>, until end_run: a repeat that fails loses nothing.
     """
@@ -119,7 +122,8 @@ def end_run(folder):
 
 
 def atomic(path, write):
-    """Calls write(file) on a temporary file beside `path`, syncs it to disk and puts it in the place of `path`."""
+    """Calls write(file) on a temporary file beside `path`, syncs it to disk and puts it in the place of
+    `path`."""
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
@@ -166,7 +170,8 @@ def save_epoch(run, checkpoint, log):
 
 
 def load(path, keys=()):
-    """torch.load of plain types and tensors (weights_only, on the CPU): a dict that has `keys`, else a UserError."""
+    """torch.load of plain types and tensors (weights_only, on the CPU): a dict that has `keys`, else a
+    UserError."""
     import torch
     try:
         value = torch.load(path, weights_only=True, map_location="cpu")
@@ -207,7 +212,8 @@ def all_sum(tensor, op="SUM"):
 
 
 def set_up(args):
-    """Device, threads and, under torchrun, the process group (nccl on GPUs, gloo on CPUs). Returns the device."""
+    """Device, threads and, under torchrun, the process group (nccl on GPUs, gloo on CPUs). Returns the
+    device."""
     import torch
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
@@ -225,7 +231,8 @@ def set_up(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     if world() > 1 and not torch.distributed.is_initialized():
-        # Others wait while rank 0 downloads or packs data, and for the slowest chunk of AutoAttack: far longer than the default.
+        # Others wait while rank 0 downloads or packs data, and for the slowest chunk of AutoAttack: far
+        # longer than the default.
         how = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
         torch.distributed.init_process_group(**how, timeout=datetime.timedelta(hours=12))
     return device
@@ -238,7 +245,8 @@ def device_name(device):
 
 
 def remove(folder):
-    """Deletes a folder of AutoAttack chunks that a finished evaluation no longer needs (rank 0, when all are through)."""
+    """Deletes a folder of AutoAttack chunks that a finished evaluation no longer needs (rank 0, when all are
+    through)."""
     barrier()
     if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -266,7 +274,8 @@ def stop(number, frame):
 
 
 def outcome(main):
-    """Runs main(): the exit code, and one line on stderr for a user's mistake (2), a signal (128 + its number) or a lost process (1)."""
+    """Runs main(): the exit code, and one line on stderr for a user's mistake (2), a signal (128 + its
+    number) or a lost process (1)."""
     who = f"[rank {rank()}] " if rank() else ""
     try:
         main()

@@ -1,4 +1,5 @@
-"""What the tests share: small networks and images, the scripts run as a user runs them, and a pipeline that ran once."""
+"""What the tests share: small networks and images, the scripts run as a user runs them, and a pipeline that
+ran once."""
 import json
 import os
 import subprocess

@@ -1,7 +1,9 @@
-"""The data sets as the scripts use them: the fixed 10 % / 90 % split of the test set, the augmentation of Fig. 9, batches.
+"""The data sets as the scripts use them: the fixed 10 % / 90 % split of the test set, the augmentation of
+Fig. 9, batches.
 
     python data.py NAME --data-dir DIR        # reads (and checks) every image of a data set; keeps small ones as <name>.pt
-Files in: those that sources.py lists. Batches are (x, y, index): images in [0, 1], labels, positions in the training set.
+Files in: those that sources.py lists. Batches are (x, y, index): images in [0, 1], labels, positions in the
+training set.
 """
 import hashlib
 import os
@@ -22,8 +24,9 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std for st
 
 
 class Files(Dataset):
-    """Images on disk, read by (index, seed) as uint8 (3, side, side): with a seed, a random crop resized as in
-    torchvision's RandomResizedCrop; with None the test view, shortest side 256 and centre crop 224 (Fig. 9)."""
+    """Images on disk, read by (index, seed) as uint8 (3, side, side): with a seed, a random crop resized as
+    in torchvision's RandomResizedCrop; with None the test view, shortest side 256 and centre crop 224 (Fig.
+    9)."""
 
     def __init__(self, paths, side=224, workers=0):
         self.paths, self.side, self.shape = paths, side, (len(paths), 3, side, side)
@@ -50,8 +53,8 @@ class Files(Dataset):
         return T.pil_to_tensor(image)
 
     def load(self, batches):
-        """Yields a uint8 tensor (n, 3, side, side) for each list of (index, seed) in `batches`, read ahead by the workers,
-        which live from the first call to the last (starting them takes seconds)."""
+        """Yields a uint8 tensor (n, 3, side, side) for each list of (index, seed) in `batches`, read ahead by
+        the workers, which live from the first call to the last (starting them takes seconds)."""
         if self.loader is None:
             self.loader = DataLoader(self, batch_sampler=self.todo, num_workers=self.workers, persistent_workers=self.workers > 0,
                                      pin_memory=torch.cuda.is_available())
@@ -86,7 +89,8 @@ class Split:
         return found.to(device).float().div_(255)
 
     def to(self, device):
-        """The same with the images on `device`; labels and indices stay on the CPU, where batches are dealt."""
+        """The same with the images on `device`; labels and indices stay on the CPU, where batches are
+        dealt."""
         return self if self.streamed else Split(self.x.to(device), self.y)
 
 
@@ -99,13 +103,15 @@ class DataSet:
     classes: list
 
     def fingerprint(self):
-        """What must agree for scores and checkpoints to belong to this data: counts, classes, hash of the labels."""
+        """What must agree for scores and checkpoints to belong to this data: counts, classes, hash of the
+        labels."""
         labels = hashlib.sha256(self.train.y.numpy().tobytes() + self.test.y.numpy().tobytes()).hexdigest()[:16]
         return {"name": self.name, "train": len(self.train), "test": len(self.test), "classes": list(self.classes),
                 "labels": labels}
 
     def mean_std(self):
-        """Per-channel mean and standard deviation of the training pixels, two lists of C, for the model's first layer."""
+        """Per-channel mean and standard deviation of the training pixels, two lists of C, for the model's
+        first layer."""
         if self.train.streamed:
             return IMAGENET
         x = self.train.x
@@ -117,7 +123,8 @@ class DataSet:
 
 
 def get(name, data_dir, device="cpu", side=224, workers=0):
-    """The data set `name`, small images on `device`. Rank 0 finds (or downloads) it first, the others read what it wrote."""
+    """The data set `name`, small images on `device`. Rank 0 finds (or downloads) it first, the others read
+    what it wrote."""
     if rank() > 0:
         barrier()
     train, test, classes = sources.find(name, Path(data_dir))
@@ -136,7 +143,8 @@ def check_fingerprint(data, other, what):
 
 
 def check_batch(data, batch_size):
-    """UserError unless a whole batch fits into the training set, each process gets a part of it, and the test set can be parted."""
+    """UserError unless a whole batch fits into the training set, each process gets a part of it, and the test
+    set can be parted."""
     selection_and_final(len(data.test))
     if not world() <= batch_size <= len(data.train):
         raise UserError(f"--batch-size {batch_size} with {world()} processes and {len(data.train)} training images of "
@@ -144,7 +152,8 @@ def check_batch(data, batch_size):
 
 
 def selection_and_final(n):
-    """Indices of the 10 % of the n test examples that select checkpoints, and of the 90 % that are reported (Sec. 4)."""
+    """Indices of the 10 % of the n test examples that select checkpoints, and of the 90 % that are reported
+    (Sec. 4)."""
     if n < 2:
         raise UserError(f"the test set has {n} image: at least 2 are needed, to select a checkpoint and to report on")
     order, k = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED)), max(1, round(0.1 * n))
@@ -152,8 +161,8 @@ def selection_and_final(n):
 
 
 def draw(b, shape, how, streamed, generator):
-    """Augmentation parameters of b examples of `shape` (..., H, W), drawn on the CPU: tensors whose first dimension is b.
-    `how`: "full" (Fig. 9), "crop" (the crop alone), "none" (nothing to draw: {}).
+    """Augmentation parameters of b examples of `shape` (..., H, W), drawn on the CPU: tensors whose first
+    dimension is b. `how`: "full" (Fig. 9), "crop" (the crop alone), "none" (nothing to draw: {}).
 
     Streamed images are cropped where they are read, by a "seed" each, and jittered less (Fig. 9, right).
     """
@@ -173,8 +182,9 @@ def draw(b, shape, how, streamed, generator):
 
 
 def jitter(x, factor, order):
-    """Colour jitter of x (N, C, H, W): brightness, contrast and saturation by factor (N, 3), in each example's own order
-    (N, 3). Each is the blend f x + (1 - f) base, with base black, the example's mean grey and its grey image."""
+    """Colour jitter of x (N, C, H, W): brightness, contrast and saturation by factor (N, 3), in each
+    example's own order (N, 3). Each is the blend f x + (1 - f) base, with base black, the example's mean grey
+    and its grey image."""
     luma = (0.299, 0.587, 0.114) if x.shape[1] == 3 else (1 / x.shape[1],) * x.shape[1]
     for step in range(3):
         kind = order[:, step].view(-1, 1, 1, 1)
@@ -186,7 +196,8 @@ def jitter(x, factor, order):
 
 
 def augment(x, params):
-    """Applies draw()'s parameters to x (N, C, H, W) in [0, 1], each example its own: crop, flip, jitter, rotation (Fig. 9)."""
+    """Applies draw()'s parameters to x (N, C, H, W) in [0, 1], each example its own: crop, flip, jitter,
+    rotation (Fig. 9)."""
     n, _, h, w = x.shape
     each = torch.arange(n, device=x.device)[:, None, None]
     if "crop" in params:
@@ -205,18 +216,18 @@ def augment(x, params):
 
 
 def epoch_order(n, batch_size, seed, epoch):
-    """The batches of an epoch as positions in the training set, (steps, batch_size), an incomplete last one dropped, and the
-    generator that drew them from (seed, epoch)."""
+    """The batches of an epoch as positions in the training set, (steps, batch_size), an incomplete last one
+    dropped, and the generator that drew them from (seed, epoch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator)[:n // batch_size * batch_size].view(-1, batch_size), generator
 
 
 def batches(split, batch_size, seed, epoch, how, device):
-    """The training batches of an epoch (epoch_order): x (b, C, H, W) augmented and on `device`, in channels_last, which
-    convolutions like best; y (b,) there too; index (b,) on the CPU.
+    """The training batches of an epoch (epoch_order): x (b, C, H, W) augmented and on `device`, in
+    channels_last, which convolutions like best; y (b,) there too; index (b,) on the CPU.
 
-    Order and augmentation are drawn from (seed, epoch) for the whole epoch, and of each batch every process takes its slice:
-    a resumed run, or another number of processes, sees the same.
+    Order and augmentation are drawn from (seed, epoch) for the whole epoch, and of each batch every process
+    takes its slice: a resumed run, or another number of processes, sees the same.
     """
     order, generator = epoch_order(len(split), batch_size, seed, epoch)
     n, order = order.numel(), order.flatten()

@@ -1,4 +1,5 @@
-"""Clean and AutoAttack accuracy of a checkpoint, in all and per class, on the 90 % of the test set that selected nothing.
+"""Clean and AutoAttack accuracy of a checkpoint, in all and per class, on the 90 % of the test set that
+selected nothing.
 
 Paper: Sec. 3.3 and Sec. 4 ("Training and evaluation details").
     python evaluate.py results/digits/esat-hardest-0.5-seed0/best.pt
@@ -25,15 +26,17 @@ CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A
 
 
 def accuracy(right):
-    """Of bool (n,): {"n", "accuracy", "low", "high"}, fractions with the 95 % Wilson interval; accuracy is None at n = 0."""
+    """Of bool (n,): {"n", "accuracy", "low", "high"}, fractions with the 95 % Wilson interval; accuracy is
+    None at n = 0."""
     n, k = len(right), int(right.sum())
     low, high = wilson(k, n)
     return {"n": n, "accuracy": k / n if n else None, "low": low, "high": high}
 
 
 def summary(clean, robust, y, classes, A_classes=None):
-    """Clean and robust accuracy on all, per class and, when A is made of the classes `A_classes`, on A_val and B_val. Of each
-    class also which examples were right, in their order, as bits in hexadecimal: what paired comparisons of runs need."""
+    """Clean and robust accuracy on all, per class and, when A is made of the classes `A_classes`, on A_val
+    and B_val. Of each class also which examples were right, in their order, as bits in hexadecimal: what
+    paired comparisons of runs need."""
     parts = {"all": torch.ones_like(clean)}
     if A_classes:
         parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
@@ -57,8 +60,8 @@ def digest(state):
 
 
 def settings(args, data, which="eval"):
-    """What fixes AutoAttack's numbers: threat model, attacks (that exist for this many classes), number of examples, batch
-    size, seed. `which`: eval, or select."""
+    """What fixes AutoAttack's numbers: threat model, attacks (that exist for this many classes), number of
+    examples, batch size, seed. `which`: eval, or select."""
     try:
         usable = attacks.usable(getattr(args, f"{which}_attacks"), len(data.classes))
     except ValueError as e:
@@ -68,7 +71,8 @@ def settings(args, data, which="eval"):
 
 
 def attack(model, data, index, setting, folder):
-    """AutoAttack on the test examples `index`: bool (n,) clean and robust. Chunks are kept in `folder` and dealt to ranks."""
+    """AutoAttack on the test examples `index`: bool (n,) clean and robust. Chunks are kept in `folder` and
+    dealt to ranks."""
     class Images:
         """Sliced by autoattack one chunk at a time: a 224x224 test set does not fit into memory."""
         def __getitem__(self, part):
@@ -126,7 +130,8 @@ def versions():
 
 
 def checkpoint(path):
-    """A checkpoint's dict, checked as far as it can be without building the network. Raises UserError for a foreign file."""
+    """A checkpoint's dict, checked as far as it can be without building the network. Raises UserError for a
+    foreign file."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
     ckpt = common.load(path, CHECKPOINT_KEYS)
@@ -139,7 +144,8 @@ def checkpoint(path):
 
 
 def load_model(path):
-    """The Classifier of a checkpoint of this project, and the checkpoint's dict. Raises UserError for a foreign file."""
+    """The Classifier of a checkpoint of this project, and the checkpoint's dict. Raises UserError for a
+    foreign file."""
     ckpt = checkpoint(path)
     try:
         mean, std = (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))

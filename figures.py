@@ -1,4 +1,5 @@
-"""Draws report.py's figures (matplotlib; PNG for a page, SVG for print), laid out like the paper's. Makes no numbers."""
+"""Draws report.py's figures (matplotlib; PNG for a page, SVG for print), laid out like the paper's. Makes no
+numbers."""
 import textwrap
 
 import matplotlib
@@ -56,8 +57,9 @@ def legend_above(fig, axes):
 def curves(path, title, name, groups, panels):
     """Accuracy against |A|/N: a row of panels a data set (two rows of more than four).
 
-    groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}})}; panels: [(part, kind)]. The band is one
-    standard deviation over seeds, thin lines are the paper's, horizontal lines the baselines, on all examples.
+    groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}})}; panels: [(part, kind)]. The
+    band is one standard deviation over seeds, thin lines are the paper's, horizontal lines the baselines, on
+    all examples.
     """
     lines_a_group = 1 if len(panels) <= 3 else 2
     columns = -(-len(panels) // lines_a_group)
@@ -108,7 +110,8 @@ def draw_papers(axis, name, data, line, part, kind):
 
 
 def matrix(path, title, classes, single, none, full):
-    """Fig. 2: left, bars of robust accuracy on A_val and B_val; right, class by class as a heat map. single: {class: runs}."""
+    """Fig. 2: left, bars of robust accuracy on A_val and B_val; right, class by class as a heat map. single:
+    {class: runs}."""
     fig, axes = canvas(1, 2, 4.6, 0.33 * len(classes) + 1.4, width_ratios=(1, 1.3))
     left, right = axes[0]
     names, rows = drawable(classes), [c for c in classes if c in single]
@@ -139,7 +142,8 @@ def matrix(path, title, classes, single, none, full):
 
 
 def difficulty(path, title, rankings):
-    """Fig. 3: a panel a ranking, its classes hardest first: clean error (left axis) and mean entropy (right axis)."""
+    """Fig. 3: a panel a ranking, its classes hardest first: clean error (left axis) and mean entropy (right
+    axis)."""
     columns = min(2, len(rankings))
     fig, axes = canvas(-(-len(rankings) // columns), columns, 4.4, 2.8)
     for axis in axes.flat[len(rankings):]:
@@ -166,8 +170,8 @@ def difficulty(path, title, rankings):
 
 
 def cost(path, title, groups, price):
-    """Robust accuracy of every run against the forward passes of its training; a panel a data set. price: {hash of scores: what
-    the ranking cost}, added for the hollow marks."""
+    """Robust accuracy of every run against the forward passes of its training; a panel a data set. price:
+    {hash of scores: what the ranking cost}, added for the hollow marks."""
     columns = min(2, len(groups))
     fig, axes = canvas(-(-len(groups) // columns), columns, 4.2, 2.9)
     for axis in axes.flat[len(groups):]:
@@ -190,7 +194,8 @@ def cost(path, title, groups, price):
 
 
 def perturbations(path, title, rows, magnify):
-    """A row for an example of A and one of B: clean image, perturbation times `magnify` around grey, adversarial image."""
+    """A row for an example of A and one of B: clean image, perturbation times `magnify` around grey,
+    adversarial image."""
     fig, axes = canvas(len(rows), 3, 2.1, 2.4)
     for line, (part, r) in zip(axes, rows.items()):
         size = f"L2 norm {float(r['delta'].norm()):.2f}"

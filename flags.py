@@ -1,6 +1,7 @@
 """Every flag of the scripts, from YAML and the command line, in groups of which each script takes its own.
 
-A config is one flat YAML of flag values; its values pass through argparse as if typed: same types, same choices, same errors.
+A config is one flat YAML of flag values; its values pass through argparse as if typed: same types, same
+choices, same errors.
 """
 import argparse
 import os
@@ -20,7 +21,8 @@ ARCHS = ("preactresnet8", "preactresnet18", "preactresnet18-authors", "resnet50"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as UserError, so that a wrong value in a YAML file can be reported with the file's name."""
+    """argparse, with errors as UserError, so that a wrong value in a YAML file can be reported with the
+    file's name."""
 
     def __init__(self, **how):
         super().__init__(allow_abbrev=False, **how)  # an abbreviated --config would be read as a flag and lose its file
@@ -31,7 +33,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they stand in the docstring, in lines of at least 110; a default after each help text that has one."""
+    """Descriptions as they stand in the docstring, in lines of at least 110; a default after each help text
+    that has one."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=32, width=max(110, shutil.get_terminal_size().columns - 2))
@@ -43,7 +46,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def number(kind, low, high=None, open_low=False):
-    """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low. Floats end at 1e30 (float32)."""
+    """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low. Floats end at
+    1e30 (float32)."""
     most = high if high is not None else 1e30 if kind is float else float("inf")
 
     def convert(text):
@@ -170,7 +174,8 @@ def known(words, script):
 
 
 def add_flags(parser, *groups):
-    """Adds the flags of the named groups of FLAGS to an argparse parser, each with its default in its help."""
+    """Adds the flags of the named groups of FLAGS to an argparse parser, each with its default in its
+    help."""
     for title in groups:
         group = parser.add_argument_group(title)
         for flag, default, kind, text in FLAGS[title]:
@@ -189,8 +194,8 @@ def add_flags(parser, *groups):
 
 
 class Text(yaml.BaseLoader):
-    """Reads every scalar as the text that stands there: argparse converts it (YAML itself takes 010 for 8, 1:30 for 90, off for
-    false and 5e-4 for a string). A key that stands there twice is an error."""
+    """Reads every scalar as the text that stands there: argparse converts it (YAML itself takes 010 for 8,
+    1:30 for 90, off for false and 5e-4 for a string). A key that stands there twice is an error."""
 
     def construct_mapping(self, node, deep=False):
         """As yaml's, but for keys that repeat."""
@@ -202,7 +207,8 @@ class Text(yaml.BaseLoader):
 
 
 def from_yaml(path):
-    """The flag values {dest: value} of a flat YAML file, converted and checked by argparse as on the command line."""
+    """The flag values {dest: value} of a flat YAML file, converted and checked by argparse as on the command
+    line."""
     try:
         found = yaml.load(Path(path).read_text(encoding="utf-8"), Text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -233,8 +239,8 @@ def from_yaml(path):
 
 
 def parse(parser, argv=None):
-    """Parses with the precedence command line > YAML (--config) > defaults. Returns the arguments; `args.base` holds
-    what they would be without the command line, from which run names are made."""
+    """Parses with the precedence command line > YAML (--config) > defaults. Returns the arguments;
+    `args.base` holds what they would be without the command line, from which run names are made."""
     parser.add_argument("--config", type=Path, metavar="YAML",
                         help="file of flag values; the command line wins over it (default: configs/digits.yaml)")
     finder = Parser(add_help=False, prog=parser.prog)
@@ -257,7 +263,8 @@ def given(argv, dest):
 
 
 def check_norm(args, argv, values):
-    """UserError for a norm that is set without its own eps and step size: those of another norm mean something else."""
+    """UserError for a norm that is set without its own eps and step size: those of another norm mean
+    something else."""
     typed = {d for d in ("norm", "eps", "step_size") if given(argv, d)}
     if not hasattr(args, "norm"):
         return

@@ -1,6 +1,8 @@
-"""The networks: PreActResNet-18 and -8 for small images, ResNet-50 for 224x224, and the head of the transfer setting.
+"""The networks: PreActResNet-18 and -8 for small images, ResNet-50 for 224x224, and the head of the transfer
+setting.
 
-Every network is a Classifier: normalise -> features -> head, from pixels in [0, 1] to logits. Paper: Sec. 4, Table 2.
+Every network is a Classifier: normalise -> features -> head, from pixels in [0, 1] to logits. Paper: Sec. 4,
+Table 2.
 """
 import torch
 from torch import nn
@@ -10,7 +12,8 @@ from flags import ARCHS
 
 
 class PreActBlock(nn.Module):
-    """Pre-activation residual block (He et al. 2016): (N, C_in, H, W) -> (N, C_out, H / stride, W / stride)."""
+    """Pre-activation residual block (He et al. 2016): (N, C_in, H, W) -> (N, C_out, H / stride, W /
+    stride)."""
 
     def __init__(self, c_in, c_out, stride, always=False):
         super().__init__()
@@ -26,7 +29,8 @@ class PreActBlock(nn.Module):
 
 
 def preactresnet(channels, widths, blocks, stem=None, always=False):
-    """Convolution, `blocks` blocks a width (halving the side from the second on), batch norm, ReLU, pooling."""
+    """Convolution, `blocks` blocks a width (halving the side from the second on), batch norm, ReLU,
+    pooling."""
     c_in = stem or widths[0]
     layers = [nn.Conv2d(channels, c_in, 3, 1, 1, bias=False)]
     for stage, width in enumerate(widths):
@@ -45,14 +49,17 @@ def resnet50():
 
 
 def transfer_head(k, n_classes):
-    """The 1-hidden-layer classifier [K, N] of the transfer setting (paper, Table 2): (N, K) -> (N, n_classes)."""
+    """The 1-hidden-layer classifier [K, N] of the transfer setting (paper, Table 2): (N, K) -> (N,
+    n_classes)."""
     return nn.Sequential(nn.Linear(k, k), nn.ReLU(), nn.Linear(k, n_classes))
 
 
 class Classifier(nn.Module):
-    """Pixels in [0, 1], (N, C, H, W) -> logits (N, n_classes). `mean` and `std` are per channel, in pixel units.
+    """Pixels in [0, 1], (N, C, H, W) -> logits (N, n_classes). `mean` and `std` are per channel, in pixel
+    units.
 
-    `frozen = True` keeps the features, batch-norm statistics included, as they are (transfer, paper Sec. 4.3).
+    `frozen = True` keeps the features, batch-norm statistics included, as they are (transfer, paper Sec.
+    4.3).
     """
 
     def __init__(self, features, head, mean, std):
@@ -80,8 +87,8 @@ class Classifier(nn.Module):
 
 
 def build(arch, n_classes, mean, std):
-    """A new network of one of flags.ARCHS with a linear head; draws its weights from torch's global generator. They lie in memory
-    channels_last, as convolutions like them best."""
+    """A new network of one of flags.ARCHS with a linear head; draws its weights from torch's global
+    generator. They lie in memory channels_last, as convolutions like them best."""
     if arch == "preactresnet18":
         features, k = preactresnet(len(mean), (64, 128, 256, 512), 2), 512
     elif arch == "preactresnet18-authors":  # of the authors' released configs

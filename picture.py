@@ -39,7 +39,8 @@ def command_line(argv=None):
 
 
 def first_right(model, data, index, classes, device):
-    """The first test example of `index` whose class is in `classes` and that the model gets right: its position."""
+    """The first test example of `index` whose class is in `classes` and that the model gets right: its
+    position."""
     for x, y, i in datasets.ordered(data.test, index[torch.isin(data.test.y[index], classes)], 50, device):
         with torch.no_grad():
             right = model(x).argmax(1).cpu() == y.cpu()
@@ -49,7 +50,8 @@ def first_right(model, data, index, classes, device):
 
 
 def perturbed(model, data, i, args, device):
-    """Example i with its attack: {"x", "delta", "adv" (C, H, W), "class", "before", "after" (class, probability)}."""
+    """Example i with its attack: {"x", "delta", "adv" (C, H, W), "class", "before", "after" (class,
+    probability)}."""
     x, y = data.test.pixels(torch.tensor([i]), device), data.test.y[[i]].to(device)
     adv = attacks.pgd(model, x, y, eps=args["eps"], step_size=args["eps"] / 10, steps=STEPS, norm=args["norm"])
     with torch.no_grad():

@@ -1,8 +1,9 @@
-"""Ranks the training examples by difficulty: trains a non-robust classifier, scores each example over its epochs (Eq. 3, A.2).
+"""Ranks the training examples by difficulty: trains a non-robust classifier, scores each example over its
+epochs (Eq. 3, A.2).
 
     python rank.py --config configs/cifar10.yaml
-Files in: the data. Files out, in results/<dataset>/rank-<arch>-seed<seed>/: scores.pt (per example, higher = harder),
-rank.json (per class; agreement of the metrics), args.json, log.jsonl, last.pt.
+Files in: the data. Files out, in results/<dataset>/rank-<arch>-seed<seed>/: scores.pt (per example, higher =
+harder), rank.json (per class; agreement of the metrics), args.json, log.jsonl, last.pt.
 """
 import common  # first: Ctrl-C while torch loads ends in one line
 import torch
@@ -27,17 +28,19 @@ def entropy(logits, y=None):
 
 
 def svar(logits, y):
-    """Minus the signed variance of the softmax vector over the classes, positive when the prediction is right (A.2; Hua et
-    al. 2021): (N, C), (N,) -> (N,), higher = harder."""
+    """Minus the signed variance of the softmax vector over the classes, positive when the prediction is right
+    (A.2; Hua et al. 2021): (N, C), (N,) -> (N,), higher = harder."""
     variance = logits.float().softmax(1).var(1, unbiased=False)
     return torch.where(logits.argmax(1) == y, -variance, variance)
 
 
 class Vog:
-    """Variance of gradients (A.2; Agarwal et al. 2022): the standard deviation over epochs of the gradient of the true
-    class's logit with respect to the pixels, averaged over the pixels. Welford's sums, so memory does not grow with epochs.
+    """Variance of gradients (A.2; Agarwal et al. 2022): the standard deviation over epochs of the gradient of
+    the true class's logit with respect to the pixels, averaged over the pixels. Welford's sums, so memory
+    does not grow with epochs.
 
-    It holds the examples of this process, `mine` (consecutive), of the n of `shape` (n, C, H, W), on `device`.
+    It holds the examples of this process, `mine` (consecutive), of the n of `shape` (n, C, H, W), on
+    `device`.
     """
 
     def __init__(self, shape, mine, device, state=None):
@@ -46,7 +49,8 @@ class Vog:
         self.mean, self.m2 = (torch.zeros(len(mine), *shape[1:], device=device) if s is None else s[mine].to(device) for s in sums)
 
     def add(self, grad, index):
-        """Takes in the gradients (b, C, H, W) of the examples `index` (b,) in the epoch numbered self.epochs."""
+        """Takes in the gradients (b, C, H, W) of the examples `index` (b,) in the epoch numbered
+        self.epochs."""
         i = index.to(grad.device) - int(self.mine[0])
         off = grad.float() - self.mean[i]
         self.mean[i] += off / self.epochs
@@ -68,8 +72,8 @@ class Vog:
 
 
 def score(model, split, device, metrics, vog=None):
-    """One epoch's scores by entropy and svar, {metric: (N,)}, in eval mode on un-augmented images, dealt to the processes;
-    the same forward pass gives the Vog its gradients."""
+    """One epoch's scores by entropy and svar, {metric: (N,)}, in eval mode on un-augmented images, dealt to
+    the processes; the same forward pass gives the Vog its gradients."""
     found = {m: torch.zeros(len(split), dtype=torch.float64) for m in metrics if m != "vog"}
     if vog:
         vog.epochs += 1
@@ -101,15 +105,16 @@ def class_errors(model, data, device):
 
 
 def with_paper(name, hardest_first):
-    """Spearman's correlation of a class order with the paper's (Fig. 4, 10, 11) on the classes that the paper lists:
-    {"rho", "n"}, or None for a data set that it does not list."""
+    """Spearman's correlation of a class order with the paper's (Fig. 4, 10, 11) on the classes that the paper
+    lists: {"rho", "n"}, or None for a data set that it does not list."""
     theirs = results.published()["class_order_hardest_first"].get(results.base(name), [])
     mine = [c for c in (results.NAMES.get(c, c) for c in hardest_first) if c in theirs]
     return {"rho": spearman(range(len(mine)), [theirs.index(c) for c in mine]), "n": len(mine)} if len(mine) > 2 else None
 
 
 def summary(scores, data, errors):
-    """rank.json's tables: the classes hardest first, Spearman between the metrics and with the paper's class order."""
+    """rank.json's tables: the classes hardest first, Spearman between the metrics and with the paper's class
+    order."""
     means = {m: class_means(s, data.train.y, len(data.classes)) for m, s in scores.items()}
     order = {m: [data.classes[c] for c in s.argsort(descending=True, stable=True).tolist()] for m, s in means.items()}
     first = next(iter(scores))
@@ -142,8 +147,8 @@ def command_line(argv=None):
 
 
 def rank_epochs(run, model, data, metrics, args, device):
-    """Trains without attacks from last.pt on, scoring every epoch; returns {metric: (N,)} averaged over the epochs (Eq. 3),
-    and the cost in forward passes."""
+    """Trains without attacks from last.pt on, scoring every epoch; returns {metric: (N,)} averaged over the
+    epochs (Eq. 3), and the cost in forward passes."""
     state = common.load(run / "last.pt", ("args", "fingerprint", "optimizer", "log", "sums", "vog")) if (run / "last.pt").exists() else None
     if state:
         datasets.check_fingerprint(data, state["fingerprint"], run / "last.pt")

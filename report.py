@@ -1,8 +1,9 @@
-"""Builds the paper's tables and figures from every result.json and rank.json below the results folder, ours beside the paper's.
+"""Builds the paper's tables and figures from every result.json and rank.json below the results folder, ours
+beside the paper's.
 
     python report.py
-Files in: results/**/result.json, rank.json and eval-*.json, results/bench/*.json, configs/. Files out: results/tables.md,
-results/figures/*.png and *.svg.
+Files in: results/**/result.json, rank.json and eval-*.json, results/bench/*.json, configs/. Files out:
+results/tables.md, results/figures/*.png and *.svg.
 """
 import re
 import statistics
@@ -18,7 +19,8 @@ from results import cell, grouped, mean, pick, theirs
 
 ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
-# Figures that show accuracy against |A|: (name, title, what the runs agree in, in what the lines differ, panels).
+# Figures that show accuracy against |A|: (name, title, what the runs agree in, in what the lines differ,
+# panels).
 PLAIN = {"metric": "entropy", "weight": "vanilla", "attack": "pgd", "transfer": False}
 SSAT = {**PLAIN, "weight": "emphasis", "transfer": True}  # Sec. 4.3: every transfer, but for Fig. 7
 CURVES = [
@@ -57,7 +59,8 @@ def amount(run):
 
 
 def without_at(group, runs):
-    """A cell: robust accuracy without AT on the very classes of B_val, over the runs: what B would have anyway."""
+    """A cell: robust accuracy without AT on the very classes of B_val, over the runs: what B would have
+    anyway."""
     base, found = pick(group, split="none"), []
     for r in runs if base else ():
         rest = [v["robust"] for c, v in base[0].accuracy["classes"].items() if c not in r.A_classes and v["robust"]["n"]]
@@ -72,10 +75,11 @@ def beside(runs, part, kind, told):
     return ["-" if told is None else f"{told:.1f}", "-" if told is None or not ours else f"{ours[0] - told:+.1f}"]
 
 
-# --- sections: lists of paragraphs, of which the first is the heading ---------------------------------------------------
+# --- sections: lists of paragraphs, of which the first is the heading ---------------------------------------
 
 def curve_table(name, data, group, vary, panels):
-    """The table of one data set in a figure of curves: ours, the paper's and the difference where the paper has a number."""
+    """The table of one data set in a figure of curves: ours, the paper's and the difference where the paper
+    has a number."""
     rows = [(line, pick(group, split=split), float(line == "AT")) for line, split in BASELINES.items()]
     for line, sizes in lines_of(group, vary).items():
         rows += [(line, runs, runs[0].share) for runs in sizes.values()]
@@ -121,7 +125,8 @@ def curve_section(runs, out, name, title, same, vary, panels):
 
 
 def matrix_table(group, classes, runs, told):
-    """Fig. 2's table: a row a class A; the last columns are the matrix, the paper's in brackets. `told`: {} or the paper's."""
+    """Fig. 2's table: a row a class A; the last columns are the matrix, the paper's in brackets. `told`: {}
+    or the paper's."""
     names = {c: results.NAMES.get(c, c) for c in classes}
     at = {c: told["classes"].index(n) for c, n in names.items() if n in told.get("classes", [])}
     rows = []
@@ -143,7 +148,8 @@ def matrix_table(group, classes, runs, told):
 
 
 def matrix_section(runs, out):
-    """Fig. 2: single-class CSAT, as bars of A_val and B_val, and as the matrix of robust accuracies class by class."""
+    """Fig. 2: single-class CSAT, as bars of A_val and B_val, and as the matrix of robust accuracies class by
+    class."""
     title = "Fig. 2: CSAT on a single class"
     plain = pick(runs, transfer=False, weight="vanilla", attack="pgd")
     text = [f"## {title}"]
@@ -159,7 +165,8 @@ def matrix_section(runs, out):
 
 
 def difficulty_table(ranking):
-    """Fig. 3's table: the classes hardest first (the ends of a long list), the paper's numbers for CIFAR-10 beside ours."""
+    """Fig. 3's table: the classes hardest first (the ends of a long list), the paper's numbers for CIFAR-10
+    beside ours."""
     rows, most, told = ranking["classes_hardest_first"], 20, results.published()["fig3"]
     metrics, known = [m for m in flags.METRICS if m in rows[0]], results.base(ranking["fingerprint"]["name"]) == "cifar10"
     body = []
@@ -265,7 +272,8 @@ def speed_section(folder):
 
 
 def into(path, sections):
-    """Puts tables of sections (their figures left out) into a Markdown file, between <!-- table: TITLE --> and <!-- end -->."""
+    """Puts tables of sections (their figures left out) into a Markdown file, between <!-- table: TITLE -->
+    and <!-- end -->."""
     bodies = {text[0][3:]: "\n\n".join(t for t in text[1:] if t and not t.startswith("!")) for text in sections if text}
 
     def body(match):

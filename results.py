@@ -1,7 +1,8 @@
-"""What finished runs say: reads and checks them, groups those that may be compared, pools seeds, contrasts settings with an
-interval, and looks up the paper's numbers. report.py and figures.py show it. Loads no torch.
+"""What finished runs say: reads and checks them, groups those that may be compared, pools seeds, contrasts
+settings with an interval, and looks up the paper's numbers. report.py and figures.py show it. Loads no torch.
 
-Files in: result.json and rank.json below a results folder, configs/paper.json, configs/*.yaml (the paper's settings).
+Files in: result.json and rank.json below a results folder, configs/paper.json, configs/*.yaml (the paper's
+settings).
 """
 import collections
 import functools
@@ -23,7 +24,7 @@ NOT_SETTING = {"dataset", "eval_batch", "side", "source", "source_weights", "che
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
 
 
-# --- the paper ---------------------------------------------------------------------------------------------------------
+# --- the paper ----------------------------------------------------------------------------------------------
 
 @functools.cache
 def published():
@@ -32,15 +33,16 @@ def published():
 
 
 def base(data):
-    """The paper's data set of which ours is a smaller part: cifar10 for cifar10-small, on either side of an arrow."""
+    """The paper's data set of which ours is a smaller part: cifar10 for cifar10-small, on either side of an
+    arrow."""
     return data.replace("-small", "")
 
 
 def theirs(figure, data, line, share, kind):
     """The paper's accuracy (percent) in a figure, or None where it has no number.
 
-    data: a data set, or source->target. line: what the line is called in our figure; "AT" and "no AT" are the baselines,
-    which belong to no figure. share: |A|/N. kind: robust or clean.
+    data: a data set, or source->target. line: what the line is called in our figure; "AT" and "no AT" are the
+    baselines, which belong to no figure. share: |A|/N. kind: robust or clean.
     """
     found = published()["curves"].get("baselines" if line in ("AT", "no AT") else figure, {})
     found = found.get(base(data), {}).get(kind, {}).get(line)
@@ -49,7 +51,8 @@ def theirs(figure, data, line, share, kind):
 
 @functools.cache
 def papers_setting(data):
-    """The values of the flags in the paper's runs on `data` (a data set, or source->target), from configs/; {} for others."""
+    """The values of the flags in the paper's runs on `data` (a data set, or source->target), from configs/;
+    {} for others."""
     source, target = base(data).split("->")[0], base(data).split("->")[-1]
     if source not in published()["data sets"]:
         return {}
@@ -62,7 +65,8 @@ def papers_setting(data):
 
 
 def not_the_papers(data, setting):
-    """A sentence that names every setting of ours that is not the paper's, or nothing for data that the paper lacks."""
+    """A sentence that names every setting of ours that is not the paper's, or nothing for data that the paper
+    lacks."""
     paper = papers_setting(data)
     plain = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, list) else v
     differ = [f"{k.replace('_', ' ')} {plain(v)} ({plain(paper[k])})" for k, v in setting.items() if k in paper and paper[k] != v]
@@ -72,11 +76,12 @@ def not_the_papers(data, setting):
         if differ else ""
 
 
-# --- runs --------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
-    """A finished run of sat.py or transfer.py. Of a transferred network, A and how it was made are its source's."""
+    """A finished run of sat.py or transfer.py. Of a transferred network, A and how it was made are its
+    source's."""
     path: str
     data: str          # a data set, or source->target
     transfer: bool
@@ -116,7 +121,8 @@ class Run:
         return self.data, self.group, self.transfer, self.split, self.order, self.metric, self.weight, self.attack, self.size, names
 
     def right(self, kind, c):
-        """Which test examples of class c were right: bool (n,), in their order; None where the run did not keep them."""
+        """Which test examples of class c were right: bool (n,), in their order; None where the run did not
+        keep them."""
         a = self.accuracy["classes"][c][kind]
         if "right" not in a:
             return None
@@ -161,8 +167,9 @@ def read(results):
 
 
 def shown(runs):
-    """The runs without those that repeat another's flags and seed, which would count as seeds: of each one is kept, in float32
-    if there is one, and that is said. They get their group's name, and transfers their source's accuracies, "source ..."."""
+    """The runs without those that repeat another's flags and seed, which would count as seeds: of each one is
+    kept, in float32 if there is one, and that is said. They get their group's name, and transfers their
+    source's accuracies, "source ..."."""
     kept = {}
     for r in sorted(runs, key=lambda r: r.precision != "float32"):
         key = json.dumps([r.kind, r.setting, r.seed], sort_keys=True)
@@ -180,7 +187,8 @@ def shown(runs):
 
 
 def name_groups(runs):
-    """Gives runs of one data set their group's name: the settings that people ask for, and those in which groups differ."""
+    """Gives runs of one data set their group's name: the settings that people ask for, and those in which
+    groups differ."""
     shown = {}
     for r in runs:
         shown.setdefault(json.dumps(r.setting, sort_keys=True), []).append(r)
@@ -227,7 +235,7 @@ def rankings(results):
     return ranks
 
 
-# --- accuracies --------------------------------------------------------------------------------------------------------
+# --- accuracies ---------------------------------------------------------------------------------------------
 
 def wilson(k, n, z=1.959964):
     """The 95 % Wilson score interval (low, high) of k successes in n trials."""
@@ -250,13 +258,15 @@ def values(runs, part, kind):
 
 
 def mean(runs, part="all", kind="robust"):
-    """Mean accuracy in percent over runs (seeds), and its standard deviation (0 of one); None where there is none."""
+    """Mean accuracy in percent over runs (seeds), and its standard deviation (0 of one); None where there is
+    none."""
     found = values(runs, part, kind)
     return (statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0) if found else None
 
 
 def cell(runs, part="all", kind="robust"):
-    """An accuracy for people, in percent: with the 95 % Wilson interval of a single run, or as mean ± deviation of seeds."""
+    """An accuracy for people, in percent: with the 95 % Wilson interval of a single run, or as mean ±
+    deviation of seeds."""
     found = mean(runs, part, kind)
     if found is None:
         return "-"
@@ -268,7 +278,8 @@ def cell(runs, part="all", kind="robust"):
 
 @dataclass
 class Noise:
-    """The spread between seeds (variance in points squared) pooled over the kinds of runs that have three or more."""
+    """The spread between seeds (variance in points squared) pooled over the kinds of runs that have three or
+    more."""
     variance: float
     df: int
     deviations: list   # of the kinds
@@ -276,7 +287,8 @@ class Noise:
 
 
 def noise(runs, kind="robust"):
-    """The Noise of the accuracy on all test examples, over runs that may be pooled (of one data set and group)."""
+    """The Noise of the accuracy on all test examples, over runs that may be pooled (of one data set and
+    group)."""
     spread = [v for same in grouped(runs, "kind").values() if len(v := values(same, "all", kind)) > 2]
     df = sum(len(v) - 1 for v in spread)
     variance = sum((len(v) - 1) * statistics.variance(v) for v in spread) / df if df else 0.0
@@ -290,11 +302,12 @@ def noise(runs, kind="robust"):
 def contrast(terms, seeds, kind="robust"):
     """The sum of weight * accuracy over terms, in points, with its 95 % interval: (value, low, high).
 
-    terms: [(weight, runs, classes)]: the mean over runs (the seeds of a kind) of the accuracy on the test examples of
-    `classes` (None: all). seeds: the Noise of such runs. Two sources of variance are added. Test examples: all runs meet the
-    same ones, so the differences are paired, example by example, after the mean over seeds. Training: the pooled variance
-    between seeds, over the number of seeds of each term (Bouthillier et al. 2021 on why seeds count). The interval is
-    Student's with Satterthwaite's (1946) degrees of freedom. Without three seeds anywhere the second part is missing.
+    terms: [(weight, runs, classes)]: the mean over runs (the seeds of a kind) of the accuracy on the test
+    examples of `classes` (None: all). seeds: the Noise of such runs. Two sources of variance are added. Test
+    examples: all runs meet the same ones, so the differences are paired, example by example, after the mean
+    over seeds. Training: the pooled variance between seeds, over the number of seeds of each term
+    (Bouthillier et al. 2021 on why seeds count). The interval is Student's with Satterthwaite's (1946)
+    degrees of freedom. Without three seeds anywhere the second part is missing.
     """
     classes = list(terms[0][1][0].accuracy["classes"])
     sizes = {c: terms[0][1][0].accuracy["classes"][c][kind]["n"] for c in classes}

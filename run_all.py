@@ -1,4 +1,5 @@
-"""Every run of the paper's figures, then the report. Finished runs are skipped, so it can be stopped and started again.
+"""Every run of the paper's figures, then the report. Finished runs are skipped, so it can be stopped and
+started again.
 
     ./run_all.sh digits                    each figure in small, on the embedded data, on a CPU
     ./run_all.sh cifar10-cpu               the paper's claims on all of CIFAR-10 and -100, at a size for a CPU
@@ -6,10 +7,11 @@
     ./run_all.sh --dry-run all             print every command, the runs of each figure and their cost
     NPROC=4 ./run_all.sh cifar10           each run on 4 GPUs (or processes) of this machine, by torchrun
 
-Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all; then figures of them, or none for all.
-Environment: RESULTS and DATA (folders), NPROC, PYTHON, EXTRA (flags for every run that has them, e.g. EXTRA="--epochs 2").
-Several copies may share a results folder, one a GPU or on several machines (its file system must have flock): each run is
-made once, a transfer waits for its source, and a run whose copy died is taken over.
+Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all; then figures of them, or none for
+all. Environment: RESULTS and DATA (folders), NPROC, PYTHON, EXTRA (flags for every run that has them, e.g.
+EXTRA="--epochs 2"). Several copies may share a results folder, one a GPU or on several machines (its file
+system must have flock): each run is made once, a transfer waits for its source, and a run whose copy died is
+taken over.
 """
 import fcntl
 import os
@@ -25,8 +27,9 @@ HERE = Path(__file__).resolve().parent
 TEN = "airplane automobile bird cat deer dog frog horse ship truck".split()
 TENTHS = {k / 10: 1 for k in range(1, 10)}
 
-# What the figures need to know of a data set: training images, classes; |A| as {amount: training seeds} in examples (esat), in
-# classes (csat) and as single classes; random subsets of each size; training seeds of AT and no AT; metrics of the ranking.
+# What the figures need to know of a data set: training images, classes; |A| as {amount: training seeds} in
+# examples (esat), in classes (csat) and as single classes; random subsets of each size; training seeds of AT
+# and no AT; metrics of the ranking.
 PAPER = {"arch": "preactresnet18", "epochs": 200, "esat": TENTHS, "baselines": 1, "metrics": "entropy svar", "prefix": ""}
 DIGITS = {**PAPER, "config": "digits", "arch": "preactresnet8", "epochs": 30, "esat": {0.1: 1, 0.3: 1, 0.5: 1}, "random": 2,
           "prefix": "quick-", "flags": "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"}
@@ -74,7 +77,8 @@ SECTIONS = {  # section: (source, targets of the transfer, figures)
 
 
 def runs_of(d, name):
-    """The runs of sat.py in a figure: (the name of the run, |A|/N, passes of the attack an example, flags)."""
+    """The runs of sat.py in a figure: (the name of the run, |A|/N, passes of the attack an example,
+    flags)."""
     split, orders, compared = FIGURES[name]
     if split == "single":
         return [(f"csat-{c}-seed{seed}", 1 / d["n_classes"], 14, ["--split", "csat", "--classes", c, "--seed", str(seed)])
@@ -97,7 +101,8 @@ def runs_of(d, name):
 
 
 def stages(sections, wanted, results):
-    """Every stage of the figures, repeats included: (figure, script, folder, the file that ends it, cost, arguments)."""
+    """Every stage of the figures, repeats included: (figure, script, folder, the file that ends it, cost,
+    arguments)."""
     for source, targets, figures in (part for s in sections for part in SECTIONS[s]):
         d = DATASETS[source]
         config, dataset, prefix = d.get("config", source), d.get("dataset", source), d["prefix"]
@@ -146,8 +151,9 @@ def summary(listed):
 
 
 class Stage:
-    """A stage that is made by whichever copy first locks its log, results/logs/<folder>.log. The kernel drops the lock with
-    the last process that has it, the stage's own included, so that a killed copy's run is neither lost nor made twice."""
+    """A stage that is made by whichever copy first locks its log, results/logs/<folder>.log. The kernel drops
+    the lock with the last process that has it, the stage's own included, so that a killed copy's run is
+    neither lost nor made twice."""
 
     def __init__(self, results, folder, done, command, source=None):
         self.done, self.command, self.source = Path(folder, done), command, source and Path(source).with_name("result.json")
@@ -155,8 +161,8 @@ class Stage:
         self.log = Path(results, "logs", str(Path(folder).relative_to(results)).replace("/", "_") + ".log")
 
     def make(self, wait=False):
-        """Runs the command unless the stage is finished. Without `wait`, False when another copy has it or makes its source;
-        rankings, which all that follows needs, are always waited for."""
+        """Runs the command unless the stage is finished. Without `wait`, False when another copy has it or
+        makes its source; rankings, which all that follows needs, are always waited for."""
         if self.source and not self.source.exists() and not wait:
             return False
         wait = wait or self.done.name == "rank.json"

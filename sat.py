@@ -1,9 +1,10 @@
-"""Subset Adversarial Training: trains on A and B, attacks A alone, selects by and reports AutoAttack accuracy (Eq. 2).
+"""Subset Adversarial Training: trains on A and B, attacks A alone, selects by and reports AutoAttack accuracy
+(Eq. 2).
 
     python sat.py --split esat --frac 0.5 --order hardest                     # the embedded digits, on a CPU
     python sat.py --config configs/cifar10.yaml --split csat --classes cat    # the paper's settings
-Files in: the data, results/<dataset>/rank-<arch>-seed0/scores.pt (made when missing). Files out, in results/<dataset>/<run>/:
-args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
+Files in: the data, results/<dataset>/rank-<arch>-seed0/scores.pt (made when missing). Files out, in
+results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
 import functools
 import hashlib
@@ -25,7 +26,8 @@ from subset import choose_A, weight_A
 
 
 def sat_loss(logits, y, w):
-    """Eq. 2 on a batch: the sum of w_i loss_i, the weights being w_A for examples of A and 1 for B, divided by their sum."""
+    """Eq. 2 on a batch: the sum of w_i loss_i, the weights being w_A for examples of A and 1 for B, divided
+    by their sum."""
     if w.shape != y.shape:
         raise ValueError(f"the weights are {tuple(w.shape)}, the labels {tuple(y.shape)}: one weight an example")
     return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum()
@@ -34,8 +36,9 @@ def sat_loss(logits, y, w):
 def sat_step(net, optimizer, x, y, a, w, attack):
     """One SGD step on Eq. 2. Returns (loss, logits), detached.
 
-    x (b, C, H, W) in [0, 1] and labels y (b,); a: the positions of A's examples in the batch, int64 (|A|,), perhaps none;
-    w (b,): the weights, which sum to 1 (epoch_plan). attack(x, y) perturbs examples, say functools.partial(pgd, net, ...).
+    x (b, C, H, W) in [0, 1] and labels y (b,); a: the positions of A's examples in the batch, int64 (|A|,),
+    perhaps none; w (b,): the weights, which sum to 1 (epoch_plan). attack(x, y) perturbs examples, say
+    functools.partial(pgd, net, ...).
     """
     optimizer.zero_grad(set_to_none=True)  # before the attack, which can use the memory
     if len(a):
@@ -48,10 +51,12 @@ def sat_step(net, optimizer, x, y, a, w, attack):
 
 
 def epoch_plan(order, A, w_A, device):
-    """What the steps of an epoch need to know of A: for each batch of `order` (steps, b), in this process's part of it, the
-    positions of A's examples, int64, and the weights of Eq. 2, (b / processes,). Two tuples of tensors on `device`.
+    """What the steps of an epoch need to know of A: for each batch of `order` (steps, b), in this process's
+    part of it, the positions of A's examples, int64, and the weights of Eq. 2, (b / processes,). Two tuples
+    of tensors on `device`.
 
-    The weights of a batch sum to the number of processes, over which DistributedDataParallel averages the gradients.
+    The weights of a batch sum to the number of processes, over which DistributedDataParallel averages the
+    gradients.
     """
     in_A = A[order]
     w = torch.where(in_A, w_A, 1.0)
@@ -84,8 +89,9 @@ def filled(attack, multiple=16):
 
 
 def random_starts(args, x, a, draw, generator):
-    """Where the attack on A's examples x[a] starts: uniform in the ball where the flags say so, or None for at x. Drawn for
-    the global batch, seeded by `draw`, so that the number of processes changes nothing, nor a batch that lacks A."""
+    """Where the attack on A's examples x[a] starts: uniform in the ball where the flags say so, or None for
+    at x. Drawn for the global batch, seeded by `draw`, so that the number of processes changes nothing, nor a
+    batch that lacks A."""
     if args.attack != "fgsm-rs" and not args.random_start:
         return None
     generator.manual_seed(draw)
@@ -94,7 +100,8 @@ def random_starts(args, x, a, draw, generator):
 
 
 def compiled(function, device):
-    """A function or network compiled by torch; on GPUs in CUDA graphs, which reuse the memory of what they return."""
+    """A function or network compiled by torch; on GPUs in CUDA graphs, which reuse the memory of what they
+    return."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient with respect to delta is a part of pgd_step's graph
     if device.type != "cuda":
         return torch.compile(function, fullgraph=True)
@@ -103,14 +110,16 @@ def compiled(function, device):
 
 
 def sgd(model, lr, weight_decay, device):
-    """The optimizer of Table 2: SGD with momentum 0.9 on what is trained of the model, in one kernel on GPUs."""
+    """The optimizer of Table 2: SGD with momentum 0.9 on what is trained of the model, in one kernel on
+    GPUs."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(trained, lr, 0.9, weight_decay=weight_decay, fused=device.type == "cuda")
 
 
 def precision(amp, device):
-    """The arithmetic of training, "bf16" (autocast) or "float32", that the flag --amp ("auto", "off" or "bf16") asks for;
-    auto: bf16 where the hardware multiplies in it. (On a CPU without such units bf16 takes some ten times as long.)"""
+    """The arithmetic of training, "bf16" (autocast) or "float32", that the flag --amp ("auto", "off" or
+    "bf16") asks for; auto: bf16 where the hardware multiplies in it. (On a CPU without such units bf16 takes
+    some ten times as long.)"""
     if device.type == "cuda":
         units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -120,15 +129,18 @@ def precision(amp, device):
 
 
 def autocast(amp, device):
-    """The autocast in which a step runs. Loss, gradient norms, projection and the weights themselves stay float32."""
+    """The autocast in which a step runs. Loss, gradient norms, projection and the weights themselves stay
+    float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(amp, device) == "bf16")
 
 
 def train(model, split, A, w_A, args, device, state=None):
-    """Minimises Eq. 2 by SGD. Yields once an epoch {"epoch": epochs done, "model", "optimizer", "row": the epoch's log}.
+    """Minimises Eq. 2 by SGD. Yields once an epoch {"epoch": epochs done, "model", "optimizer", "row": the
+    epoch's log}.
 
-    A: bool (N,); A = {} is ordinary training, A = everything is adversarial training. `state`: an earlier yield, from
-    which to go on. Every process must consume every yield. Raises UserError when the loss is not finite.
+    A: bool (N,); A = {} is ordinary training, A = everything is adversarial training. `state`: an earlier
+    yield, from which to go on. Every process must consume every yield. Raises UserError when the loss is not
+    finite.
     """
     optimizer = sgd(model, args.lr, args.weight_decay, device)
     if state:
@@ -171,7 +183,8 @@ def train(model, split, A, w_A, args, device, state=None):
 
 
 def suspects(args):
-    """What to do about a loss that is not finite: the flags that differ from the config, or else the learning rate."""
+    """What to do about a loss that is not finite: the flags that differ from the config, or else the learning
+    rate."""
     names = ("lr", "weight_decay", "batch_size", "weight_factor", "eps", "step_size", "steps", "amp", "arch")
     differ = [f"--{k.replace('_', '-')} {getattr(args, k)} (config: {args.base.get(k)})" for k in names
               if getattr(args, k, None) != args.base.get(k)]
@@ -179,8 +192,9 @@ def suspects(args):
 
 
 def cost(args, seen, attacked, frozen):
-    """What an epoch costs that saw `seen` examples and attacked so many: forward passes, backward passes, and both in units
-    of a forward pass: an attack step is 2, a training step 3 (1 on frozen features, whose head costs next to nothing)."""
+    """What an epoch costs that saw `seen` examples and attacked so many: forward passes, backward passes, and
+    both in units of a forward pass: an attack step is 2, a training step 3 (1 on frozen features, whose head
+    costs next to nothing)."""
     steps = 0 if attacked == 0 else 1 if args.attack == "fgsm-rs" else args.steps
     trained = 0 if frozen else seen
     return {"attacked": attacked, "forward": seen + steps * attacked, "backward": trained + steps * attacked,
@@ -188,16 +202,18 @@ def cost(args, seen, attacked, frozen):
 
 
 def checkpoint(model, data, args, epoch, A_classes=None, **more):
-    """What a checkpoint file holds: weights and all that is needed to use them without this project's configs."""
+    """What a checkpoint file holds: weights and all that is needed to use them without this project's
+    configs."""
     return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear", "classes": data.classes,
             "fingerprint": data.fingerprint(), "args": common.identity(args), "epoch": epoch, "A_classes": A_classes, **more}
 
 
 def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
-    """Trains, selects the checkpoint on the 10 % part, evaluates it on the 90 % part; returns result.json's content.
+    """Trains, selects the checkpoint on the 10 % part, evaluates it on the 90 % part; returns result.json's
+    content.
 
-    Selection: AutoAttack robust accuracy one epoch after each decay and at the end (Sec. 4); ties go to the higher clean
-    accuracy, then to the later epoch. Goes on from last.pt. `more` is written into result.json.
+    Selection: AutoAttack robust accuracy one epoch after each decay and at the end (Sec. 4); ties go to the
+    higher clean accuracy, then to the later epoch. Goes on from last.pt. `more` is written into result.json.
     """
     select, final = datasets.selection_and_final(len(data.test))
     select, final = select[:args.select_n or None], final[:args.eval_n or None]
@@ -237,7 +253,8 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
 
 
 def conclude(run, model, data, index, args, log, about):
-    """Evaluates the selected model on the test examples `index`; writes robust.pt and result.json, whose content it returns."""
+    """Evaluates the selected model on the test examples `index`; writes robust.pt and result.json, whose
+    content it returns."""
     setting = evaluate.settings(args, data)
     clean, robust = evaluate.attack(model, data, index, setting, run / "chunks")
     cost = {k: sum(row[k] for row in log) for k in ("attacked", "forward", "backward", "forward_equivalents", "seconds")}

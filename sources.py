@@ -1,9 +1,11 @@
-"""Reads every data set from its publisher's files: (train, test, classes), train and test being (images, labels).
+"""Reads every data set from its publisher's files: (train, test, classes), train and test being (images,
+labels).
 
-Images are one uint8 tensor (N, C, H, W) for small-image sets, a list of paths for those streamed at 224x224. Labels are int64 (N,).
-A data set is looked for under --data-dir as <name>.pt, then as an image folder <name>/train/<class>/* with <name>/test or
-<name>/val, then as the files that torchvision knows, then downloaded by torchvision. Format of <name>.pt:
-{"train": {"x": uint8 (N, C, H, W), "y": int64 (N,)}, "test": {...}, "classes": [str]}. Paper: Table 1.
+Images are one uint8 tensor (N, C, H, W) for small-image sets, a list of paths for those streamed at 224x224.
+Labels are int64 (N,). A data set is looked for under --data-dir as <name>.pt, then as an image folder
+<name>/train/<class>/* with <name>/test or <name>/val, then as the files that torchvision knows, then
+downloaded by torchvision. Format of <name>.pt: {"train": {"x": uint8 (N, C, H, W), "y": int64 (N,)}, "test":
+{...}, "classes": [str]}. Paper: Table 1.
 """
 import hashlib
 
@@ -45,8 +47,8 @@ def digits(name):
 
 
 def smaller(name, root):
-    """A part of a data set that is small enough for a CPU: of each class the images with the lowest SHA-256 of their pixels,
-    in that order, so that it is the same whatever order the publisher's files have."""
+    """A part of a data set that is small enough for a CPU: of each class the images with the lowest SHA-256
+    of their pixels, in that order, so that it is the same whatever order the publisher's files have."""
     whole, *sizes = SMALLER[name]
     *splits, classes = find(whole, root)
     parts = []
@@ -101,7 +103,8 @@ def in_memory(paths):
 
 
 def class_folders(folder):
-    """The names of the class folders in `folder`, sorted; UserError for two that differ in case or spaces alone."""
+    """The names of the class folders in `folder`, sorted; UserError for two that differ in case or spaces
+    alone."""
     if not folder.is_dir():
         return None
     names = sorted(d.name for d in folder.iterdir() if d.is_dir())
@@ -113,7 +116,8 @@ def class_folders(folder):
 
 
 def image_folder(root, wanted=None, titles=None):
-    """A data set from <root>/train/<class>/* and <root>/test/<class>/* (or val/); `wanted`: these class folders alone."""
+    """A data set from <root>/train/<class>/* and <root>/test/<class>/* (or val/); `wanted`: these class
+    folders alone."""
     parts = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
     names = [class_folders(part) for part in parts]
     for part, found in zip(parts, names):
@@ -133,7 +137,8 @@ def image_folder(root, wanted=None, titles=None):
 
 
 def listing(folder):
-    """A hash of the names and sizes of the files of an image folder: whether it has changed since it was packed."""
+    """A hash of the names and sizes of the files of an image folder: whether it has changed since it was
+    packed."""
     files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
@@ -170,7 +175,8 @@ def flowers102(root, download):
 
 
 def caltech256(root, download):
-    """Caltech-256, 80 % train and 20 % test by a fixed permutation (the paper's counts; its very split is not published)."""
+    """Caltech-256, 80 % train and 20 % test by a fixed permutation (the paper's counts; its very split is not
+    published)."""
     from torchvision.datasets import Caltech256
     Caltech256(root, download=download)  # finds or downloads; its list of files is made below
     folder = root / "caltech256" / "256_ObjectCategories"
@@ -208,7 +214,8 @@ def publisher(name, root):
 
 
 def find(name, root):
-    """(train, test, classes) of the data set `name` under the folder `root`; keeps what is slow to read as <name>.pt."""
+    """(train, test, classes) of the data set `name` under the folder `root`; keeps what is slow to read as
+    <name>.pt."""
     path, folder = root / f"{name}.pt", root / name
     if name in DIGITS:
         return digits(name)

@@ -16,7 +16,8 @@ from common import HERE, UserError, say, world
 
 
 def how_many(amount, n, unit):
-    """|A| from a fraction (float) of n, or a number (int), of examples or classes. Raises UserError outside 1..n."""
+    """|A| from a fraction (float) of n, or a number (int), of examples or classes. Raises UserError outside
+    1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
     if not 1 <= k <= n:
         raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
@@ -26,9 +27,10 @@ def how_many(amount, n, unit):
 def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", scores=None, seed=0):
     """The subset A as bool (N,), chosen once, before training (Sec. 3.3).
 
-    split: none, full, esat (examples) or csat (classes). amount: a fraction (float) or a number (int) of examples or
-    classes. order: hardest or easiest by `scores` (N,), higher = harder (a class counts by its mean, Eq. 3), ties by index;
-    or random, by seed (also redrawn, of which train() draws another every epoch). names: csat's classes by name instead. Raises UserError (a ValueError) for what cannot be chosen.
+    split: none, full, esat (examples) or csat (classes). amount: a fraction (float) or a number (int) of
+    examples or classes. order: hardest or easiest by `scores` (N,), higher = harder (a class counts by its
+    mean, Eq. 3), ties by index; or random, by seed (also redrawn, of which train() draws another every
+    epoch). names: csat's classes by name instead. Raises UserError (a ValueError) for what cannot be chosen.
     """
     if split not in ("none", "full", "esat", "csat") or order not in flags.ORDERS:
         raise UserError(f"split {split!r} by order {order!r}: valid are none, full, esat, csat and {', '.join(flags.ORDERS)}")
@@ -65,8 +67,9 @@ def class_means(scores, y, n_classes):
 
 
 def weight_A(kind, n_A, n):
-    """w_A of Eq. 2, with w_B = 1, by |A| = n_A and N = n: vanilla 1, balanced |B|/|A|, emphasis (1 + 10 |A|/N) |B|/|A|
-    (Sec. 3.2 and 4.3: 2 |B|/|A| at 10 %, 10 |B|/|A| at 90 %), or the number `kind`. 1 when A or B is empty."""
+    """w_A of Eq. 2, with w_B = 1, by |A| = n_A and N = n: vanilla 1, balanced |B|/|A|, emphasis (1 + 10
+    |A|/N) |B|/|A| (Sec. 3.2 and 4.3: 2 |B|/|A| at 10 %, 10 |B|/|A| at 90 %), or the number `kind`. 1 when A
+    or B is empty."""
     if n_A in (0, n):
         return 1.0
     balanced = (n - n_A) / n_A
@@ -75,8 +78,9 @@ def weight_A(kind, n_A, n):
 
 
 def ranking(args, data):
-    """The scores (N,) of args.metric, and what result.json says of them, from rank.py's scores.pt for this data and network;
-    runs rank.py when it is missing. Scores of another number of epochs (or other flags) are used, and that is said."""
+    """The scores (N,) of args.metric, and what result.json says of them, from rank.py's scores.pt for this
+    data and network; runs rank.py when it is missing. Scores of another number of epochs (or other flags) are
+    used, and that is said."""
     path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
     command = rank_command(args)
     if not path.exists():
@@ -119,8 +123,9 @@ def rank_command(args):
 
 
 def read_scores(path):
-    """Scores of one's own, --scores FILE: a tensor (.pt) or an array (.npy, .npz with one array) of N numbers, higher = harder,
-    or N whole numbers that are an order of the indices 0 to N - 1, hardest first. Returns float64 (N,)."""
+    """Scores of one's own, --scores FILE: a tensor (.pt) or an array (.npy, .npz with one array) of N
+    numbers, higher = harder, or N whole numbers that are an order of the indices 0 to N - 1, hardest first.
+    Returns float64 (N,)."""
     try:
         if path.suffix == ".pt":
             found = torch.load(path, weights_only=True, map_location="cpu").numpy()

@@ -1,4 +1,5 @@
-"""What comes in: data sets in their publishers' formats, configs, and inputs that must be refused in one line."""
+"""What comes in: data sets in their publishers' formats, configs, and inputs that must be refused in one
+line."""
 import json
 import math
 import os
@@ -189,7 +190,8 @@ def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
 
 
 def test_streamed_views(tmp_path):
-    """Training crops are RandomResizedCrop's, drawn per example and epoch; test images are resized to 256, cropped to 224."""
+    """Training crops are RandomResizedCrop's, drawn per example and epoch; test images are resized to 256,
+    cropped to 224."""
     from PIL import Image
     ramp = np.zeros((300, 400, 3), dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 300)[:, None]
@@ -253,7 +255,8 @@ def test_corrupt_and_doubled(tmp_path, capsys):
 
 
 def test_resnet50_through_every_stage(tmp_path, monkeypatch, capsys):
-    """A two-class tree of JPEGs through rank, sat, evaluate and transfer, one epoch each (images of 64, to be quick)."""
+    """A two-class tree of JPEGs through rank, sat, evaluate and transfer, one epoch each (images of 64, to be
+    quick)."""
     rng = np.random.default_rng(0)
     for name in ("pets", "other"):
         for part, n in (("train", 4), ("val", 10)):
@@ -403,7 +406,8 @@ def test_bad_flags(case, tmp_path, monkeypatch):
 
 
 def test_every_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    """What script() makes of a UserError, for one of each script; the inputs above and below are more than 60."""
+    """What script() makes of a UserError, for one of each script; the inputs above and below are more than
+    60."""
     for name, *argv in (("sat.py", "--lr", "fast"), ("rank.py", "--lr", "fast"), ("transfer.py",), ("evaluate.py", "none.pt"), ("report.py", "--results", "no"),
                         ("data.py", "mnist"), ("bench.py", "--fractions", "2")):
         done = script(name, *argv, cwd=tmp_path)

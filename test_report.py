@@ -74,7 +74,8 @@ def test_help_shows_units_and_defaults():
 
 
 def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
-    """Runs every kind of step once, in float32 and in bf16: the table's shape and the model's numbers, never a duration."""
+    """Runs every kind of step once, in float32 and in bf16: the table's shape and the model's numbers, never
+    a duration."""
     class PGDL2:
         """torchattacks' interface."""
         def __init__(self, model, eps, alpha, steps, random_start):
@@ -102,7 +103,7 @@ def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
         bench.main(["--fractions", "0.5"])
 
 
-# --- runs, contrasts and verdicts --------------------------------------------------------------------------------------
+# --- runs, contrasts and verdicts ---------------------------------------------------------------------------
 
 def counts(right):
     """An accuracy as result.json has it, of bool (n,)."""
@@ -115,7 +116,8 @@ SETTING = {"arch": "preactresnet18", "epochs": 200, "eps": 0.5, "norm": "l2", "N
 
 
 def run(split, right, clean=None, A=5000, A_classes=(), seed=0, **made):
-    """A Run of CIFAR-10 with ten classes of equal size whose test examples are robust, and clean, where `right` and `clean` are."""
+    """A Run of CIFAR-10 with ten classes of equal size whose test examples are robust, and clean, where
+    `right` and `clean` are."""
     both = {"robust": np.asarray(right), "clean": np.ones(len(right), bool) if clean is None else np.asarray(clean)}
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     of = lambda part: {kind: counts(r.reshape(10, -1)[part].ravel()) for kind, r in both.items()}
@@ -146,7 +148,8 @@ def test_right_reads_what_evaluate_wrote():
 
 
 def test_contrast_by_hand():
-    """Two single runs: the paired interval from the differences example by example; of parts, a difference of two means."""
+    """Two single runs: the paired interval from the differences example by example; of parts, a difference of
+    two means."""
     rng = np.random.default_rng(0)
     a, b = rng.random(100) < 0.6, rng.random(100) < 0.4
     none = results.noise([])
@@ -171,8 +174,9 @@ def test_contrast_by_hand():
 
 @pytest.mark.parametrize("truth,least,most", [(0.0, 0, 50), (0.10, 800, 1000)])
 def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, least, most):
-    """1,000 draws of nine settings with three seeds, test noise and training noise of 1.5 points: "holds" comes up in at most
-    5 % of them where the true difference is 0, and in at least 80 % where it is 10 points."""
+    """1,000 draws of nine settings with three seeds, test noise and training noise of 1.5 points: "holds"
+    comes up in at most 5 % of them where the true difference is 0, and in at least 80 % where it is 10
+    points."""
     rng, holds, n = np.random.default_rng(1), 0, 300
     for _ in range(1000):
         easy = rng.beta(0.6, 0.8, n)  # how often an example is robust, over trainings
@@ -265,7 +269,7 @@ def test_every_setting_that_is_not_the_papers_is_named():
     assert "N 5,000 (50,000)" in results.not_the_papers("cifar10", {"N": 5000})
 
 
-# --- tables and figures ------------------------------------------------------------------------------------------------
+# --- tables and figures -------------------------------------------------------------------------------------
 
 def table(text, section, until):
     """The rows of the first table of a section, as dicts."""

@@ -1,4 +1,5 @@
-"""Runs as processes: stopped, killed, resumed, several at once, and the list of all runs.    python -m pytest -q test_runs.py"""
+"""Runs as processes: stopped, killed, resumed, several at once, and the list of all runs.    python -m pytest
+-q test_runs.py"""
 import functools
 import math
 import os
@@ -72,7 +73,8 @@ def processes(n, *command):
 
 @pytest.mark.parametrize("w_A,flags_", [(5.0, []), (1.0, ["--random-start"])])
 def test_two_processes_equal_one(tmp_path, w_A, flags_):
-    """The same weights (so the same gradients), loss and counts from 1 process, from 2, and from 2 that become 1 after an epoch."""
+    """The same weights (so the same gradients), loss and counts from 1 process, from 2, and from 2 that
+    become 1 after an epoch."""
     (tmp_path / "two.py").write_text(TWO)
     for name, n, start, epochs in (("one", 1, "-", 2), ("two", 2, "-", 2), ("half", 2, "-", 1), ("rest", 1, tmp_path / "half", 2)):
         done = processes(n, tmp_path / "two.py", tmp_path / name, w_A, start, epochs, *flags_)
@@ -98,7 +100,8 @@ common.script(main)
 
 
 def test_stages_with_two_processes(pipeline, tmp_path):
-    """Given the same scores.pt: the same A, n and keys from sat.py; the same flags of one checkpoint from evaluate.py."""
+    """Given the same scores.pt: the same A, n and keys from sat.py; the same flags of one checkpoint from
+    evaluate.py."""
     (tmp_path / "stages.py").write_text(STAGES)
     for n in (1, 2):
         scores = tmp_path / f"{n}" / "digits0-4" / "rank-preactresnet8-seed0"
@@ -118,7 +121,8 @@ def test_stages_with_two_processes(pipeline, tmp_path):
 
 
 def test_a_process_that_dies_ends_the_job(undisturbed, tmp_path):
-    """Rank 1 is killed in the second epoch: the job ends with a message, and one process takes the run to its end."""
+    """Rank 1 is killed in the second epoch: the job ends with a message, and one process takes the run to its
+    end."""
     stage, argv, _ = CHAIN[0]
     command = [f"{tmp_path}/marker", "epoch", str(undisturbed[1]["rank"]["epoch"] // 2), stage, *argv, "--results", str(tmp_path)]
     (tmp_path / "killer.py").write_text(KILLER.replace("if where == phase", "if common.rank() == 1 and where == phase"))
@@ -154,7 +158,8 @@ def test_run_names():
 
 
 def dry_run(*argv, **env):
-    """The commands of ./run_all.sh --dry-run as [(script, argv)], and its summary {figure: [runs, transfers, new]}."""
+    """The commands of ./run_all.sh --dry-run as [(script, argv)], and its summary {figure: [runs, transfers,
+    new]}."""
     out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True, check=True,
                          env={**os.environ, **env}).stdout
     lines = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
@@ -260,7 +265,8 @@ def test_folders_that_run_all_expects_are_those_that_the_scripts_make(monkeypatc
 
 
 def stub(tmp_path, body):
-    """A Python that notes its calls in tmp_path/calls and runs `body` in place of a script; how to start run_all with it."""
+    """A Python that notes its calls in tmp_path/calls and runs `body` in place of a script; how to start
+    run_all with it."""
     python = tmp_path / "python"
     python.write_text(f"""#!{sys.executable}
 import sys, time
@@ -313,7 +319,8 @@ def test_two_run_alls_at_once(tmp_path):
 
 
 def test_run_all_that_was_killed_is_taken_over_at_once(tmp_path):
-    """Killed with -9, its run going on: a second copy waits for that run, does not start it again, and makes the rest."""
+    """Killed with -9, its run going on: a second copy waits for that run, does not start it again, and makes
+    the rest."""
     go = stub(tmp_path, 'if "csat-3-seed0" in name: time.sleep(3)' + MAKES)
     first = go("digits", "fig2", start=subprocess.Popen)
     while not (tmp_path / "calls").exists() or "csat-3-seed0" not in (tmp_path / "calls").read_text():
@@ -356,8 +363,9 @@ def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 3))))  # KILLS=20 python -m pytest -k killed
 def test_killed_at_any_moment_ends_with_the_same_result(undisturbed, tmp_path, seed):
-    """SIGKILL once in each stage, at a random moment of a phase that changes with the seed (three seeds hit every phase of every stage), then
-    the same command again: all that was written is bit-identical to the undisturbed chain's."""
+    """SIGKILL once in each stage, at a random moment of a phase that changes with the seed (three seeds hit
+    every phase of every stage), then the same command again: all that was written is bit-identical to the
+    undisturbed chain's."""
     import random
     chance, (expected, moments) = random.Random(seed), undisturbed
     for i, (stage, argv, phases) in enumerate(CHAIN):
@@ -387,7 +395,8 @@ def test_sigterm_and_ctrl_c(undisturbed, tmp_path, name, code):
 
 
 def test_full_disk(undisturbed, tmp_path):
-    """A file-size limit stands for a full disk: one line, no half-written file, and the run goes on when there is room."""
+    """A file-size limit stands for a full disk: one line, no half-written file, and the run goes on when
+    there is room."""
     stage, argv, _ = CHAIN[0]
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
     folder = tmp_path / "r"
@@ -401,7 +410,7 @@ def test_full_disk(undisturbed, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-# --- one run, one folder -----------------------------------------------------------------------------------------------
+# --- one run, one folder ------------------------------------------------------------------------------------
 
 def test_force_keeps_the_old_run_until_the_new_one_is_whole(tmp_path, monkeypatch):
     argv = ["--split", "none", *QUICK, "--results", str(tmp_path), "--run", "r"]

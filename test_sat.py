@@ -1,4 +1,5 @@
-"""The method against oracles that are written out here: attacks, Eq. 2, rankings.    python -m pytest -q test_sat.py"""
+"""The method against oracles that are written out here: attacks, Eq. 2, rankings.    python -m pytest -q
+test_sat.py"""
 import functools
 import json
 import math
@@ -279,7 +280,8 @@ def test_epoch_plan(processes, monkeypatch):
 
 
 def test_a_step_on_a_notebooks_own_tensors():
-    """README's example: Eq. 2 on a network, a batch and a subset of one's own, against autograd on the loss written out."""
+    """README's example: Eq. 2 on a network, a batch and a subset of one's own, against autograd on the loss
+    written out."""
     model, other = (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10)) for _ in range(2))
     other.load_state_dict(model.state_dict())
     (x, y), in_A = images(8), torch.tensor([True, False, True, False, False, False, False, False])
@@ -296,7 +298,8 @@ def test_a_step_on_a_notebooks_own_tensors():
 
 
 def test_the_step_keeps_channels_last():
-    """Convolutions are slower on another layout, and compiled twice: index_copy alone would return another."""
+    """Convolutions are slower on another layout, and compiled twice: index_copy alone would return
+    another."""
     seen, x = [], images(4, channels=3)[0].contiguous(memory_format=torch.channels_last)
     model = net(channels=3)
     model.features.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
@@ -368,7 +371,8 @@ def test_empty_A_is_vanilla_training_and_full_A_is_AT(everything):
 
 
 def short_training(device, compile=False, amp="off", attack=True):
-    """Four steps of SAT on digits with A = every third example: the change of all weights as one vector, and the log's row."""
+    """Four steps of SAT on digits with A = every third example: the change of all weights as one vector, and
+    the log's row."""
     torch.backends.cudnn.allow_tf32 = False  # as common.set_up has it
     args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--batch-size", "40", "--steps", "3", "--step-size", "0.5", "--eps", "1.5",
                              "--lr", "0.05", "--amp", amp, "--compile" if compile else "--no-compile"])
@@ -385,8 +389,8 @@ def short_training(device, compile=False, amp="off", attack=True):
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("compile,amp,alike", [(True, "off", 0.9999), (False, "bf16", 0.97), (True, "bf16", 0.97)])
 def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compile, amp, alike):
-    """--compile (A filled up to 16 and 32 examples) and bf16 autocast, against float32 on the CPU: the same change of the
-    weights, which training without the attack does not give."""
+    """--compile (A filled up to 16 and 32 examples) and bf16 autocast, against float32 on the CPU: the same
+    change of the weights, which training without the attack does not give."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     (plain, row), (fast, row2), (other, _) = short_training("cpu"), short_training(device, compile, amp), short_training("cpu", attack=False)
@@ -518,7 +522,8 @@ def test_svar_by_hand():
 
 
 def test_vog_by_hand():
-    """A linear network whose weights change by epoch: the gradient of the true class's logit is that class's weight row."""
+    """A linear network whose weights change by epoch: the gradient of the true class's logit is that class's
+    weight row."""
     split = datasets.Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0]))
     rows, vog = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0)), rank.Vog((3, 1, 2, 2), torch.arange(3), "cpu")
     for w in rows:
@@ -559,7 +564,8 @@ def test_pipeline_ranking(pipeline):
 
 
 def test_ranking_averages_the_epochs(tmp_path):
-    """Eq. 3 from the definition: train again, and average the entropy of every epoch's eval-mode predictions."""
+    """Eq. 3 from the definition: train again, and average the entropy of every epoch's eval-mode
+    predictions."""
     rank.main([*QUICK[:3], "--results", str(tmp_path)])
     data, args = datasets.get("digits", "data"), rank.command_line([*QUICK[:3]])
     torch.manual_seed(0)
@@ -592,10 +598,11 @@ def test_transfer_leaves_the_backbone_unchanged(pipeline):
     assert result["A"] == 0 and result["source"]["run"] == "a" and result["source"]["A"] == 324 and result["source"]["dataset"] == "digits0-4"
 
 
-# --- what later work may want ------------------------------------------------------------------------------------------
+# --- what later work may want -------------------------------------------------------------------------------
 
 def test_redrawn_attacks_other_examples_every_epoch(monkeypatch):
-    """The control at equal cost: as many examples as a fixed random A, others in each epoch, the same in a repeat."""
+    """The control at equal cost: as many examples as a fixed random A, others in each epoch, the same in a
+    repeat."""
     plans, real = [], sat.epoch_plan
     monkeypatch.setattr(sat, "epoch_plan", lambda order, A, *a: plans.append(set(order.flatten()[A[order.flatten()]].tolist())) or real(order, A, *a))
     data = datasets.get("digits", "data")

@@ -1,9 +1,10 @@
-"""S-SAT: freezes the features of a trained checkpoint and trains a new 1-hidden-layer head on clean images of a target.
+"""S-SAT: freezes the features of a trained checkpoint and trains a new 1-hidden-layer head on clean images of
+a target.
 
 Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked on the target's test images.
     python transfer.py results/digits0-4/<run>/best.pt --config configs/transfer/digits5-9.yaml
-Files in: a checkpoint of sat.py, the target's data. Files out, in results/<target>/<source data set>-<source run>-seed<seed>/:
-those of sat.py. The network is the checkpoint's, whatever --arch says.
+Files in: a checkpoint of sat.py, the target's data. Files out, in results/<target>/<source data set>-<source
+run>-seed<seed>/: those of sat.py. The network is the checkpoint's, whatever --arch says.
 """
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def command_line(argv=None):
 
 
 def source_of(ckpt, path):
-    """What the target's result says of its source run: names, weights, and the source's |A| and w_A from its result.json."""
+    """What the target's result says of its source run: names, weights, and the source's |A| and w_A from its
+    result.json."""
     about = path.parent / "result.json"
     result = common.read_json(about, SOURCE) if about.exists() else {}
     if result.get("weights") != evaluate.digest(ckpt["model"]):
