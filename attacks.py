@@ -76,7 +76,8 @@ def pgd_step(model, x, y, delta, eps, step_size, norm):
     ascent on the cross-entropy, the projection onto the eps-ball and the clamp of x + delta to [0, 1]."""
     # Summed, not averaged: an example's gradient must not depend on the batch around it.
     loss = F.cross_entropy(model(x + delta).float(), y, reduction="sum")
-    grad, = torch.autograd.grad(loss, delta)  # with respect to the input alone: no weight gradients are computed
+    # with respect to the input alone: no weight gradients are computed
+    grad, = torch.autograd.grad(loss, delta)
     delta = project(delta.detach() + step_size * ascent(grad, norm), eps, norm)
     return (x + delta).clamp(0, 1) - x
 
@@ -109,7 +110,8 @@ def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd
     check(x, y, norm, eps, values)
     start = random_start(x, eps, norm) if start is None else start
     step_size = 1.25 * eps if step_size is None else step_size
-    return pgd(model, x, y, eps=eps, step_size=step_size, steps=1, norm=norm, start=start, step=step, values=False)
+    return pgd(model, x, y, eps=eps, step_size=step_size, steps=1, norm=norm, start=start, step=step,
+               values=False)
 
 
 class Watch(logging.Handler):
@@ -136,7 +138,8 @@ def usable(attacks, n_classes):
     ValueError for none, and for names that are not in STANDARD."""
     found = [a for a in attacks if n_classes >= 4 or a != "apgd-t"]
     if not found or not set(attacks) <= set(STANDARD):
-        raise ValueError(f"{' '.join(attacks) or 'no attack'} on {n_classes} classes: valid are {' '.join(usable(STANDARD, n_classes))}")
+        raise ValueError(f"{' '.join(attacks) or 'no attack'} on {n_classes} classes: valid are "
+                         f"{' '.join(usable(STANDARD, n_classes))}")
     return found
 
 
@@ -150,7 +153,8 @@ def check(x, y, norm, eps, values=True):
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
-        raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each of the {len(x)} images, int64")
+        raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each of the {len(x)} images, "
+                         "int64")
     if values and len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false of nan too
         raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
 
@@ -166,7 +170,8 @@ def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
     check(x, y, norm, eps)
     with torch.no_grad():
         logits = model(x)
-    aa = AutoAttack(model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, version="standard", device=x.device, seed=seed)
+    aa = AutoAttack(model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, version="standard",
+                    device=x.device, seed=seed)
     aa.attacks_to_run = usable(attacks, logits.shape[1])
     aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, logits.shape[1] - 1)
     x_adv, predicted = aa.run_standard_evaluation(x, y, batch_size=len(x))
@@ -176,10 +181,12 @@ def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
         raise FloatingPointError("the network's logits are not finite: no robust accuracy can be given")
     size = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
     if size.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
-        raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] (it reached {size.max():.6f})")
+        raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] (it reached "
+                              f"{size.max():.6f})")
     clean, right = logits.argmax(1) == y, predicted == y
     if right.sum() > clean.sum():
-        raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the {int(clean.sum())} that were right "
+        raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
+                              f"{int(clean.sum())} that were right "
                               f"before: the network does not give the same logits twice")
     return x_adv, clean, clean & right
 
@@ -215,7 +222,8 @@ def keep(path, value):
         raise OSError(f"cannot write {path}: {e}") from None
 
 
-def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0, folder=None, rank=0, world=1,
+def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0, folder=None, rank=0,
+               world=1,
                progress=lambda done, robust, text: None, warn=print):
     """AutoAttack (Croce and Hein 2020): which examples are right (clean) and stay right (robust), two bool
     (N,) on the CPU.
@@ -238,10 +246,12 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
                 try:
                     flags[:, part] = torch.load(kept, weights_only=True)
                 except Exception as e:  # torch raises many kinds on a truncated file
-                    raise OSError(f"{kept} is not a chunk of this evaluation ({type(e).__name__}): delete it") from None
+                    why = type(e).__name__
+                    raise OSError(f"{kept} is not a chunk of this evaluation ({why}): delete it") from None
             else:
                 x_c, y_c = x[part].to(device, torch.float32), y[part].to(device)
-                _, clean, robust = attack_chunk(model, x_c, y_c, eps=eps, norm=norm, attacks=attacks, seed=seed + c)
+                _, clean, robust = attack_chunk(model, x_c, y_c, eps=eps, norm=norm, attacks=attacks,
+                                                seed=seed + c)
                 flags[:, part] = torch.stack([clean, robust]).cpu()
                 if kept:
                     keep(kept, flags[:, part].clone())

@@ -34,17 +34,22 @@ def command_line(argv=None):
     parser.add_argument("--arch", choices=flags.ARCHS, default="preactresnet8", help="network")
     parser.add_argument("--batch-size", type=flags.count, default=128, help="examples a step")
     parser.add_argument("--side", type=flags.number(int, 8), default=32, help="side of the images, in pixels")
-    parser.add_argument("--fractions", type=flags.number(float, 0, 1), nargs="+", default=[0.0, 0.1, 0.5, 1.0], help="|A|/N")
+    parser.add_argument("--fractions", type=flags.number(float, 0, 1), nargs="+",
+                        default=[0.0, 0.1, 0.5, 1.0], help="|A|/N")
     parser.add_argument("--steps", type=flags.count, default=7, help="PGD steps")
-    parser.add_argument("--repeats", type=flags.count, default=7, help="rounds over all kinds of steps; medians are printed")
-    parser.add_argument("--compile", action="store_true", help="time sat.py --compile's steps too (compiling takes minutes)")
+    parser.add_argument("--repeats", type=flags.count, default=7,
+                        help="rounds over all kinds of steps; medians are printed")
+    parser.add_argument("--compile", action="store_true",
+                        help="time sat.py --compile's steps too (compiling takes minutes)")
     parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto",
-                        help="time the steps under bf16 autocast too; auto: where the hardware multiplies in bf16")
+                        help="time the steps under bf16 autocast too; auto: where the hardware multiplies in "
+                             "bf16")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     flags.add_flags(parser, "machine")
     args = parser.parse_args(argv)
     if 1.0 not in args.fractions:
-        raise UserError(f"--fractions {' '.join(map(str, args.fractions))} lacks 1, to which the others are compared")
+        raise UserError(f"--fractions {' '.join(map(str, args.fractions))} lacks 1, to which the others are "
+                        "compared")
     return args
 
 
@@ -60,12 +65,15 @@ class Steps:
         self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device).train()
         # The others' code has its network in the default memory format.
         self.plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
-        self.optimizer, self.plain_optimizer = (sat.sgd(m, 0.01, 5e-4, device) for m in (self.model, self.plain))
+        self.optimizer, self.plain_optimizer = (sat.sgd(m, 0.01, 5e-4, device)
+                                                for m in (self.model, self.plain))
         self.todo, self.epoch = iter(()), 0
         how = {"attack": "pgd", "eps": 0.5, "step_size": 0.1, "steps": args.steps, "norm": "l2"}
-        attack = lambda compile: sat.training_attack(self.model, argparse.Namespace(**how, compile=compile), device)
+        attack = lambda compile: sat.training_attack(self.model, argparse.Namespace(**how, compile=compile),
+                                                     device)
         # Of each kind the network that is trained and its attack; nothing is compiled before it is called.
-        self.kinds = {False: (self.model, attack(False)), True: (sat.compiled(self.model, device), attack(True))}
+        self.kinds = {False: (self.model, attack(False)),
+                      True: (sat.compiled(self.model, device), attack(True))}
 
     def batch(self):
         """The next augmented batch, as training gets it."""
@@ -128,10 +136,12 @@ def rows_of(steps, args, device):
         row = {"precision": sat.precision(amp, device), "compile": False}
         for compile in (False, True)[:1 + args.compile]:
             for share in sorted(set(args.fractions)):
-                found.append({**row, "step": f"|A|/N = {share:g}", "compile": compile, "passes": 3 + 2 * args.steps * share,
+                found.append({**row, "step": f"|A|/N = {share:g}", "compile": compile,
+                              "passes": 3 + 2 * args.steps * share,
                               "run": functools.partial(steps.ours, share, compile, amp)})
         # Naive attack steps compute the weights' gradients too: a forward pass and two backward.
-        found.append({**row, "step": NAIVE, "passes": 3 + 3 * args.steps, "run": functools.partial(steps.naive, amp)})
+        found.append({**row, "step": NAIVE, "passes": 3 + 3 * args.steps,
+                      "run": functools.partial(steps.naive, amp)})
         try:
             import torchattacks
             found.append({**row, "step": PEER, "passes": 3 + 2 * args.steps,
@@ -168,7 +178,8 @@ def measure(rows, steps, args, device):
     for row, seconds in zip(rows, times):
         del row["run"]
         full = by_kind["|A|/N = 1", row["precision"], row["compile"]]
-        others = {name: by_kind[key] for name in (NAIVE, PEER) if (key := (name, "float32", False)) in by_kind}
+        others = {name: by_kind[key] for name in (NAIVE, PEER)
+                  if (key := (name, "float32", False)) in by_kind}
         row["seconds"] = statistics.median(seconds)
         row["images_per_s"] = args.batch_size / row["seconds"]
         row["GFLOP_per_s"] = args.batch_size * row["passes"] * flops / row["seconds"] / 1e9
@@ -179,18 +190,21 @@ def measure(rows, steps, args, device):
 
 def show(rows):
     """Prints the rows."""
-    say(f"{'step':<34} {'images/s':>9} {'of |A|=N':>9} {'model':>6} {'GFLOP/s':>9}  times as fast as, in float32")
+    say(f"{'step':<34} {'images/s':>9} {'of |A|=N':>9} {'model':>6} {'GFLOP/s':>9}  times as fast as, in "
+        "float32")
     for r in rows:
         name = f"{r['step']}, {r['precision']}{', --compile' * r['compile']}"
         faster = ", ".join(f"{other} {x:.2f}" for other, x in r["faster_than"].items())
-        say(f"{name:<34} {r['images_per_s']:9.1f} {r['time_to_full']:9.3f} {r['model']:6.3f} {r['GFLOP_per_s']:9.1f}  {faster}")
+        say(f"{name:<34} {r['images_per_s']:9.1f} {r['time_to_full']:9.3f} {r['model']:6.3f} "
+            f"{r['GFLOP_per_s']:9.1f}  {faster}")
 
 
 def main(argv=None):
     """Times, prints, writes."""
     args = command_line(argv)
     device = common.set_up(args)
-    setting = (f"{args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, augmentation included, "
+    setting = (f"{args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, "
+               "augmentation included, "
                f"{common.device_name(device)}")
     say(f"one training step: {setting}, medians of {args.repeats} rounds")
     steps = Steps(args, device)

@@ -54,17 +54,22 @@ def single_class(runs, none, seeds, ranking):
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes)",
            f"{told[low]:+.1f} ({low}) to {told[high]:+.1f} ({high})",
            " to ".join(f"{points(*gain[c])} ({c})" for c in (min(gain, key=of), max(gain, key=of))),
-           ", ".join(f"{v}: {n}" for v in dict.fromkeys(said.values()) if (n := list(said.values()).count(v))) + " classes")
+           ", ".join(f"{v}: {n}" for v in dict.fromkeys(said.values())
+                     if (n := list(said.values()).count(v))) + " classes")
     order = results.published()["class_order_hardest_first"]["cifar10"]
-    hard, easy = (next((c for c in single if results.NAMES.get(c, c) == name), None) for name in (order[0], order[-1]))
+    hard, easy = (next((c for c in single if results.NAMES.get(c, c) == name), None)
+                  for name in (order[0], order[-1]))
     if hard and easy:
         d = contrast([(1, single[hard], others[hard]), (-1, single[easy], others[easy])], seeds)
-        ranked = [row["class"] for row in (ranking or {}).get("classes_hardest_first", []) if row["class"] in single]
-        rho = results.spearman([-i for i in range(len(ranked))], [mean(single[c], "B_val")[0] for c in ranked]) if ranked else 0
-        more = f"; Spearman of difficulty and B_val over {len(ranked)} classes {rho:+.2f}" if len(ranked) > 2 else ""
+        ranked = [row["class"] for row in (ranking or {}).get("classes_hardest_first", [])
+                  if row["class"] in single]
+        rho = results.spearman([-i for i in range(len(ranked))],
+                               [mean(single[c], "B_val")[0] for c in ranked]) if ranked else 0
+        more = f"; Spearman of difficulty and B_val over {len(ranked)} classes {rho:+.2f}" * (len(ranked) > 2)
         yield (f"(b) the hardest class ({hard}) gives B_val more than the easiest ({easy})",
                f"{told[order[0]]:.1f}, {told[order[-1]]:.1f}: {told[order[0]] - told[order[-1]]:+.1f}",
-               f"{two(single[hard], single[easy], 'B_val')}: {points(*d)}{more}", verdict("above", d, single[hard], single[easy]))
+               f"{two(single[hard], single[easy], 'B_val')}: {points(*d)}{more}",
+               verdict("above", d, single[hard], single[easy]))
 
 
 def grouped_by_class(runs):
@@ -90,7 +95,8 @@ def examples(runs, none, full, seeds, data):
         part = contrast([(1, half, None), (-1, none, None)], seeds)[0] / gain[0] if gain[1] > 0 else None
         if part is not None:  # the interval of a ratio of contrasts, by the delta method
             _, low, high = contrast([(1, half, None), (-part, full, None), (part - 1, none, None)], seeds)
-            said = f"{100 * part:.0f} % [{100 * (part + low / gain[0]):.0f}, {100 * (part + high / gain[0]):.0f}]"
+            least, most = part + low / gain[0], part + high / gain[0]
+            said = f"{100 * part:.0f} % [{100 * least:.0f}, {100 * most:.0f}]"
         over = contrast([(1, half, None), (-0.9, full, None), (-0.1, none, None)], seeds)
         paper = [theirs("fig6", data, line, 0.5, "robust") for line in ("hardest", "AT")]
         yield ("(c) ESAT on the hardest half recovers at least 90 % of what AT gains in robustness",
@@ -100,13 +106,17 @@ def examples(runs, none, full, seeds, data):
     for share, orders in list(at.items())[:1]:
         if {"hardest", "easiest", "random"} <= set(orders):
             hard, easy, chance = (orders[o] for o in ("hardest", "easiest", "random"))
-            d, e = (contrast([(1, one, None), (-1, other, None)], seeds) for one, other in ((hard, easy), (chance, hard)))
+            d, e = (contrast([(1, one, None), (-1, other, None)], seeds)
+                    for one, other in ((hard, easy), (chance, hard)))
             told = [number("fig6", data, line, share) for line in ("hardest", "easiest", "random")]
-            yield (f"(d) at \\|A\\|/N = {share:g} hardest beats easiest", f"{told[0]}, {told[1]}", f"{two(hard, easy)}: {points(*d)}",
+            yield (f"(d) at \\|A\\|/N = {share:g} hardest beats easiest", f"{told[0]}, {told[1]}",
+                   f"{two(hard, easy)}: {points(*d)}",
                    verdict("above", d, hard, easy))
-            yield (f"(d) at \\|A\\|/N = {share:g} random is competitive: within {MARGIN} points of hardest", f"{told[2]}, {told[0]}",
+            yield (f"(d) at \\|A\\|/N = {share:g} random is competitive: within {MARGIN} points of hardest",
+                   f"{told[2]}, {told[0]}",
                    f"{two(chance, hard)}: {points(*e)}", verdict("within", e, chance, hard))
-    small, large = (next((at[s] for s in order if {"hardest", "easiest"} <= set(at[s])), {}) for order in (at, list(at)[::-1]))
+    small, large = (next((at[s] for s in order if {"hardest", "easiest"} <= set(at[s])), {})
+                    for order in (at, list(at)[::-1]))
     if small and small is not large:
         sides = [small["hardest"], small["easiest"], large["hardest"], large["easiest"]]
         d = contrast([(w, rs, None) for w, rs in zip((1, -1, -1, 1), sides)], seeds)
@@ -114,7 +124,8 @@ def examples(runs, none, full, seeds, data):
         told = [[theirs("fig6", data, line, s, "robust") for line in ("hardest", "easiest")] for s in (a, b)]
         yield (f"(h) the gain of hard over easy shrinks as \\|A\\| grows ({a:.1f} against {b:.1f})",
                ", ".join(f"{x - y:+.1f}" for x, y in told) if all(map(all, told)) else "-",
-               f"{mean(sides[0])[0] - mean(sides[1])[0]:+.1f}, {mean(sides[2])[0] - mean(sides[3])[0]:+.1f}: {points(*d)}",
+               f"{mean(sides[0])[0] - mean(sides[1])[0]:+.1f}, {mean(sides[2])[0] - mean(sides[3])[0]:+.1f}: "
+               f"{points(*d)}",
                verdict("above", d, *sides))
 
 
@@ -122,11 +133,14 @@ def clean_against_robust(runs, none, full, seeds, data):
     """(e): clean accuracy falls as robust accuracy rises."""
     if none and full:
         d = contrast([(1, none, None), (-1, full, None)], seeds, "clean")
-        line = [rs for rs in grouped([r for r in runs if r.split in ("none", "full", "esat") and r.metric == "entropy"], "kind").values()]
+        line = [rs for rs in grouped([r for r in runs if r.split in ("none", "full", "esat")
+                                      and r.metric == "entropy"], "kind").values()]
         rho = results.spearman(*([mean(rs, "all", kind)[0] for rs in line] for kind in ("robust", "clean")))
         told = [number("fig6", data, "hardest", s, "clean") for s in (0.1, 0.9)]
-        yield ("(e) clean accuracy falls as robust accuracy rises (no AT minus AT, clean)", f"ESAT hardest {told[0]} (10 %) to {told[1]} (90 %)",
-               f"{two(none, full, kind='clean')}: {points(*d)}; Spearman of robust and clean over {len(line)} settings {rho:+.2f}",
+        yield ("(e) clean accuracy falls as robust accuracy rises (no AT minus AT, clean)",
+               f"ESAT hardest {told[0]} (10 %) to {told[1]} (90 %)",
+               f"{two(none, full, kind='clean')}: {points(*d)}; Spearman of robust and clean over "
+               f"{len(line)} settings {rho:+.2f}",
                verdict("above", d, none, full))
 
 
@@ -142,11 +156,13 @@ def transfers(runs, seeds, data):
                        f"{number('fig7', data, more, share)}, {number('fig7', data, less, share)}",
                        f"{two(by[more], by[less])}: {points(*d)}", verdict("above", d, by[more], by[less]))
     full = pick(runs, split="full")
-    third = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy") if abs(r.share - 0.3) < 0.004]
+    third = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy")
+             if abs(r.share - 0.3) < 0.004]
     if third and full:
         d = contrast([(1, third, None), (-1, full, None)], seeds)
         yield (f"(g) S-ESAT on the hardest 30 % transfers as robustly as AT (at most {MARGIN} points less)",
-               f"{number('fig8', data, 'hardest', 0.3)}, {number('fig8', data, 'AT', 1)}", f"{two(third, full)}: {points(*d)}",
+               f"{number('fig8', data, 'hardest', 0.3)}, {number('fig8', data, 'AT', 1)}",
+               f"{two(third, full)}: {points(*d)}",
                verdict("not below", d, third, full))
 
 
@@ -154,7 +170,8 @@ def claims(runs, ranks):
     """{(data, group): (rows (claim, paper, ours, verdict), the Noise)} of the runs on CIFAR-10, and of
     transfers to it."""
     tables = {}
-    for (data, group), all_ in sorted(grouped(runs, "data", "group").items(), key=lambda item: "->" in item[0][0]):
+    for (data, group), all_ in sorted(grouped(runs, "data", "group").items(),
+                                      key=lambda item: "->" in item[0][0]):
         told = results.base(data)
         if told not in ("cifar10", "cifar100->cifar10"):
             continue
@@ -182,8 +199,11 @@ def precisions(runs):
             full, half = (pick(pair, precision=p) for p in ("float32", "bf16"))
             for kind in ("robust", "clean") if full and half else ():
                 d = contrast([(1, half, None), (-1, full, None)], noises[kind], kind)
-                name = {"none": "no AT", "full": "AT"}.get(pair[0].split, f"{pair[0].split} {pair[0].order} {pair[0].share:.2g}")
-                rows.append((name, f"{len(full)} and {len(half)}", kind, *(f"{mean(rs, 'all', kind)[0]:.1f}" for rs in (full, half)), points(*d)))
+                name = {"none": "no AT", "full": "AT"}.get(pair[0].split,
+                                                           f"{pair[0].split} {pair[0].order} "
+                                                           f"{pair[0].share:.2g}")
+                rows.append((name, f"{len(full)} and {len(half)}", kind,
+                             *(f"{mean(rs, 'all', kind)[0]:.1f}" for rs in (full, half)), points(*d)))
         if rows:
             tables[data, results.described(same[0])] = rows
     return tables

@@ -27,7 +27,8 @@ sys.excepthook = quiet
 LOCKS = {}  # of the runs that this process makes: {path: file}
 HERE = Path(__file__).resolve().parent
 # Flags that say where and how fast, not what: they do not belong to a run's identity.
-NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "data_dir", "results", "run", "force", "own_scores"}
+NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "data_dir", "results", "run",
+                "force", "own_scores"}
 
 
 class UserError(ValueError):
@@ -52,7 +53,8 @@ def run_dir(args, lead, told, done="result.json"):
              if k not in {*told, "seed", "dataset", "checkpoint"} and v != args.base.get(k)]
     plain = "-".join([*map(str, lead), *extra])
     name = re.sub(r"[^A-Za-z0-9_.+=-]+", "_", plain)
-    if name != plain or len(name) > 180:  # other letters, so that names stay distinct; a file system's names end at 255
+    # other letters, so that names stay distinct; a file system's names end at 255
+    if name != plain or len(name) > 180:
         name = f"{name[:160]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
     folder = args.results / args.dataset / (args.run or f"{name}-seed{args.seed}")
     check_flags(folder, args)
@@ -63,7 +65,8 @@ def check_flags(folder, args):
     """UserError for a run's folder that was made with other flags, unless --force."""
     if not args.force and (folder / "args.json").exists():
         if differ := differing(read_json(folder / "args.json", ("dataset",)), identity(args)):
-            raise UserError(f"{folder} was made with other flags ({differ}): name this run with --run, or --force")
+            raise UserError(f"{folder} was made with other flags ({differ}): name this run with --run, or "
+                            "--force")
 
 
 def differing(there, now):
@@ -85,7 +88,8 @@ def claim(folder):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if world() > 1:
-            raise UserError(f"{folder} is being made by another process: wait for it, or name this run with --run") from None
+            raise UserError(f"{folder} is being made by another process: wait for it, or name this run with "
+                            "--run") from None
         say(f"{folder} is being made by another process: waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
 
@@ -135,8 +139,10 @@ def atomic(path, write):
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         if isinstance(e, (OSError, RuntimeError)):  # torch.save turns the first into the second
-            why = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None) or " ".join(str(e).split())[:100]
-            raise UserError(f"cannot write {path}: {why} (finished work is kept: mend it and start again)") from None
+            why = getattr(e, "strerror", None) or getattr(e.__context__, "strerror",
+                                                          None) or " ".join(str(e).split())[:100]
+            why += " (finished work is kept: mend it and start again)"
+            raise UserError(f"cannot write {path}: {why}") from None
         raise
 
 
@@ -153,7 +159,8 @@ def read_json(path, keys=()):
         raise UserError(f"cannot read {path}: {e}") from None
     missing = [k for k in keys if not isinstance(value, dict) or k not in value]
     if missing:
-        raise UserError(f"{path} is not a file of this kind: it lacks {', '.join(missing)}; --force makes its run again")
+        raise UserError(f"{path} is not a file of this kind: it lacks {', '.join(missing)}; --force makes "
+                        "its run again")
     return value
 
 
@@ -178,7 +185,8 @@ def load(path, keys=()):
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as e:  # torch raises many kinds on a truncated or foreign file
-        raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__}): delete or remake it") from None
+        raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__}): delete or "
+                        "remake it") from None
     missing = [k for k in keys if not isinstance(value, dict) or k not in value]
     if missing:
         raise UserError(f"{path} is not a file of this kind: it lacks {', '.join(missing)}")
@@ -218,15 +226,19 @@ def set_up(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK",
+                                                   0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} GPUs: start one a GPU, or --device cpu")
+            raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} "
+                            "GPUs: start one a GPU, or --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
-    compilers = [os.environ.get("CC", "gcc"), "clang"] if kind == "cuda" else [os.environ.get("CXX", "g++"), "clang++"]
+    compilers = [os.environ.get("CC", "gcc"), "clang"] if kind == "cuda" else [os.environ.get("CXX", "g++"),
+                                                                               "clang++"]
     if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
-        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: install one, or leave "
+        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
+                        "install one, or leave "
                         "--compile out")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -241,7 +253,9 @@ def set_up(args):
 def device_name(device):
     """What a result calls the device it ran on."""
     import torch
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def remove(folder):
@@ -283,17 +297,21 @@ def outcome(main):
         return 0
     except (UserError, OSError) as e:
         if rank():
-            time.sleep(5)  # a mistake that all processes find is told by rank 0; torchrun then ends the others
+            # a mistake that all processes find is told by rank 0; torchrun then ends the others
+            time.sleep(5)
         print(f"error: {who}{e}", file=sys.stderr)
         return 2
     except Stopped as e:
         if rank() == 0:
-            print("stopped: the same command, without --force, goes on from the last whole epoch or AutoAttack chunk", file=sys.stderr)
+            print("stopped: the same command, without --force, goes on from the last whole epoch or "
+                  "AutoAttack chunk", file=sys.stderr)
         return 128 + e.args[0]
     except RuntimeError as e:
-        if world() == 1 or not any(word in str(e) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
+        if world() == 1 or not any(word in str(e)
+                                   for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
             raise
-        print(f"error: {who}another process of this run is gone, or was never reached ({' '.join(str(e).split())[:100]}); the same command "
+        print(f"error: {who}another process of this run is gone, or was never reached "
+              f"({' '.join(str(e).split())[:100]}); the same command "
               "goes on from the last whole epoch", file=sys.stderr)
         return 1
 
@@ -303,7 +321,8 @@ def script(main):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     code = outcome(main)
-    if world() > 1:  # at once: when Python clears up, gloo's threads now and then abort a process that has done its work
+    # at once: when Python clears up, gloo's threads now and then abort a process that has done its work
+    if world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

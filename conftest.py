@@ -20,7 +20,8 @@ torch.set_num_threads(1)  # the tensors are tiny
 HERE = Path(__file__).resolve().parent
 
 
-QUICK = ["--epochs", "2", "--lr-decays", "--eval-attacks", "apgd-ce", "--eval-n", "24", "--select-attacks", "apgd-ce",
+QUICK = ["--epochs", "2", "--lr-decays", "--eval-attacks", "apgd-ce", "--eval-n", "24", "--select-attacks",
+         "apgd-ce",
          "--select-n", "8"]
 
 
@@ -37,7 +38,8 @@ def images(n=6, channels=1, side=8, n_classes=10, seed=0):
 
 
 def script(name, *argv, cwd=None, env=None):
-    return subprocess.run([sys.executable, str(HERE / name), *map(str, argv)], capture_output=True, text=True, cwd=cwd,
+    return subprocess.run([sys.executable, str(HERE / name), *map(str, argv)], capture_output=True, text=True,
+                          cwd=cwd,
                           env={**os.environ, **(env or {})})
 
 
@@ -47,7 +49,8 @@ def trained():
     args, data = sat.command_line(["--split", "none", *QUICK]), datasets.get("digits", "data")
     torch.manual_seed(0)
     model = models.build("preactresnet8", 10, *data.mean_std())
-    for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0, args, torch.device("cpu")):
+    for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0, args,
+                       torch.device("cpu")):
         pass
     return model.eval(), data
 
@@ -62,7 +65,8 @@ def write_images(root, train=6, test=3, classes=("cat", "dog"), side=32):
         for c in classes:
             (root / part / c).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(root / part / c / f"{i}.png")
+                Image.fromarray(rng.integers(0, 255, (side, side, 3),
+                                             dtype=np.uint8)).save(root / part / c / f"{i}.png")
 
 
 def write_jpeg(path, colour=(200, 30, 90), size=(80, 60), mode="RGB"):
@@ -80,13 +84,15 @@ def pipeline(tmp_path_factory):
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr + done.stdout
         return done.stdout
     source = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2"]
-    first = ok("sat.py", *source, "--split", "esat", "--frac", "0.5", "--order", "hardest", "--weight", "emphasis", "--run", "a")
+    first = ok("sat.py", *source, "--split", "esat", "--frac", "0.5", "--order", "hardest", "--weight",
+               "emphasis", "--run", "a")
     assert "ranking the examples first" in first and "class, hardest first" in first
     ok("sat.py", *source, "--split", "csat", "--size", "2", "--run", "b")
     ok("sat.py", *source, "--split", "none", "--run", "none")
     results = cwd / "results"
     ok("evaluate.py", results / "digits0-4" / "b" / "best.pt")
-    ok("transfer.py", results / "digits0-4" / "a" / "best.pt", "--config", HERE / "configs/transfer/digits5-9.yaml", *QUICK)
+    ok("transfer.py", results / "digits0-4" / "a" / "best.pt", "--config",
+       HERE / "configs/transfer/digits5-9.yaml", *QUICK)
     ok("report.py")
     assert "is finished" in ok("sat.py", *source, "--split", "csat", "--size", "2", "--run", "b")
     return results
@@ -128,24 +134,30 @@ print("SEEN", seen["epoch"], seen["chunk"], seen["save"])
 """
 
 
-SHORT = ["--dataset", "digits0-4", "--epochs", "3", "--lr-decays", "1", "--steps", "2", "--eval-attacks", "apgd-ce", "--eval-n", "30",
+SHORT = ["--dataset", "digits0-4", "--epochs", "3", "--lr-decays", "1", "--steps", "2", "--eval-attacks",
+         "apgd-ce", "--eval-n", "30",
          "--eval-batch", "10", "--select-attacks", "apgd-ce", "--select-n", "10"]
 
 
 CHAIN = [  # stage, its arguments, what it can be killed in
     ("rank", [*SHORT[:6], "--batch-size", "64"], ("epoch", "save")),
-    ("sat", [*SHORT, "--split", "esat", "--frac", "0.3", "--random-start", "--run", "a"], ("epoch", "chunk", "save")),
+    ("sat", [*SHORT, "--split", "esat", "--frac", "0.3", "--random-start", "--run", "a"],
+     ("epoch", "chunk", "save")),
     ("evaluate", ["{results}/digits0-4/a/best.pt", "--eps", "0.3"], ("chunk", "save")),
-    ("transfer", ["{results}/digits0-4/a/best.pt", "--config", str(HERE / "configs/transfer/digits5-9.yaml"), *SHORT[2:6], *SHORT[8:], "--run", "t"],
+    ("transfer", ["{results}/digits0-4/a/best.pt", "--config", str(HERE / "configs/transfer/digits5-9.yaml"),
+                  *SHORT[2:6], *SHORT[8:], "--run", "t"],
      ("epoch", "chunk", "save"))]
 
 
 def run_stage(folder, stage, argv, phase="none", moment=0, **env):
     """A stage under KILLER; its process and what its marker says."""
-    argv = [word.replace("{results}", str(folder)) for word in argv] + ([] if stage == "evaluate" else ["--results", str(folder)])
+    argv = [word.replace("{results}", str(folder)) for word in argv] + ([]
+                                                                        if stage == "evaluate" else ["--results", str(folder)])
     (folder / "marker").unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, "-c", KILLER, str(folder / "marker"), phase, str(moment), stage, *argv], capture_output=True, text=True,
-                          cwd=folder, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **env})
+    done = subprocess.run([sys.executable, "-c", KILLER, str(folder / "marker"), phase, str(moment), stage,
+                           *argv], capture_output=True, text=True,
+                          cwd=folder, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1",
+                                           **env})
     return done, (folder / "marker").read_text() if (folder / "marker").exists() else ""
 
 
@@ -154,9 +166,13 @@ def contents(folder):
     def plain(value):
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items() if k != "seconds"}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
-    read = {".json": common.read_json, ".pt": lambda p: torch.load(p, weights_only=True), ".jsonl": lambda p: [json.loads(r) for r in open(p)]}
-    return {p.relative_to(folder).as_posix(): plain(read[p.suffix](p)) for p in folder.rglob("*") if p.suffix in read}
+        return [plain(v) for v in value] if isinstance(value,
+                                                       (list,
+                                                        tuple)) else value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+    read = {".json": common.read_json, ".pt": lambda p: torch.load(p, weights_only=True),
+            ".jsonl": lambda p: [json.loads(r) for r in open(p)]}
+    return {p.relative_to(folder).as_posix(): plain(read[p.suffix](p)) for p in folder.rglob("*")
+            if p.suffix in read}
 
 
 @pytest.fixture(scope="session")
@@ -166,5 +182,6 @@ def undisturbed(tmp_path_factory):
     for stage, argv, _ in CHAIN:
         done, _ = run_stage(folder, stage, argv)
         assert done.returncode == 0, done.stderr
-        moments[stage] = dict(zip(("epoch", "chunk", "save"), map(int, done.stdout.rsplit("SEEN", 1)[1].split())))
+        moments[stage] = dict(zip(("epoch", "chunk", "save"),
+                                  map(int, done.stdout.rsplit("SEEN", 1)[1].split())))
     return contents(folder), moments

@@ -1,7 +1,7 @@
 """The data sets as the scripts use them: the fixed 10 % / 90 % split of the test set, the augmentation of
 Fig. 9, batches.
 
-    python data.py NAME --data-dir DIR        # reads (and checks) every image of a data set; keeps small ones as <name>.pt
+    python data.py NAME --data-dir DIR    # reads (and checks) every image; keeps small ones as <name>.pt
 Files in: those that sources.py lists. Batches are (x, y, index): images in [0, 1], labels, positions in the
 training set.
 """
@@ -20,7 +20,8 @@ import sources
 from common import UserError, barrier, rank, say, world
 
 SPLIT_SEED = 90622  # of the one permutation of the test set; never a run's own seed
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std for streamed sets, whose pixels are not all read
+# mean and std for streamed sets, whose pixels are not all read
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 class Files(Dataset):
@@ -56,7 +57,8 @@ class Files(Dataset):
         """Yields a uint8 tensor (n, 3, side, side) for each list of (index, seed) in `batches`, read ahead by
         the workers, which live from the first call to the last (starting them takes seconds)."""
         if self.loader is None:
-            self.loader = DataLoader(self, batch_sampler=self.todo, num_workers=self.workers, persistent_workers=self.workers > 0,
+            self.loader = DataLoader(self, batch_sampler=self.todo, num_workers=self.workers,
+                                     persistent_workers=self.workers > 0,
                                      pin_memory=torch.cuda.is_available())
         self.todo[:] = batches
         try:
@@ -105,8 +107,10 @@ class DataSet:
     def fingerprint(self):
         """What must agree for scores and checkpoints to belong to this data: counts, classes, hash of the
         labels."""
-        labels = hashlib.sha256(self.train.y.numpy().tobytes() + self.test.y.numpy().tobytes()).hexdigest()[:16]
-        return {"name": self.name, "train": len(self.train), "test": len(self.test), "classes": list(self.classes),
+        labels = self.train.y.numpy().tobytes() + self.test.y.numpy().tobytes()
+        labels = hashlib.sha256(labels).hexdigest()[:16]
+        return {"name": self.name, "train": len(self.train), "test": len(self.test),
+                "classes": list(self.classes),
                 "labels": labels}
 
     def mean_std(self):
@@ -115,7 +119,8 @@ class DataSet:
         if self.train.streamed:
             return IMAGENET
         x = self.train.x
-        counts = torch.stack([torch.bincount(x[:, c].flatten().int(), minlength=256) for c in range(x.shape[1])]).double().cpu()
+        counts = torch.stack([torch.bincount(x[:, c].flatten().int(), minlength=256)
+                              for c in range(x.shape[1])]).double().cpu()
         values, total = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
         mean = (counts * values).sum(1) / total
         std = ((counts * values**2).sum(1) / total - mean**2).clamp_min(1e-12).sqrt()
@@ -130,7 +135,8 @@ def get(name, data_dir, device="cpu", side=224, workers=0):
     train, test, classes = sources.find(name, Path(data_dir))
     if rank() == 0:
         barrier()
-    splits = (Split(x if isinstance(x, torch.Tensor) else Files(x, side, workers), y).to(device) for x, y in (train, test))
+    splits = (Split(x if isinstance(x, torch.Tensor) else Files(x, side, workers), y).to(device)
+              for x, y in (train, test))
     return DataSet(name, *splits, classes)
 
 
@@ -139,7 +145,8 @@ def check_fingerprint(data, other, what):
     mine = data.fingerprint()
     differ = [f"{k}: {other.get(k)} there, {v} here" for k, v in mine.items() if other.get(k) != v]
     if differ:
-        raise UserError(f"{what} belongs to other data ({'; '.join(differ)[:300]}): remake it from this data, or find its data")
+        raise UserError(f"{what} belongs to other data ({'; '.join(differ)[:300]}): remake it from this "
+                        "data, or find its data")
 
 
 def check_batch(data, batch_size):
@@ -147,7 +154,8 @@ def check_batch(data, batch_size):
     set can be parted."""
     selection_and_final(len(data.test))
     if not world() <= batch_size <= len(data.train):
-        raise UserError(f"--batch-size {batch_size} with {world()} processes and {len(data.train)} training images of "
+        raise UserError(f"--batch-size {batch_size} with {world()} processes and {len(data.train)} training "
+                        "images of "
                         f"{data.name}: it must be {world()} to {len(data.train)}")
 
 
@@ -155,7 +163,8 @@ def selection_and_final(n):
     """Indices of the 10 % of the n test examples that select checkpoints, and of the 90 % that are reported
     (Sec. 4)."""
     if n < 2:
-        raise UserError(f"the test set has {n} image: at least 2 are needed, to select a checkpoint and to report on")
+        raise UserError(f"the test set has {n} image: at least 2 are needed, to select a checkpoint and to "
+                        "report on")
     order, k = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED)), max(1, round(0.1 * n))
     return order[:k], order[k:]
 
@@ -189,7 +198,8 @@ def jitter(x, factor, order):
     for step in range(3):
         kind = order[:, step].view(-1, 1, 1, 1)
         f = factor.gather(1, order[:, step:step + 1]).view(-1, 1, 1, 1)
-        grey = sum(w * x[:, c:c + 1] for c, w in enumerate(luma))  # a tensor of weights would make a GPU wait for its copy
+        # a tensor of weights would make a GPU wait for its copy
+        grey = sum(w * x[:, c:c + 1] for c, w in enumerate(luma))
         base = torch.where(kind == 2, grey, torch.where(kind == 1, grey.mean((2, 3), keepdim=True), 0.0))
         x = (f * x + (1 - f) * base).clamp(0, 1)
     return x
@@ -219,7 +229,8 @@ def epoch_order(n, batch_size, seed, epoch):
     """The batches of an epoch as positions in the training set, (steps, batch_size), an incomplete last one
     dropped, and the generator that drew them from (seed, epoch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator)[:n // batch_size * batch_size].view(-1, batch_size), generator
+    return torch.randperm(n, generator=generator)[:n // batch_size * batch_size].view(-1,
+                                                                                      batch_size), generator
 
 
 def batches(split, batch_size, seed, epoch, how, device):
@@ -232,7 +243,8 @@ def batches(split, batch_size, seed, epoch, how, device):
     order, generator = epoch_order(len(split), batch_size, seed, epoch)
     n, order = order.numel(), order.flatten()
     params = draw(n, split.x.shape, how, split.streamed, generator)
-    mine = torch.arange(n).view(-1, batch_size).tensor_split(world(), 1)[rank()]  # (steps, b): this process's part of each batch
+    # (steps, b): this process's part of each batch
+    mine = torch.arange(n).view(-1, batch_size).tensor_split(world(), 1)[rank()]
     if split.streamed:
         seeds = params.pop("seed")[mine].tolist() if params else [[None] * mine.shape[1]] * len(mine)
         read = split.x.load([list(zip(index.tolist(), s)) for index, s in zip(order[mine], seeds)])
@@ -258,19 +270,22 @@ def ordered(split, index, batch_size, device):
 
 def main(argv=None):
     """Reads every image of a data set, names each that cannot be read, prints the counts."""
-    parser = flags.Parser(prog="data.py", usage="python data.py NAME [--data-dir DIR]", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="data.py", usage="python data.py NAME [--data-dir DIR]", description=__doc__,
+                          formatter_class=flags.Help)
     parser.add_argument("name", type=flags.plain_name, help="the data set")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     args = parser.parse_args(argv)
     data, bad = get(args.name, args.data_dir), []
     for split in (data.train, data.test):
-        for path in common.progress(split.x.paths if split.streamed else [], desc=f"checking {args.name}", unit="image"):
+        for path in common.progress(split.x.paths if split.streamed else [], desc=f"checking {args.name}",
+                                    unit="image"):
             try:
                 sources.open_image(path)
             except UserError as e:
                 bad.append(str(path))
                 say(f"{e}")
-    say(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} classes, "
+    say(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} "
+        "classes, "
         f"{'streamed' if data.train.streamed else 'in memory'}")
     if bad:
         raise UserError(f"{len(bad)} images of {args.name} cannot be read; they are named above")

@@ -79,7 +79,8 @@ def attack(model, data, index, setting, folder):
             return data.test.pixels(index[part], "cpu")
 
     mine = sum(map(len, index.split(setting["batch_size"])[rank()::world()]))  # this process's share
-    bar = common.progress(None, total=mine, desc=f"AutoAttack ({' '.join(setting['attacks'])})", unit="example")
+    bar = common.progress(None, total=mine, desc=f"AutoAttack ({' '.join(setting['attacks'])})",
+                          unit="example")
 
     def show(done, robust, text):
         """autoattack's progress: a bar, or a line after each attack where stderr is no terminal."""
@@ -88,11 +89,13 @@ def attack(model, data, index, setting, folder):
         if bar.disable and text.startswith("robust accuracy after"):
             say(f"  AutoAttack, {mine - done} of {mine} examples left, this batch: {text}")
 
-    what = json.dumps([digest(model.state_dict()), data.fingerprint(), index.tolist(), setting], sort_keys=True)
+    what = json.dumps([digest(model.state_dict()), data.fingerprint(), index.tolist(), setting],
+                      sort_keys=True)
     folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
     try:
         clean, robust = attacks.autoattack(
-            model, Images(), data.test.y[index], eps=setting["eps"], norm=setting["norm"], attacks=setting["attacks"],
+            model, Images(), data.test.y[index], eps=setting["eps"], norm=setting["norm"],
+            attacks=setting["attacks"],
             batch_size=setting["batch_size"], seed=setting["seed"], folder=folder, rank=rank(), world=world(),
             progress=show, warn=say)
     except ArithmeticError as e:  # FloatingPointError too
@@ -108,10 +111,12 @@ def head_line(result):
     s, text = result["settings"], []
     for part in ("all", "A_val", "B_val"):
         if part in result["accuracy"]:
-            shown = [f"{kind} {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" if a["n"] else f"{kind} -"
+            shown = [f"{kind} {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
+                     if a["n"] else f"{kind} -"
                      for kind, a in result["accuracy"][part].items()]
             text.append(f"{part:>6}: {', '.join(shown)}  (n = {result['accuracy'][part]['clean']['n']})")
-    aa = "standard AutoAttack" if set(s["attacks"]) == set(attacks.STANDARD) else f"AutoAttack's {' and '.join(s['attacks'])}"
+    standard = set(s["attacks"]) == set(attacks.STANDARD)
+    aa = "standard AutoAttack" if standard else f"AutoAttack's {' and '.join(s['attacks'])}"
     return "\n".join([f"{aa}, {s['norm']} eps {s['eps']}; 95 % Wilson intervals", *text])
 
 
@@ -121,7 +126,8 @@ def finished(run):
     try:
         return f"{run} is finished (--force repeats it)\n{head_line(result)}"
     except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{run / 'result.json'} is not a result of this project ({type(e).__name__}): --force makes its run again") from None
+        raise UserError(f"{run / 'result.json'} is not a result of this project ({type(e).__name__}): "
+                        "--force makes its run again") from None
 
 
 def versions():
@@ -136,10 +142,14 @@ def checkpoint(path):
         raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
     ckpt = common.load(path, CHECKPOINT_KEYS)
     args, classes, a = ckpt["args"], ckpt["classes"], ckpt["A_classes"]
-    if not (isinstance(args, dict) and {"dataset", "side"} <= set(args) and isinstance(ckpt["fingerprint"], dict)
-            and isinstance(classes, list) and all(isinstance(c, str) for c in classes) and isinstance(ckpt["epoch"], int)
-            and (a is None or isinstance(a, list) and set(a) <= set(classes)) and isinstance(ckpt["model"], dict)):
-        raise UserError(f"{path} is not a checkpoint of this project: its args, classes or fingerprint are not as sat.py writes them")
+    if not (isinstance(args, dict) and {"dataset", "side"} <= set(args)
+            and isinstance(ckpt["fingerprint"], dict)
+            and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+            and isinstance(ckpt["epoch"], int)
+            and (a is None or isinstance(a, list) and set(a) <= set(classes))
+            and isinstance(ckpt["model"], dict)):
+        raise UserError(f"{path} is not a checkpoint of this project: its args, classes or fingerprint are "
+                        "not as sat.py writes them")
     return ckpt
 
 
@@ -154,7 +164,8 @@ def load_model(path):
             model.transfer(len(ckpt["classes"]))
         model.load_state_dict(ckpt["model"], strict=True)
     except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
-        raise UserError(f"{path} is not a checkpoint of this project: {' '.join(str(e).split())[:200]}") from None
+        why = " ".join(str(e).split())[:200]
+        raise UserError(f"{path} is not a checkpoint of this project: {why}") from None
     return model, ckpt
 
 
@@ -165,14 +176,16 @@ def command_line(argv):
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
     flags.add_flags(parser, *flags.SCRIPTS["evaluate.py"])
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets (data)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"),
+                        help="folder that holds the data sets (data)")
     ckpt = checkpoint(parser.parse_args(argv).checkpoint)
     valid = {a.dest for a in parser._actions}
     theirs = {k: v for k, v in ckpt["args"].items() if k in valid}
     parser.set_defaults(**theirs)
     args = parser.parse_args(argv)
     if args.norm != theirs.get("norm", args.norm) and not flags.given(argv, "eps"):
-        raise UserError(f"--norm {args.norm} needs an --eps of its own: the checkpoint's {theirs['eps']} is in {theirs['norm']} "
+        raise UserError(f"--norm {args.norm} needs an --eps of its own: the checkpoint's {theirs['eps']} is "
+                        f"in {theirs['norm']} "
                         "(linf: 0.0314 is 8/255)")
     return args
 
@@ -185,7 +198,8 @@ def main(argv=None):
     data = datasets.get(ckpt["args"]["dataset"], args.data_dir, device, ckpt["args"]["side"], args.workers)
     datasets.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
     setting = settings(args, data)
-    key = hashlib.sha256(json.dumps([digest(ckpt["model"]), setting], sort_keys=True).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([digest(ckpt["model"]), setting],
+                                    sort_keys=True).encode()).hexdigest()[:8]
     out = args.checkpoint.parent / f"eval-{key}.json"
     if out.exists() and not args.force:
         say(f"{out} is there already (--force repeats it)\n{head_line(common.read_json(out))}")
@@ -194,7 +208,8 @@ def main(argv=None):
     index = datasets.selection_and_final(len(data.test))[1][:args.eval_n or None]
     folder = args.checkpoint.parent / f"eval-{key}-chunks"
     clean, robust = attack(model.to(device), data, index, setting, folder)
-    result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": setting, "versions": versions(),
+    result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": setting,
+              "versions": versions(),
               "fingerprint": ckpt["fingerprint"], "weights": digest(ckpt["model"]),
               "accuracy": summary(clean, robust, data.test.y[index], data.classes, ckpt["A_classes"])}
     if rank() == 0:

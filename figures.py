@@ -11,13 +11,17 @@ import results  # noqa: E402
 from common import atomic  # noqa: E402
 from results import mean  # noqa: E402
 
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5, "xtick.labelsize": 7.5,
-         "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5,
+         "xtick.labelsize": 7.5,
+         "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.25,
          "lines.markersize": 4, "svg.hashsalt": "sat", "svg.fonttype": "none"}
-LOOKS = {"hardest": ("tab:blue", "-", "o"), "easiest": ("tab:cyan", "--", "s"), "random": ("tab:red", "-", "D"),
+LOOKS = {"hardest": ("tab:blue", "-", "o"), "easiest": ("tab:cyan", "--", "s"),
+         "random": ("tab:red", "-", "D"),
          "redrawn": ("tab:pink", ":", "v"),
          "entropy": ("tab:blue", "-", "o"), "svar": ("tab:purple", "--", "s"), "vog": ("tab:red", ":", "D"),
-         "vanilla": ("tab:blue", "-", "o"), "balanced": ("tab:green", ":", "s"), "emphasis": ("tab:purple", "--", "P"),
+         "vanilla": ("tab:blue", "-", "o"), "balanced": ("tab:green", ":", "s"),
+         "emphasis": ("tab:purple", "--", "P"),
          "pgd": ("tab:blue", "-", "o"), "fgsm-rs": ("tab:green", ":", "s")}
 BASELINES = {"AT": "dimgrey", "no AT": "tab:orange"}
 
@@ -25,12 +29,14 @@ BASELINES = {"AT": "dimgrey", "no AT": "tab:orange"}
 def canvas(rows, columns, width, height, **how):
     """A grid of panels: (figure, axes (rows, columns)), each `width` x `height` inches."""
     pyplot.rcParams.update(STYLE)
-    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", **how)
+    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
+                           layout="constrained", **how)
 
 
 def write(fig, path, title, vector=True):
     """Writes a figure as <path>.png and <path>.svg."""
-    fig.suptitle("\n".join(textwrap.fill(line, round(15 * fig.get_figwidth())) for line in title.splitlines()), fontsize=9)
+    fig.suptitle("\n".join(textwrap.fill(line, round(15 * fig.get_figwidth()))
+                           for line in title.splitlines()), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic(f"{path}.png", lambda f: fig.savefig(f, format="png", dpi=120))
     if vector:
@@ -48,7 +54,8 @@ def legend_above(fig, axes):
     """One legend over all panels, each label once."""
     found = {}
     for axis in axes.flat:
-        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels()) if label not in found}
+        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())
+                  if label not in found}
     if found:
         columns = max(1, min(len(found), round(fig.get_figwidth() / 1.6)))
         fig.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False)
@@ -66,13 +73,15 @@ def curves(path, title, name, groups, panels):
     fig, axes = canvas(len(groups) * lines_a_group, columns, 4 if columns == 2 else 3, 2.5)
     for g, ((data, group), (none, full, lines)) in enumerate(groups.items()):
         rows = axes[g * lines_a_group:(g + 1) * lines_a_group]
-        rows[0, 0].set_title("\n".join([data.replace("->", " → "), *textwrap.wrap(group, 60)]), loc="left", fontsize=7)
+        rows[0, 0].set_title("\n".join([data.replace("->", " → "), *textwrap.wrap(group, 60)]), loc="left",
+                             fontsize=7)
         for axis, (part, kind) in zip(rows.flat, panels):
             draw_baselines(axis, none, full, part, kind)
             for line, sizes in lines.items():
                 draw_line(axis, line, sizes, part, kind)
                 draw_papers(axis, name, data, line, part, kind)
-            axis.set(xlabel="|A| / N", ylabel=f"{kind} accuracy (%)" if part == "all" else f"{kind}, {part} (%)", xlim=(0, 1.02))
+            axis.set(xlabel="|A| / N", ylabel=f"{kind} accuracy (%)"
+                     if part == "all" else f"{kind}, {part} (%)", xlim=(0, 1.02))
             axis.set_ylim(bottom=0, top=min(100, 1.05 * axis.dataLim.y1) if axis.has_data() else 100)
     legend_above(fig, axes)
     write(fig, path, title)
@@ -96,7 +105,8 @@ def draw_line(axis, line, sizes, part, kind):
         low, high = ([m + sign * s for m, s in zip(y, std)] for sign in (-1, 1))
         if any(std):
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.fill_between([], [], [], color="grey", alpha=0.3, linewidth=0, label="±1 standard deviation (seeds)")
+            axis.fill_between([], [], [], color="grey", alpha=0.3, linewidth=0,
+                              label="±1 standard deviation (seeds)")
 
 
 def draw_papers(axis, name, data, line, part, kind):
@@ -105,7 +115,8 @@ def draw_papers(axis, name, data, line, part, kind):
     found = [(f, v) for f in tenths if (v := results.theirs(name, data, line, f, kind)) is not None]
     if found:
         colour, style, marker = LOOKS.get(line, ("tab:brown", "-", "x"))
-        axis.plot(*zip(*found), linestyle=style, marker=marker if len(found) == 1 else "", color=colour, alpha=0.45, linewidth=0.8)
+        axis.plot(*zip(*found), linestyle=style, marker=marker if len(found) == 1 else "", color=colour,
+                  alpha=0.45, linewidth=0.8)
         axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label="the paper's (thin)")
 
 
@@ -122,11 +133,14 @@ def matrix(path, title, classes, single, none, full):
     for label, runs in (("AT", full), ("no AT", none)):
         if found := mean(runs):
             left.axvline(found[0], color=BASELINES[label], label=f"{label} (all classes)", linewidth=1)
-    left.set(yticks=range(len(rows)), yticklabels=[names[classes.index(c)] for c in rows], xlabel="robust accuracy (%)", ylabel="A")
+    left.set(yticks=range(len(rows)), yticklabels=[names[classes.index(c)] for c in rows],
+             xlabel="robust accuracy (%)", ylabel="A")
     left.margins(x=0.12)
     left.invert_yaxis()
-    left.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, columnspacing=1, handlelength=1.2)
-    grid = [[100 * sum(r.accuracy["classes"][c]["robust"]["accuracy"] or 0 for r in single[a]) / len(single[a]) for c in classes]
+    left.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, columnspacing=1,
+                handlelength=1.2)
+    grid = [[100 * sum(r.accuracy["classes"][c]["robust"]["accuracy"] or 0
+                       for r in single[a]) / len(single[a]) for c in classes]
             for a in rows]
     right.imshow(grid, cmap="Greens", vmin=0, vmax=100, aspect="auto")
     for i, a in enumerate(rows):
@@ -134,7 +148,8 @@ def matrix(path, title, classes, single, none, full):
             box = {"facecolor": "tab:blue", "pad": 1.5, "linewidth": 0} if a == c else None
             right.text(j, i, f"{grid[i][j]:.0f}", ha="center", va="center", fontsize=7, bbox=box,
                        color="white" if grid[i][j] > 60 or a == c else "black")
-    right.set(xticks=range(len(classes)), yticks=range(len(rows)), yticklabels=[names[classes.index(c)] for c in rows],
+    right.set(xticks=range(len(classes)), yticks=range(len(rows)),
+              yticklabels=[names[classes.index(c)] for c in rows],
               xlabel="robust accuracy on (%)")
     right.grid(False)
     right.set_xticklabels(names, rotation=45, ha="right")
@@ -176,18 +191,22 @@ def cost(path, title, groups, price):
     fig, axes = canvas(-(-len(groups) // columns), columns, 4.2, 2.9)
     for axis in axes.flat[len(groups):]:
         axis.set_visible(False)
-    looks = {"none": ("X", "tab:orange", "no AT"), "full": ("*", "dimgrey", "AT"), "csat": ("s", "tab:green", "CSAT"),
+    looks = {"none": ("X", "tab:orange", "no AT"), "full": ("*", "dimgrey", "AT"),
+             "csat": ("s", "tab:green", "CSAT"),
              "esat": ("o", "tab:blue", "ESAT")}
     for axis, ((data, group), runs) in zip(axes.flat, groups.items()):
         for split, (marker, colour, label) in looks.items():
             mine = [(r.cost, mean([r])[0], price.get(r.ranking, 0)) for r in runs if r.split == split]
             if mine:
-                axis.scatter([c for c, *_ in mine], [a for _, a, _ in mine], marker=marker, color=colour, label=label, s=24)
+                axis.scatter([c for c, *_ in mine], [a for _, a, _ in mine], marker=marker, color=colour,
+                             label=label, s=24)
             ranked = [(c + p, a) for c, a, p in mine if p]
             if ranked:
-                axis.scatter(*zip(*ranked), marker=marker, facecolors="none", edgecolors=colour, s=24, label=f"{label}, with its ranking")
+                axis.scatter(*zip(*ranked), marker=marker, facecolors="none", edgecolors=colour, s=24,
+                             label=f"{label}, with its ranking")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
-        axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None), ylim=(0, None))
+        axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None),
+                 ylim=(0, None))
         axis.set_title("\n".join([data, *textwrap.wrap(group, 60)]), fontsize=7)
     legend_above(fig, axes)
     write(fig, path, title)
@@ -199,12 +218,15 @@ def perturbations(path, title, rows, magnify):
     fig, axes = canvas(len(rows), 3, 2.1, 2.4)
     for line, (part, r) in zip(axes, rows.items()):
         size = f"L2 norm {float(r['delta'].norm()):.2f}"
-        shown = (("clean", r["x"], r["before"]), (f"perturbation × {magnify:g}", (0.5 + magnify * r["delta"]).clamp(0, 1), None),
+        shown = (("clean", r["x"], r["before"]),
+                 (f"perturbation × {magnify:g}", (0.5 + magnify * r["delta"]).clamp(0, 1), None),
                  ("adversarial", r["adv"], r["after"]))
         for axis, (name, image, said) in zip(line, shown):
-            axis.imshow(image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy(),
+            axis.imshow(image.permute(1, 2, 0).squeeze(2).numpy()
+                        if len(image) == 1 else image.permute(1, 2, 0).numpy(),
                         cmap="gray", vmin=0, vmax=1)
-            axis.set(title=name, xticks=[], yticks=[], xlabel=f"{said[0]}, {100 * said[1]:.0f} %" if said else size)
+            axis.set(title=name, xticks=[], yticks=[],
+                     xlabel=f"{said[0]}, {100 * said[1]:.0f} %" if said else size)
             axis.grid(False)
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(f"{part}: {r['class']}", fontsize=8)

@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
     file's name."""
 
     def __init__(self, **how):
-        super().__init__(allow_abbrev=False, **how)  # an abbreviated --config would be read as a flag and lose its file
+        # an abbreviated --config would be read as a flag and lose its file
+        super().__init__(allow_abbrev=False, **how)
 
     def error(self, message):
         """Raises UserError in place of argparse's exit."""
@@ -58,7 +59,9 @@ def number(kind, low, high=None, open_low=False):
             value = None
         if value is None or not (low < value <= most if open_low else low <= value <= most):
             what = "a whole number" if kind is int else "a finite number"
-            bound = f"{'above' if open_low else 'of at least'} {low}" + (f" and at most {most if kind is int else f'{most:g}'}" if most < float("inf") else "")
+            limit = most if kind is int else f"{most:g}"
+            bound = f"{'above' if open_low else 'of at least'} {low}"
+            bound += f" and at most {limit}" * (most < float("inf"))
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
         return value
     return convert
@@ -88,23 +91,31 @@ count, positive = number(int, 1), number(float, 0, open_low=True)
 # group -> (flag, default, type, choices or bool, help); a tuple (type, "+") takes a list.
 FLAGS = {
     "data and network": [
-        ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or a folder in --data-dir"),
+        ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or a folder "
+                                            "in --data-dir"),
         ("--data-dir", Path("data"), folder, "folder that holds (or receives) the data sets"),
         ("--arch", "preactresnet8", ARCHS, "network (README, Deviations, on preactresnet18-authors)"),
-        ("--side", 224, number(int, 32), "side of the images of streamed sets, in pixels; small images keep theirs"),
-        ("--augment", "full", ("none", "crop", "full"), "training images: none; pad an eighth and crop; or all of Fig. 9"),
+        ("--side", 224, number(int, 32), "side of the images of streamed sets, in pixels; small images keep "
+                                         "theirs"),
+        ("--augment", "full", ("none", "crop", "full"),
+         "training images: none; pad an eighth and crop; or all of Fig. 9"),
     ],
     "subset A (Sec. 3)": [
-        ("--split", "esat", ("none", "csat", "esat", "full"), "A = nothing, whole classes, single examples, everything"),
-        ("--frac", None, number(float, 0, 1, open_low=True), "|A| as a fraction: of the classes (csat), of the examples (esat); "
+        ("--split", "esat", ("none", "csat", "esat", "full"),
+         "A = nothing, whole classes, single examples, everything"),
+        ("--frac", None, number(float, 0, 1, open_low=True),
+         "|A| as a fraction: of the classes (csat), of the examples (esat); "
                                                              "0.5 if no amount is given"),
         ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
-        ("--order", "hardest", ORDERS, "which come into A first; random ones by --seed; redrawn: other random ones every epoch"),
+        ("--order", "hardest", ORDERS, "which come into A first; random ones by --seed; redrawn: other "
+                                       "random ones every epoch"),
         ("--metric", "entropy", METRICS, "difficulty score that orders them (written by rank.py)"),
-        ("--scores", None, Path, "scores of your own in place of rank.py's: .pt, .npy or .npz, N numbers, higher = harder, or an "
+        ("--scores", None, Path, "scores of your own in place of rank.py's: .pt, .npy or .npz, N numbers, "
+                                 "higher = harder, or an "
                                  "order of the indices, hardest first"),
-        ("--weight", "vanilla", ("vanilla", "balanced", "emphasis"), "w_A of Eq. 2: 1, |B|/|A|, (1 + 10|A|/N)|B|/|A|; w_B = 1"),
+        ("--weight", "vanilla", ("vanilla", "balanced", "emphasis"),
+         "w_A of Eq. 2: 1, |B|/|A|, (1 + 10|A|/N)|B|/|A|; w_B = 1"),
         ("--weight-factor", None, positive, "w_A as a number, in place of --weight"),
     ],
     "threat model": [
@@ -112,7 +123,8 @@ FLAGS = {
         ("--eps", 0.5, number(float, 0), "its radius, pixels in [0, 1]"),
     ],
     "attack in training": [
-        ("--attack", "pgd", ("pgd", "fgsm-rs"), "attack on A; fgsm-rs: one step of 1.25 eps from a random start"),
+        ("--attack", "pgd", ("pgd", "fgsm-rs"),
+         "attack on A; fgsm-rs: one step of 1.25 eps from a random start"),
         ("--steps", 7, count, "PGD steps"),
         ("--step-size", 0.1, number(float, 0), "PGD step, in the units of --eps"),
         ("--random-start", False, bool, "start PGD uniformly in the ball, not at 0"),
@@ -126,16 +138,19 @@ FLAGS = {
         ("--seed", 0, number(int, 0, 2**31 - 1), "seed of weights, batches, augmentation and random subsets"),
     ],
     "evaluation (AutoAttack)": [
-        ("--eval-attacks", list(ATTACKS), (ATTACKS, "+"), "attacks of the reported numbers; all four = standard AutoAttack"),
+        ("--eval-attacks", list(ATTACKS), (ATTACKS, "+"),
+         "attacks of the reported numbers; all four = standard AutoAttack"),
         ("--eval-n", 0, number(int, 0), "examples of the 90 %% part to report on; 0 = all"),
-        ("--eval-batch", 250, count, "AutoAttack's batch and unit of resume, in examples; changes its random numbers"),
+        ("--eval-batch", 250, count, "AutoAttack's batch and unit of resume, in examples; changes its random "
+                                     "numbers"),
     ],
     "selection of the checkpoint": [
         ("--select-attacks", list(ATTACKS), (ATTACKS, "+"), "attacks that select it"),
         ("--select-n", 0, number(int, 0), "examples of the 10 %% part that select it; 0 = all"),
     ],
     "ranking": [
-        ("--metrics", None, (METRICS, "+"), "scores to write (default: all; of streamed images entropy and svar). vog keeps 8 bytes a pixel"),
+        ("--metrics", None, (METRICS, "+"), "scores to write (default: all; of streamed images entropy and "
+                                            "svar). vog keeps 8 bytes a pixel"),
     ],
     "machine": [
         ("--device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU when there is one"),
@@ -143,8 +158,10 @@ FLAGS = {
         ("--workers", 4, number(int, 0), "loader processes (224x224 sets only)"),
     ],
     "the run": [
-        ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
-        ("--compile", False, bool, "torch.compile the attack and the network for training: a minute at the start, then faster (README, Speed)"),
+        ("--amp", "auto", ("auto", "off", "bf16"),
+         "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
+        ("--compile", False, bool, "torch.compile the attack and the network for training: a minute at the "
+                                   "start, then faster (README, Speed)"),
         ("--results", Path("results"), folder, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run, overwriting it"),
@@ -155,7 +172,8 @@ FLAGS = {
 SCRIPTS = {  # script: the groups whose flags it has
     "sat.py": [group for group in FLAGS if group != "ranking"],
     "rank.py": ["data and network", "training", "machine", "the run", "ranking"],
-    "transfer.py": ["data and network", "threat model", "training", "evaluation (AutoAttack)", "selection of the checkpoint",
+    "transfer.py": ["data and network", "threat model", "training", "evaluation (AutoAttack)",
+                    "selection of the checkpoint",
                     "machine", "the run"],
     "evaluate.py": ["threat model", "evaluation (AutoAttack)", "machine"],
 }
@@ -185,7 +203,8 @@ def add_flags(parser, *groups):
             elif isinstance(kind, tuple) and kind[-1] in ("+", "*"):
                 how["nargs"] = kind[-1]
                 how["choices" if isinstance(kind[0], tuple) else "type"] = kind[0]
-                how["metavar"] = re.sub("E?S$" if flag.endswith("sses") else "S$", "", flag[2:].split("-")[-1].upper())
+                how["metavar"] = re.sub("E?S$" if flag.endswith("sses") else "S$", "",
+                                        flag[2:].split("-")[-1].upper())
             elif isinstance(kind, tuple):
                 how["choices"] = kind
             else:
@@ -223,9 +242,11 @@ def from_yaml(path):
             raise UserError(f"{path}: unknown key {key!r}; valid keys: {', '.join(sorted(kinds))}")
         items = value if isinstance(value, list) else [value]
         a_list = isinstance(kinds[key], tuple) and kinds[key][-1] in ("+", "*")
-        if any(not isinstance(v, str) or v in ("", "~", "null") for v in items) or isinstance(value, list) and not a_list \
-                or kinds[key] is bool and value not in ("true", "false"):
-            raise UserError(f"{path}: {key}: {value!r} is not a value of this flag (python sat.py --help shows its type)")
+        empty = any(not isinstance(v, str) or v in ("", "~", "null") for v in items)
+        no_bool = kinds[key] is bool and value not in ("true", "false")
+        if empty or no_bool or (isinstance(value, list) and not a_list):
+            raise UserError(f"{path}: {key}: {value!r} is not a value of this flag (python sat.py --help "
+                            "shows its type)")
         if kinds[key] is bool:
             tokens = [f"--{key}" if value == "true" else f"--no-{key}"]
         else:
@@ -242,7 +263,8 @@ def parse(parser, argv=None):
     """Parses with the precedence command line > YAML (--config) > defaults. Returns the arguments;
     `args.base` holds what they would be without the command line, from which run names are made."""
     parser.add_argument("--config", type=Path, metavar="YAML",
-                        help="file of flag values; the command line wins over it (default: configs/digits.yaml)")
+                        help="file of flag values; the command line wins over it (default: "
+                             "configs/digits.yaml)")
     finder = Parser(add_help=False, prog=parser.prog)
     finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml")
     config = finder.parse_known_args(argv)[0].config
@@ -259,7 +281,8 @@ def parse(parser, argv=None):
 def given(argv, dest):
     """Whether the command line has the flag of this dest."""
     flag = f"--{dest.replace('_', '-')}"
-    return any(word == flag or word.startswith(f"{flag}=") for word in (sys.argv[1:] if argv is None else argv))
+    return any(word == flag or word.startswith(f"{flag}=")
+               for word in (sys.argv[1:] if argv is None else argv))
 
 
 def check_norm(args, argv, values):
@@ -276,5 +299,6 @@ def check_norm(args, argv, values):
         return
     lacks = [f"--{d.replace('_', '-')}" for d in ("eps", "step_size") if hasattr(args, d) and d not in has]
     if lacks:
-        raise UserError(f"{where} {args.norm} needs {' and '.join(lacks)} of its own (linf: say --eps 0.0314 --step-size 0.0078, "
+        raise UserError(f"{where} {args.norm} needs {' and '.join(lacks)} of its own (linf: say --eps 0.0314 "
+                        "--step-size 0.0078, "
                         "which are 8/255 and 2/255; l2 on 32x32: 0.5 and 0.1)")

@@ -19,7 +19,8 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        plain = c_in == c_out and stride == 1 and not always  # `always`: a 1x1 convolution even where the shapes agree
+        # `always`: a 1x1 convolution even where the shapes agree
+        plain = c_in == c_out and stride == 1 and not always
         self.shortcut = None if plain else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x):
@@ -37,12 +38,14 @@ def preactresnet(channels, widths, blocks, stem=None, always=False):
         for block in range(blocks):
             layers.append(PreActBlock(c_in, width, 2 if stage > 0 and block == 0 else 1, always))
             c_in = width
-    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten())
 
 
 def resnet50():
     """torchvision's ResNet-50 without its last layer: (N, 3, 224, 224) -> (N, 2048)."""
-    from torchvision.models import resnet50 as tv_resnet50  # slow to import, and only ImageNet-sized runs need it
+    # slow to import, and only ImageNet-sized runs need it
+    from torchvision.models import resnet50 as tv_resnet50
     net = tv_resnet50(weights=None)
     net.fc = nn.Identity()
     return net

@@ -18,7 +18,9 @@ from sat import checkpoint, train
 from subset import class_means
 
 
-KEYS = ("classes_hardest_first", "spearman_of_examples", "spearman_of_classes_with_paper", "fingerprint", "args")  # of rank.json
+# of rank.json
+KEYS = ("classes_hardest_first", "spearman_of_examples", "spearman_of_classes_with_paper", "fingerprint",
+        "args")
 
 
 def entropy(logits, y=None):
@@ -46,7 +48,8 @@ class Vog:
     def __init__(self, shape, mine, device, state=None):
         self.shape, self.mine = shape, mine
         self.epochs, *sums = state or (0, None, None)
-        self.mean, self.m2 = (torch.zeros(len(mine), *shape[1:], device=device) if s is None else s[mine].to(device) for s in sums)
+        self.mean, self.m2 = (torch.zeros(len(mine), *shape[1:], device=device)
+                              if s is None else s[mine].to(device) for s in sums)
 
     def add(self, grad, index):
         """Takes in the gradients (b, C, H, W) of the examples `index` (b,) in the epoch numbered
@@ -98,10 +101,12 @@ def class_errors(model, data, device):
     index = datasets.selection_and_final(len(data.test))[1]
     model.eval()
     with torch.no_grad():
-        wrong = torch.cat([(model(x).argmax(1) != y).cpu() for x, y, _ in datasets.ordered(data.test, index, 500, device)])
+        wrong = torch.cat([(model(x).argmax(1) != y).cpu()
+                           for x, y, _ in datasets.ordered(data.test, index, 500, device)])
     y = data.test.y[index]
     n = torch.bincount(y, minlength=len(data.classes))
-    return [(wrong[y == c].float().mean().item() if n[c] else None, int(n[c])) for c in range(len(data.classes))]
+    return [(wrong[y == c].float().mean().item() if n[c] else None, int(n[c]))
+            for c in range(len(data.classes))]
 
 
 def with_paper(name, hardest_first):
@@ -109,19 +114,23 @@ def with_paper(name, hardest_first):
     lists: {"rho", "n"}, or None for a data set that it does not list."""
     theirs = results.published()["class_order_hardest_first"].get(results.base(name), [])
     mine = [c for c in (results.NAMES.get(c, c) for c in hardest_first) if c in theirs]
-    return {"rho": spearman(range(len(mine)), [theirs.index(c) for c in mine]), "n": len(mine)} if len(mine) > 2 else None
+    return {"rho": spearman(range(len(mine)), [theirs.index(c) for c in mine]),
+            "n": len(mine)} if len(mine) > 2 else None
 
 
 def summary(scores, data, errors):
     """rank.json's tables: the classes hardest first, Spearman between the metrics and with the paper's class
     order."""
     means = {m: class_means(s, data.train.y, len(data.classes)) for m, s in scores.items()}
-    order = {m: [data.classes[c] for c in s.argsort(descending=True, stable=True).tolist()] for m, s in means.items()}
+    order = {m: [data.classes[c] for c in s.argsort(descending=True, stable=True).tolist()]
+             for m, s in means.items()}
     first = next(iter(scores))
-    rows = [{"class": c, **{m: means[m][data.classes.index(c)].item() for m in scores}, "clean_error": errors[data.classes.index(c)][0],
+    rows = [{"class": c, **{m: means[m][data.classes.index(c)].item() for m in scores},
+             "clean_error": errors[data.classes.index(c)][0],
              "n": errors[data.classes.index(c)][1]} for c in order[first]]
     pairs = [(a, b) for i, a in enumerate(scores) for b in list(scores)[i + 1:]]
-    return {"classes_hardest_first": rows, "spearman_of_examples": {f"{a} and {b}": spearman(scores[a], scores[b]) for a, b in pairs},
+    return {"classes_hardest_first": rows,
+            "spearman_of_examples": {f"{a} and {b}": spearman(scores[a], scores[b]) for a, b in pairs},
             "spearman_of_classes_with_paper": {m: with_paper(data.name, order[m]) for m in scores}}
 
 
@@ -133,15 +142,18 @@ def table(result, most=20):
     lines = [f"{r['class'][:20]:>20} {' '.join(f'{r[m]:9.4f}' for m in metrics)} {error(r):>8}" for r in rows]
     if len(rows) > most:
         lines[most // 2:-most // 2] = [f"{'...':>20} ({len(rows) - most} classes between)"]
-    said = [f"Spearman of {pair}, over examples: {rho:.3f}" for pair, rho in result["spearman_of_examples"].items()]
+    said = [f"Spearman of {pair}, over examples: {rho:.3f}"
+            for pair, rho in result["spearman_of_examples"].items()]
     said += [f"Spearman of {m} with the paper's class order: {found['rho']:.3f} ({found['n']} classes)"
              for m, found in result["spearman_of_classes_with_paper"].items() if found]
-    return "\n".join([f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'error %':>8}", *lines, *said])
+    return "\n".join([f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'error %':>8}",
+                      *lines, *said])
 
 
 def command_line(argv=None):
     """The command line."""
-    parser = flags.Parser(prog="rank.py", usage="python rank.py [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="rank.py", usage="python rank.py [--flag VALUE ...]", description=__doc__,
+                          formatter_class=flags.Help)
     flags.add_flags(parser, *flags.SCRIPTS["rank.py"])
     return flags.parse(parser, argv)
 
@@ -149,21 +161,26 @@ def command_line(argv=None):
 def rank_epochs(run, model, data, metrics, args, device):
     """Trains without attacks from last.pt on, scoring every epoch; returns {metric: (N,)} averaged over the
     epochs (Eq. 3), and the cost in forward passes."""
-    state = common.load(run / "last.pt", ("args", "fingerprint", "optimizer", "log", "sums", "vog")) if (run / "last.pt").exists() else None
+    state = common.load(run / "last.pt", ("args", "fingerprint", "optimizer", "log", "sums",
+                                          "vog")) if (run / "last.pt").exists() else None
     if state:
         datasets.check_fingerprint(data, state["fingerprint"], run / "last.pt")
         if differ := common.differing(state["args"], common.identity(args)):
-            raise UserError(f"{run / 'last.pt'} was trained with other flags ({differ}): name this run with --run, or --force")
+            raise UserError(f"{run / 'last.pt'} was trained with other flags ({differ}): name this run with "
+                            "--run, or --force")
         say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
     sums, log = (state["sums"], state["log"]) if state else ({}, [])
     # VoG's sums of a large set are gigabytes: kept after every tenth epoch, from which a stopped run goes on.
     every = 10 if "vog" in metrics and data.train.x.numel() > 10**7 else 1
-    vog = Vog(tuple(data.train.x.shape), part_of(data.train), device, state and state["vog"]) if "vog" in metrics else None
-    nobody = torch.zeros(len(data.train), dtype=torch.bool)  # A = {}: non-robust, to keep difficulty apart from AT (Sec. 3.3)
+    vog = Vog(tuple(data.train.x.shape), part_of(data.train), device,
+              state and state["vog"]) if "vog" in metrics else None
+    # A = {}: non-robust, to keep difficulty apart from AT (Sec. 3.3)
+    nobody = torch.zeros(len(data.train), dtype=torch.bool)
     for state in train(model, data.train, nobody, 1.0, args, device, state):
         sums = {m: s + sums.get(m, 0) for m, s in score(model, data.train, device, metrics, vog).items()}
         log = [*log, state["row"]]
-        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {seconds:.1f} s".format(**log[-1]))
+        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, "
+            "{seconds:.1f} s".format(**log[-1]))
         if state["epoch"] % every == 0 or state["epoch"] == args.epochs:
             kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
             if rank() == 0:
@@ -177,7 +194,8 @@ def main(argv=None):
     """Trains, scores, writes scores.pt and rank.json, prints the classes hardest first."""
     args = command_line(argv)
     run, finished = common.run_dir(args, ["rank", args.arch], set(vars(args)), done="rank.json")
-    told = lambda: say(f"{run} is finished (--force repeats it)\n{table(common.read_json(run / 'rank.json', KEYS))}")
+    told = lambda: say(f"{run} is finished (--force repeats "
+                       f"it)\n{table(common.read_json(run / 'rank.json', KEYS))}")
     if finished:
         return told()
     device = common.set_up(args)
@@ -185,8 +203,10 @@ def main(argv=None):
     datasets.check_batch(data, args.batch_size)
     metrics = args.metrics or [m for m in flags.METRICS if m != "vog" or not data.train.streamed]
     if "vog" in metrics and data.train.streamed:
-        raise UserError(f"--metrics vog keeps two numbers a pixel, too much for {data.name}'s streamed images; valid here: entropy svar")
-    say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by {', '.join(metrics)} over "
+        raise UserError(f"--metrics vog keeps two numbers a pixel, too much for {data.name}'s streamed "
+                        "images; valid here: entropy svar")
+    say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by "
+        f"{', '.join(metrics)} over "
         f"{args.epochs} epochs of non-robust training; {args.arch} on {common.device_name(device)} -> {run}")
     if common.start_run(run, args, "rank.json"):
         return told()
@@ -194,10 +214,13 @@ def main(argv=None):
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
     scores, cost = rank_epochs(run, model, data, metrics, args, device)
     errors = class_errors(model, data, device)
-    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs, "cost": cost,
-              "scores": {m: results.scores_hash(s.numpy()) for m, s in scores.items()}, **summary(scores, data, errors)}
+    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs,
+              "cost": cost,
+              "scores": {m: results.scores_hash(s.numpy()) for m, s in scores.items()},
+              **summary(scores, data, errors)}
     if rank() == 0:
-        common.save(run / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(), "args": common.identity(args)})
+        common.save(run / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(),
+                                        "args": common.identity(args)})
         common.write_json(run / "rank.json", result)
     common.end_run(run)
     say(f"{table(result)}\nwrote {run}/scores.pt and rank.json")

@@ -28,13 +28,15 @@ CURVES = [
      [ROBUST, ("B_val", "robust"), CLEAN]),
     ("fig13", "Fig. 13: CSAT on all parts", {**PLAIN, "split": "csat"}, "order", PARTS),
     ("fig6", "Fig. 6: ESAT, A made of single examples", {**PLAIN, "split": "esat"}, "order", [ROBUST, CLEAN]),
-    ("fig12", "Fig. 12: ESAT by several difficulty metrics", {**PLAIN, "split": "esat", "order": "hardest"}, "metric",
+    ("fig12", "Fig. 12: ESAT by several difficulty metrics", {**PLAIN, "split": "esat", "order": "hardest"},
+     "metric",
      [ROBUST, CLEAN]),
     ("fig7", "Fig. 7: three loss weights, S-CSAT", {**SSAT, "split": "csat", "order": "hardest"}, "weight",
      [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN]),
     ("fig8", "Fig. 8 and 14: transfer from S-ESAT", {**SSAT, "split": "esat"}, "order", [ROBUST, CLEAN]),
     ("fig15", "Fig. 15: transfer from S-CSAT", {**SSAT, "split": "csat"}, "order", [ROBUST, CLEAN]),
-    ("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", {**SSAT, "split": "esat", "order": "hardest"}, "attack",
+    ("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", {**SSAT, "split": "esat", "order": "hardest"},
+     "attack",
      [ROBUST, CLEAN]),
 ]
 BASELINES = {"no AT": "none", "AT": "full"}  # line: --split
@@ -63,7 +65,8 @@ def without_at(group, runs):
     anyway."""
     base, found = pick(group, split="none"), []
     for r in runs if base else ():
-        rest = [v["robust"] for c, v in base[0].accuracy["classes"].items() if c not in r.A_classes and v["robust"]["n"]]
+        rest = [v["robust"] for c, v in base[0].accuracy["classes"].items() if c not in r.A_classes
+                and v["robust"]["n"]]
         if r.A_classes and rest:
             found.append(100 * sum(a["accuracy"] * a["n"] for a in rest) / sum(a["n"] for a in rest))
     return f"{statistics.fmean(found):.1f}" if found else "-"
@@ -72,7 +75,8 @@ def without_at(group, runs):
 def beside(runs, part, kind, told):
     """Two cells: the paper's number, and ours minus it."""
     ours = mean(runs, part, kind)
-    return ["-" if told is None else f"{told:.1f}", "-" if told is None or not ours else f"{ours[0] - told:+.1f}"]
+    return ["-" if told is None else f"{told:.1f}",
+            "-" if told is None or not ours else f"{ours[0] - told:+.1f}"]
 
 
 # --- sections: lists of paragraphs, of which the first is the heading ---------------------------------------
@@ -83,17 +87,20 @@ def curve_table(name, data, group, vary, panels):
     rows = [(line, pick(group, split=split), float(line == "AT")) for line, split in BASELINES.items()]
     for line, sizes in lines_of(group, vary).items():
         rows += [(line, runs, runs[0].share) for runs in sizes.values()]
-    told = [{kind: theirs(name, data, line, share, kind) for kind in ("robust", "clean")} for line, _, share in rows]
+    told = [{kind: theirs(name, data, line, share, kind) for kind in ("robust", "clean")}
+            for line, _, share in rows]
     kinds = [k for k in ("robust", "clean") if any(t[k] is not None for t in told)]
     bare = ["no AT on that B %"] * (("B_val", "robust") in panels)
-    head = [vary, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds", *(f"{k} %" if p == "all" else f"{k} {p} %" for p, k in panels), *bare]
+    head = [vary, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds",
+            *(f"{k} %" if p == "all" else f"{k} {p} %" for p, k in panels), *bare]
     head += [text for k in kinds for text in (f"paper {k} %", "difference")]
     text = []
     for (line, runs, share), their in zip(rows, told):
         sizes = ["no run yet", f"{share:.0f}", "-", "0"]
         if runs:
             sizes = [amount(runs[0]), f"{share:.2f}", f"{runs[0].w_A:.3g}", str(len(runs))]
-        text.append([line, *sizes, *(cell(runs, *p) for p in panels), *(without_at(group, runs) for _ in bare),
+        text.append([line, *sizes, *(cell(runs, *p) for p in panels),
+                     *(without_at(group, runs) for _ in bare),
                      *(c for k in kinds for c in beside(runs, "all", k, their[k]))])
     return markdown(head, text)
 
@@ -102,7 +109,8 @@ def gaps(group, vary):
     """A sentence on the runs that other lines have and a line lacks, or nothing."""
     lines = lines_of(group, vary)
     sizes = sorted({size for found in lines.values() for size in found})
-    missing = [f"{line} at |A| = {size:,}" for line, found in lines.items() for size in sizes if size not in found]
+    missing = [f"{line} at |A| = {size:,}" for line, found in lines.items() for size in sizes
+               if size not in found]
     missing += [f"the baseline {line}" for line, split in BASELINES.items() if not pick(group, split=split)]
     return f"Missing runs (gaps in the figure): {', '.join(missing)}." if missing else ""
 
@@ -112,10 +120,12 @@ def curve_section(runs, out, name, title, same, vary, panels):
     mine = pick(runs, **{k: v for k, v in same.items() if k != vary})
     mine = [r for r in mine if r.order != "named" and r.split not in BASELINES.values()]
     bases = [r for r in pick(runs, transfer=same["transfer"], attack="pgd") if r.split in BASELINES.values()]
-    groups = {k: [r for r in bases if (r.data, r.group) == k] + found for k, found in grouped(mine, "data", "group").items()}
+    groups = {k: [r for r in bases if (r.data, r.group) == k] + found
+              for k, found in grouped(mine, "data", "group").items()}
     if not groups:
         return [f"## {title}", "No runs yet."]
-    figures.curves(out / name, title, name, {k: (pick(g, split="none"), pick(g, split="full"), lines_of(g, vary))
+    figures.curves(out / name, title, name, {k: (pick(g, split="none"), pick(g, split="full"),
+                                                 lines_of(g, vary))
                                              for k, g in groups.items()}, panels)
     text = [f"## {title}", f"![{title}](figures/{name}.png)"]
     for (data, name_of_group), group in groups.items():
@@ -138,12 +148,14 @@ def matrix_table(group, classes, runs, told):
             if {a, c} <= set(at):
                 cells[-1] += f" ({told['robust_rows_are_A'][at[a]][at[c]]})"
         b = told["robust_B_val"][names[a]] if a in at else None
-        rows.append([a if mine else f"{a}: no run yet", str(len(mine)), cell(mine, "A_val"), cell(mine, "B_val"), without_at(group, mine),
+        rows.append([a if mine else f"{a}: no run yet", str(len(mine)), cell(mine, "A_val"),
+                     cell(mine, "B_val"), without_at(group, mine),
                      *beside(mine, "B_val", "robust", b), cell(mine), *cells])
     for line, split in BASELINES.items():
         base = pick(group, split=split)
         rows.append([line, str(len(base)), "-", "-", "-", "-", "-", cell(base), *["-"] * len(classes)])
-    head = ["A", "seeds", "robust A_val %", "robust B_val %", "no AT on that B %", "paper B_val %", "difference", "robust all %"]
+    head = ["A", "seeds", "robust A_val %", "robust B_val %", "no AT on that B %", "paper B_val %",
+            "difference", "robust all %"]
     return markdown([*head, *(f"on {c} %" for c in classes)], rows)
 
 
@@ -157,10 +169,13 @@ def matrix_section(runs, out):
         single = {c: rs for (c,), rs in claims.grouped_by_class(group).items()}
         if single:
             classes, file = list(group[0].accuracy["classes"]), f"fig2{f'-{i + 1}' * (len(text) > 1)}"
-            figures.matrix(out / file, f"{title}\n{data}: {name}", classes, single, pick(group, split="none"), pick(group, split="full"))
+            figures.matrix(out / file, f"{title}\n{data}: {name}", classes, single, pick(group, split="none"),
+                           pick(group, split="full"))
             told = results.published()["fig2"] if results.base(data) == "cifar10" else {}
-            text += [f"![{title}](figures/{file}.png)", f"### {data}: {name}", "In brackets: the paper's." if told else "",
-                     matrix_table(group, classes, single, told), results.not_the_papers(data, group[0].setting)]
+            text += [f"![{title}](figures/{file}.png)", f"### {data}: {name}",
+                     "In brackets: the paper's." if told else "",
+                     matrix_table(group, classes, single, told),
+                     results.not_the_papers(data, group[0].setting)]
     return text if len(text) > 1 else [*text, "No runs yet."]
 
 
@@ -168,7 +183,8 @@ def difficulty_table(ranking):
     """Fig. 3's table: the classes hardest first (the ends of a long list), the paper's numbers for CIFAR-10
     beside ours."""
     rows, most, told = ranking["classes_hardest_first"], 20, results.published()["fig3"]
-    metrics, known = [m for m in flags.METRICS if m in rows[0]], results.base(ranking["fingerprint"]["name"]) == "cifar10"
+    metrics, known = [m for m in flags.METRICS
+                      if m in rows[0]], results.base(ranking["fingerprint"]["name"]) == "cifar10"
     body = []
     for r in rows if len(rows) <= most else rows[:most // 2] + rows[-most // 2:]:
         error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
@@ -176,7 +192,8 @@ def difficulty_table(ranking):
         if known:
             i = told["classes"].index(results.NAMES.get(r["class"], r["class"]))
             body[-1] += [f"{told['mean_entropy_nats'][i]:.4f}", f"{100 * told['error_fraction'][i]:.1f}"]
-    return markdown(["class, hardest first", *metrics, "clean error %", "n", *["paper entropy", "paper error %"] * known], body)
+    return markdown(["class, hardest first", *metrics, "clean error %", "n",
+                     *["paper entropy", "paper error %"] * known], body)
 
 
 def difficulty_section(ranks, runs, out):
@@ -184,14 +201,19 @@ def difficulty_section(ranks, runs, out):
     title = "Fig. 3: class entropy and class error"
     text, drawn = [f"## {title}", *([] if ranks else ["No rankings yet."])], {}
     for path, r in ranks.items():
-        name, n = f"{r['fingerprint']['name']}: {r['args']['arch']}, {r['epochs']} epochs", len(r["classes_hardest_first"])
+        n = len(r["classes_hardest_first"])
+        name = f"{r['fingerprint']['name']}: {r['args']['arch']}, {r['epochs']} epochs"
         drawn[name] = r["classes_hardest_first"]
-        said = [f"Spearman's correlation of {pair} over examples: {rho:.3f}." for pair, rho in r["spearman_of_examples"].items()]
+        said = [f"Spearman's correlation of {pair} over examples: {rho:.3f}."
+                for pair, rho in r["spearman_of_examples"].items()]
         for metric, found in r["spearman_of_classes_with_paper"].items():
-            said += [f"Of {metric} with the paper's class order: {found['rho']:.3f} ({found['n']} classes)."] if found else []
+            if found:
+                said += [f"Of {metric} with the paper's class order: {found['rho']:.3f} "
+                         f"({found['n']} classes)."]
         used = sum(run.ranking in r.get("scores", {}).values() for run in runs)
         said += [f"{used} runs of these tables used it."] if used else []
-        text += [f"### {name}{f' (20 of {n} classes)' if n > 20 else ''}", difficulty_table(r), " ".join(said)]
+        text += [f"### {name}{f' (20 of {n} classes)' if n > 20 else ''}", difficulty_table(r),
+                 " ".join(said)]
     if drawn:
         figures.difficulty(out / "fig3", title, drawn)
         text.insert(1, f"![{title}](figures/fig3.png)")
@@ -204,8 +226,10 @@ def claims_section(runs, ranks):
     for (data, group), (rows, seeds) in claims.claims(runs, ranks.values()).items():
         spread = "No setting has three seeds: the intervals cover the noise of the test set alone."
         if seeds.df:
-            spread = (f"Between seeds: a standard deviation of {seeds.variance**0.5:.2f} points, pooled over {len(seeds.deviations)} "
-                      f"settings ({seeds.df} degrees of freedom; {min(seeds.deviations):.2f} to {max(seeds.deviations):.2f}; Bartlett's "
+            spread = (f"Between seeds: a standard deviation of {seeds.variance**0.5:.2f} points, pooled over "
+                      f"{len(seeds.deviations)} "
+                      f"settings ({seeds.df} degrees of freedom; {min(seeds.deviations):.2f} to "
+                      f"{max(seeds.deviations):.2f}; Bartlett's "
                       f"test of equal variances p = {seeds.p:.2f}).")
         text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), spread,
                  results.not_the_papers(data, pick(runs, data=data, group=group)[0].setting)]
@@ -216,7 +240,8 @@ def precision_section(runs):
     """What bf16 costs in accuracy."""
     text = ["## Training in bf16 against float32"]
     for (data, group), rows in claims.precisions(runs).items():
-        text += [f"### {data}: {group}", markdown(["setting", "seeds", "accuracy", "float32 %", "bf16 %", "bf16 minus float32"], rows)]
+        text += [f"### {data}: {group}", markdown(["setting", "seeds", "accuracy", "float32 %", "bf16 %",
+                                                   "bf16 minus float32"], rows)]
     return text if len(text) > 1 else []
 
 
@@ -227,8 +252,10 @@ def evaluation_section(folder):
         r = common.read_json(path)
         try:
             s, a = r["settings"], r["accuracy"]["all"]
-            shown = [f"{100 * a[k]['accuracy']:.1f} [{100 * a[k]['low']:.1f}, {100 * a[k]['high']:.1f}]" for k in ("clean", "robust")]
-            rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"], f"{s['norm']} eps {s['eps']:g}",
+            shown = [f"{100 * a[k]['accuracy']:.1f} [{100 * a[k]['low']:.1f}, {100 * a[k]['high']:.1f}]"
+                     for k in ("clean", "robust")]
+            rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"],
+                         f"{s['norm']} eps {s['eps']:g}",
                          " ".join(s["attacks"]), f"{a['clean']['n']:,}", *shown])
         except (KeyError, TypeError):
             raise UserError(f"{path} was not written by evaluate.py: move it away") from None
@@ -244,7 +271,8 @@ def cost_section(runs, ranks, out):
     if not groups:
         return [f"## {title}", "No runs yet."]
     figures.cost(out / "cost", title, groups, price)
-    return [f"## {title}", "In forward passes: an attack step counts 2, a training step 3. Evaluation is not counted. Hollow marks: with "
+    return [f"## {title}", "In forward passes: an attack step counts 2, a training step 3. Evaluation is not "
+                           "counted. Hollow marks: with "
             "the ranking that chose A, which is needed once a data set.", f"![{title}](figures/cost.png)"]
 
 
@@ -255,8 +283,10 @@ def speed_section(folder):
         r = common.read_json(path)
         if not isinstance(r, dict) or not {"setting", "steps"} <= set(r):
             raise UserError(f"{path} was not written by bench.py --json: move it away")
-        groups.setdefault(r["setting"], []).append({(s["step"], s["precision"], s["compile"]): s for s in r["steps"]})
-    of = lambda values: f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
+        groups.setdefault(r["setting"], []).append({(s["step"], s["precision"], s["compile"]): s
+                                                    for s in r["steps"]})
+    spread = lambda v: f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})"
+    of = lambda v: spread(v) if v else "-"
     for setting, found in groups.items():
         rows = []
         for (step, precision, compile), first in found[0].items():
@@ -274,7 +304,8 @@ def speed_section(folder):
 def into(path, sections):
     """Puts tables of sections (their figures left out) into a Markdown file, between <!-- table: TITLE -->
     and <!-- end -->."""
-    bodies = {text[0][3:]: "\n\n".join(t for t in text[1:] if t and not t.startswith("!")) for text in sections if text}
+    bodies = {text[0][3:]: "\n\n".join(t for t in text[1:] if t and not t.startswith("!"))
+              for text in sections if text}
 
     def body(match):
         """The marks of one table with its rows between them."""
@@ -297,14 +328,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     found, ranks, out = results.read(args.results), results.rankings(args.results), args.results / "figures"
     if not found and not ranks:
-        raise UserError(f"no result.json or rank.json below {args.results}: first run sat.py, or ./run_all.sh digits")
+        raise UserError(f"no result.json or rank.json below {args.results}: first run sat.py, or "
+                        "./run_all.sh digits")
     precision, runs = precision_section(found), results.shown(found)
     sections = [claims_section(runs, ranks), matrix_section(runs, out), difficulty_section(ranks, runs, out)]
     sections += [curve_section(runs, out, *figure) for figure in CURVES]
-    sections += [cost_section(runs, ranks, out), evaluation_section(args.results), precision, speed_section(args.results)]
-    text = ["# Results", "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± standard deviation over "
-            "seeds. Robust: right, and still right under the attack that each table names, on test examples that were not used for "
-            "selecting a checkpoint. Runs that differ in threat model, attack, n, network or epochs are in tables of their own."]
+    sections += [cost_section(runs, ranks, out), evaluation_section(args.results), precision,
+                 speed_section(args.results)]
+    text = ["# Results", "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean "
+                         "± standard deviation over "
+            "seeds. Robust: right, and still right under the attack that each table names, on test examples "
+            "that were not used for "
+            "selecting a checkpoint. Runs that differ in threat model, attack, n, network or epochs are in "
+            "tables of their own."]
     text += [t for section in sections for t in section if t]
     common.atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(text) + "\n").encode()))
     if args.into:

@@ -19,7 +19,9 @@ import common
 import flags
 from common import HERE, UserError, say
 
-SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor", "attack", "seed"}  # vary in a table
+# vary in a table
+SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor",
+          "attack", "seed"}
 NOT_SETTING = {"dataset", "eval_batch", "side", "source", "source_weights", "checkpoint", "seed"}
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
 
@@ -46,7 +48,9 @@ def theirs(figure, data, line, share, kind):
     """
     found = published()["curves"].get("baselines" if line in ("AT", "no AT") else figure, {})
     found = found.get(base(data), {}).get(kind, {}).get(line)
-    return next((v for f, v in found.items() if abs(float(f) - share) < 0.004), None) if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        return found
+    return next((v for f, v in found.items() if abs(float(f) - share) < 0.004), None)
 
 
 @functools.cache
@@ -56,7 +60,8 @@ def papers_setting(data):
     source, target = base(data).split("->")[0], base(data).split("->")[-1]
     if source not in published()["data sets"]:
         return {}
-    defaults = {flag[2:].replace("-", "_"): default for group in flags.FLAGS.values() for flag, default, *_ in group}
+    defaults = {flag[2:].replace("-", "_"): default for group in flags.FLAGS.values()
+                for flag, default, *_ in group}
     found = {**defaults, **flags.from_yaml(HERE / "configs" / f"{source}.yaml")}
     if source != target:
         target = {**defaults, **flags.from_yaml(HERE / "configs" / "transfer" / f"{target}.yaml")}
@@ -69,11 +74,15 @@ def not_the_papers(data, setting):
     lacks."""
     paper = papers_setting(data)
     plain = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, list) else v
-    differ = [f"{k.replace('_', ' ')} {plain(v)} ({plain(paper[k])})" for k, v in setting.items() if k in paper and paper[k] != v]
+    differ = [f"{k.replace('_', ' ')} {plain(v)} ({plain(paper[k])})" for k, v in setting.items()
+              if k in paper and paper[k] != v]
     if setting.get("N") != published()["data sets"].get(base(data).split("->")[0], {}).get("train") and paper:
-        differ.insert(0, f"N {setting['N']:,} ({published()['data sets'][base(data).split('->')[0]]['train']:,})")
-    return f"Not the paper's setting, so the differences from it are no reproduction. Ours (the paper's): {', '.join(differ)}." \
-        if differ else ""
+        differ.insert(0, f"N {setting['N']:,} "
+                         f"({published()['data sets'][base(data).split('->')[0]]['train']:,})")
+    if not differ:
+        return ""
+    return ("Not the paper's setting, so the differences from it are no reproduction. "
+            f"Ours (the paper's): {', '.join(differ)}.")
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -101,7 +110,8 @@ class Run:
     cost: float        # of training, in forward passes
     ranking: str       # hash of the scores that chose A, or ""
     weights: str
-    accuracy: dict     # {part: {kind: {"n", "accuracy", "low", "high"}}}, and "classes": {class: the same and "right"}
+    # {part: {kind: {"n", "accuracy", "low", "high"}}}, and "classes": {class: the same and "right"}
+    accuracy: dict
     group: str = field(default="")  # what the runs of its table have in common, for people
 
     @property
@@ -118,7 +128,8 @@ class Run:
     def kind(self):
         """What it is but for the seed: the runs of a kind are pooled."""
         names = tuple(self.A_classes) if self.order == "named" else ()
-        return self.data, self.group, self.transfer, self.split, self.order, self.metric, self.weight, self.attack, self.size, names
+        return (self.data, self.group, self.transfer, self.split, self.order, self.metric, self.weight,
+                self.attack, self.size, names)
 
     def right(self, kind, c):
         """Which test examples of class c were right: bool (n,), in their order; None where the run did not
@@ -126,7 +137,8 @@ class Run:
         a = self.accuracy["classes"][c][kind]
         if "right" not in a:
             return None
-        return numpy.unpackbits(numpy.frombuffer(bytes.fromhex(a["right"]), numpy.uint8))[:a["n"]].astype(bool)
+        return numpy.unpackbits(numpy.frombuffer(bytes.fromhex(a["right"]),
+                                                 numpy.uint8))[:a["n"]].astype(bool)
 
 
 def run_of(path, result):
@@ -134,17 +146,23 @@ def run_of(path, result):
     source = result.get("source")
     made, target, s = source or result, result["args"], result["settings"]
     args = made["args"]
-    setting = {"N": made["N"], **{k: v for k, v in args.items() if k not in SUBSET | NOT_SETTING}, "n": result["accuracy"]["all"]["robust"]["n"],
-               "eval_attacks": s["attacks"], "norm": s["norm"], "eps": s["eps"], "labels": result["fingerprint"]["labels"]}
+    setting = {"N": made["N"], **{k: v for k, v in args.items() if k not in SUBSET | NOT_SETTING},
+               "n": result["accuracy"]["all"]["robust"]["n"],
+               "eval_attacks": s["attacks"], "norm": s["norm"], "eps": s["eps"],
+               "labels": result["fingerprint"]["labels"]}
     if source:
         setting |= {f"target's {k}": v for k, v in target.items() if k not in NOT_SETTING}
     return Run(
-        path=str(path.parent), data=f"{source['dataset']}->{target['dataset']}" if source else target["dataset"],
-        transfer=bool(source), setting=setting, precision=result.get("precision", "float32"), split=args["split"],
+        path=str(path.parent), data=f"{source['dataset']}->{target['dataset']}"
+        if source else target["dataset"],
+        transfer=bool(source), setting=setting, precision=result.get("precision", "float32"),
+        split=args["split"],
         order="named" if args["classes"] else args["order"],
-        metric="entropy" if args["order"] in ("random", "redrawn") else f"own {args['scores']}" if args.get("scores") else args["metric"], attack=args["attack"],
+        metric="entropy" if args["order"] in ("random", "redrawn") else f"own {args['scores']}"
+        if args.get("scores") else args["metric"], attack=args["attack"],
         weight=f"w_A {args['weight_factor']:g}" if args["weight_factor"] else args["weight"],
-        seed=target["seed"] if source and target["seed"] else args["seed"], A=made["A"], N=made["N"], w_A=made["w_A"],
+        seed=target["seed"] if source and target["seed"] else args["seed"], A=made["A"], N=made["N"],
+        w_A=made["w_A"],
         A_classes=made["A_classes"] or [], n_classes=len(made["fingerprint"]["classes"]),
         cost=made["cost"]["forward_equivalents"], ranking=(made.get("ranking") or {}).get("scores", ""),
         weights=made["weights"], accuracy=result["accuracy"])
@@ -152,7 +170,8 @@ def run_of(path, result):
 
 def found(results, name):
     """The files of that name (a pattern) below the folder, but for those put aside by --force."""
-    return [p for p in sorted(Path(results).glob(f"**/{name}")) if not any(part.startswith(".old-") for part in p.parts)]
+    return [p for p in sorted(Path(results).glob(f"**/{name}"))
+            if not any(part.startswith(".old-") for part in p.parts)]
 
 
 def read(results):
@@ -162,7 +181,8 @@ def read(results):
         try:
             runs.append(run_of(path, common.read_json(path)))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise UserError(f"{path} is not a result of this project ({type(e).__name__}: {e}): move it away") from None
+            why = f"{type(e).__name__}: {e}"
+            raise UserError(f"{path} is not a result of this project ({why}): move it away") from None
     return runs
 
 
@@ -174,7 +194,8 @@ def shown(runs):
     for r in sorted(runs, key=lambda r: r.precision != "float32"):
         key = json.dumps([r.kind, r.setting, r.seed], sort_keys=True)
         if key in kept:
-            say(f"note: {r.path} ({r.precision}) repeats {kept[key].path} ({kept[key].precision}), which is shown")
+            say(f"note: {r.path} ({r.precision}) repeats {kept[key].path} ({kept[key].precision}), which is "
+                "shown")
         kept.setdefault(key, r)
     runs = [r for r in runs if any(r is k for k in kept.values())]
     for same in grouped(runs, "data").values():
@@ -196,8 +217,10 @@ def name_groups(runs):
     for rs in shown.values():
         name, others = described(rs[0]), [o[0].setting for o in shown.values()]
         if shared[name] > 1:
-            odd = [k for k, v in rs[0].setting.items() if any(o.get(k) != v for o in others) and k not in ("N", "n", "labels")]
-            name += "".join(f", {k.replace('_', ' ')} {rs[0].setting[k]}" for k in odd if f"{rs[0].setting[k]}" not in name)
+            odd = [k for k, v in rs[0].setting.items() if any(o.get(k) != v for o in others)
+                   and k not in ("N", "n", "labels")]
+            name += "".join(f", {k.replace('_', ' ')} {rs[0].setting[k]}" for k in odd
+                            if f"{rs[0].setting[k]}" not in name)
         bf16 = sum(r.precision == "bf16" for r in rs)
         if bf16:
             name += ", trained in bf16" if bf16 == len(rs) else f", {bf16} of {len(rs)} runs trained in bf16"
@@ -208,7 +231,9 @@ def name_groups(runs):
 def described(run):
     """The threat model, the attack and the size of a run's setting, for people."""
     s = run.setting
-    attack = "AutoAttack" if len(set(s["eval_attacks"])) == 4 else f"AutoAttack's {' and '.join(s['eval_attacks'])}"
+    attack = "AutoAttack"
+    if len(set(s["eval_attacks"])) < 4:
+        attack = f"AutoAttack's {' and '.join(s['eval_attacks'])}"
     return (f"{s['norm']} eps {s['eps']:g}, {attack}, n = {s['n']:,}, {s['arch']}, {s['epochs']} epochs, "
             f"N = {s['N']:,}")
 
@@ -230,8 +255,10 @@ def rankings(results):
     """{path: content} of every rank.json below the folder `results`."""
     ranks = {path: common.read_json(path) for path in found(results, "rank.json")}
     for path, r in ranks.items():
-        if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint", "args"} <= set(r):
-            raise UserError(f"{path} is not a ranking of this project: move it away, or repeat it with rank.py --force")
+        if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint",
+                                           "args"} <= set(r):
+            raise UserError(f"{path} is not a ranking of this project: move it away, or repeat it with "
+                            "rank.py --force")
     return ranks
 
 
@@ -316,7 +343,8 @@ def contrast(terms, seeds, kind="robust"):
     for weight, runs, only in terms:
         part = [c for c in classes if (only is None or c in only) and sizes[c]]
         m = sum(sizes[c] for c in part)
-        accuracy = statistics.fmean(sum(r.accuracy["classes"][c][kind]["accuracy"] * sizes[c] for c in part) / m for r in runs)
+        accuracy = statistics.fmean(sum(r.accuracy["classes"][c][kind]["accuracy"] * sizes[c]
+                                        for c in part) / m for r in runs)
         value += weight * accuracy
         training += weight**2 * seeds.variance / len(runs)
         if any(r.right(kind, c) is None for r in runs for c in part):
@@ -327,7 +355,8 @@ def contrast(terms, seeds, kind="robust"):
             influence[c] += weight * (right - accuracy) * n / m
     test = 1e4 * (sum((z**2).sum() for z in influence.values()) / n / max(1, n - 1) + unpaired)
     from scipy.stats import t
-    df = (test + training)**2 / (training**2 / seeds.df + test**2 / max(1, n - 1)) if training else max(1, n - 1)
+    df = (test + training)**2 / (training**2 / seeds.df + test**2 / max(1, n - 1)) if training else max(1,
+                                                                                                        n - 1)
     half = float(t.ppf(0.975, df)) * math.sqrt(test + training)
     return 100 * value, 100 * value - half, 100 * value + half
 

@@ -30,28 +30,39 @@ TENTHS = {k / 10: 1 for k in range(1, 10)}
 # What the figures need to know of a data set: training images, classes; |A| as {amount: training seeds} in
 # examples (esat), in classes (csat) and as single classes; random subsets of each size; training seeds of AT
 # and no AT; metrics of the ranking.
-PAPER = {"arch": "preactresnet18", "epochs": 200, "esat": TENTHS, "baselines": 1, "metrics": "entropy svar", "prefix": ""}
-DIGITS = {**PAPER, "config": "digits", "arch": "preactresnet8", "epochs": 30, "esat": {0.1: 1, 0.3: 1, 0.5: 1}, "random": 2,
+PAPER = {"arch": "preactresnet18", "epochs": 200, "esat": TENTHS, "baselines": 1, "metrics": "entropy svar",
+         "prefix": ""}
+DIGITS = {**PAPER, "config": "digits", "arch": "preactresnet8", "epochs": 30,
+          "esat": {0.1: 1, 0.3: 1, 0.5: 1}, "random": 2,
           "prefix": "quick-", "flags": "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"}
-CPU = {**PAPER, "config": "cifar10-cpu", "arch": "preactresnet8", "epochs": 12, "n": 50000, "random": 1, "prefix": "cpu-"}
+CPU = {**PAPER, "config": "cifar10-cpu", "arch": "preactresnet8", "epochs": 12, "n": 50000, "random": 1,
+       "prefix": "cpu-"}
 DATASETS = {
-    "cifar10": {**PAPER, "n": 50000, "n_classes": 10, "csat": {k: 1 for k in range(1, 10)}, "single": {c: 1 for c in TEN},
+    "cifar10": {**PAPER, "n": 50000, "n_classes": 10, "csat": {k: 1 for k in range(1, 10)},
+                "single": {c: 1 for c in TEN},
                 "random": 10},
-    "cifar100": {**PAPER, "n": 50000, "n_classes": 100, "csat": {k: 1 for k in range(10, 100, 10)}, "random": 5,
+    "cifar100": {**PAPER, "n": 50000, "n_classes": 100, "csat": {k: 1 for k in range(10, 100, 10)},
+                 "random": 5,
                  "metrics": "entropy svar vog"},
-    "imagenet200": {**PAPER, "n": 259906, "n_classes": 200, "csat": {k: 1 for k in range(20, 200, 20)}, "random": 3,
+    "imagenet200": {**PAPER, "n": 259906, "n_classes": 200, "csat": {k: 1 for k in range(20, 200, 20)},
+                    "random": 3,
                     "arch": "resnet50", "epochs": 150},
-    "digits": {**DIGITS, "n": 1297, "n_classes": 10, "csat": {3: 1, 5: 1, 7: 1}, "single": {str(c): 1 for c in range(10)},
+    "digits": {**DIGITS, "n": 1297, "n_classes": 10, "csat": {3: 1, 5: 1, 7: 1},
+               "single": {str(c): 1 for c in range(10)},
                "metrics": "entropy svar vog"},
     "digits0-4": {**DIGITS, "n": 649, "n_classes": 5, "csat": {1: 1, 2: 1, 3: 1}},
     # Three seeds where a verdict hangs on it, decided before the first run.
-    "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.1: 3, 0.5: 3, 0.3: 1}, "baselines": 3,
-                    "single": {c: 3 if c in ("cat", "automobile") else 1 for c in ["cat", "automobile", *TEN]}},
-    "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "csat": {10: 3, 30: 3}, "esat": {0.3: 1, 0.1: 1},
+    "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.1: 3, 0.5: 3, 0.3: 1},
+                    "baselines": 3,
+                    "single": {c: 3 if c in ("cat", "automobile") else 1
+                               for c in ["cat", "automobile", *TEN]}},
+    "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "csat": {10: 3, 30: 3},
+                     "esat": {0.3: 1, 0.1: 1},
                      "metrics": "entropy"},
 }
 TARGETS = {"cifar10": 50000 * 40, "svhn": 73257 * 40, "caltech256": 24485 * 100, "flowers102": 1020 * 100,
-           "digits5-9": 648 * 20, "cifar10-cpu": 50000 * 10}  # forward passes of a transfer: images times epochs
+           # forward passes of a transfer: images times epochs
+           "digits5-9": 648 * 20, "cifar10-cpu": 50000 * 10}
 FIGURES = {  # --split, orders, and the flags whose values the figure compares
     "fig2": ("single", [], {}),
     "fig3": ("ranking", [], {}),
@@ -81,7 +92,8 @@ def runs_of(d, name):
     flags)."""
     split, orders, compared = FIGURES[name]
     if split == "single":
-        return [(f"csat-{c}-seed{seed}", 1 / d["n_classes"], 14, ["--split", "csat", "--classes", c, "--seed", str(seed)])
+        return [(f"csat-{c}-seed{seed}", 1 / d["n_classes"], 14,
+                 ["--split", "csat", "--classes", c, "--seed", str(seed)])
                 for c, seeds in d["single"].items() for seed in range(seeds)]
     rows = []
     plain = {"weight": "vanilla", "metric": "entropy", "attack": "pgd"}
@@ -94,7 +106,8 @@ def runs_of(d, name):
             share, sized = (amount / d["n_classes"], "--size") if split == "csat" else (amount, "--frac")
             for order in orders:
                 for seed in range(max(seeds, d["random"]) if order == "random" else seeds):
-                    rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share, 2 if how["attack"] == "fgsm-rs" else 14,
+                    rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share,
+                                 2 if how["attack"] == "fgsm-rs" else 14,
                                  ["--split", split, sized, str(amount), "--order", order, "--seed", str(seed),
                                   *(word for flag, value in told.items() for word in (f"--{flag}", value))]))
     return rows
@@ -119,18 +132,22 @@ def stages(sections, wanted, results):
                 onto = flags.from_yaml(HERE / f"configs/transfer/{target}.yaml")["dataset"]
                 folder = f"{dataset}-{prefix}{name}-seed0"
                 yield (figure, "transfer.py", f"{results}/{onto}/{folder}", "result.json", TARGETS[target],
-                       [f"{results}/{dataset}/{prefix}{name}/best.pt", "--config", str(HERE / f"configs/transfer/{target}.yaml"),
+                       [f"{results}/{dataset}/{prefix}{name}/best.pt", "--config",
+                        str(HERE / f"configs/transfer/{target}.yaml"),
                         "--run", folder, *evaluation])
 
         for shown in (f for f in figures.split() if not wanted or f in wanted):
             name, figure = SAME.get(shown, shown), f"{source}{' -> ' * bool(targets)}{targets}: {shown}"
             if name != "fig2":
-                yield (f"{source}: ranking (fig3)", "rank.py", f"{results}/{dataset}/rank-{d['arch']}-seed0", "rank.json",
-                       d["n"] * d["epochs"] * (6 if "vog" in d["metrics"] else 4), [*base, "--metrics", *d["metrics"].split()])
+                yield (f"{source}: ranking (fig3)", "rank.py", f"{results}/{dataset}/rank-{d['arch']}-seed0",
+                       "rank.json",
+                       d["n"] * d["epochs"] * (6 if "vog" in d["metrics"] else 4),
+                       [*base, "--metrics", *d["metrics"].split()])
             if name != "fig3":
                 for split, share in (("none", 0), ("full", 1)):
                     for seed in range(d["baselines"]):
-                        for stage in train(figure, f"{split}-seed{seed}", share, 14, ["--split", split, "--seed", str(seed)]):
+                        for stage in train(figure, f"{split}-seed{seed}", share, 14,
+                                           ["--split", split, "--seed", str(seed)]):
                             yield (f"{source}: baselines", *stage[1:]) if stage[1] == "sat.py" else stage
                 for run in runs_of(d, name):
                     yield from train(figure, *run)
@@ -145,7 +162,8 @@ def summary(listed):
         if folder not in seen:
             row["new"], row["cost"] = row["new"] + 1, row["cost"] + cost
         seen.add(folder)
-    lines = [f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>6} forward passes of the new ones, evaluation not counted"]
+    lines = [f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>6} forward passes of the new ones, "
+             "evaluation not counted"]
     return lines + [f"# {f:<42} {len(r['runs']):6d} {len(r['transfers']):9d} {r['new']:6d} {r['cost']:10.3g}"
                     for f, r in sorted(rows.items())]
 
@@ -156,7 +174,8 @@ class Stage:
     neither lost nor made twice."""
 
     def __init__(self, results, folder, done, command, source=None):
-        self.done, self.command, self.source = Path(folder, done), command, source and Path(source).with_name("result.json")
+        self.done, self.command = Path(folder, done), command
+        self.source = source and Path(source).with_name("result.json")
         self.seed = int(re.search(r"-seed(\d+)", folder)[1])  # of a transfer its source's
         self.log = Path(results, "logs", str(Path(folder).relative_to(results)).replace("/", "_") + ".log")
 
@@ -175,7 +194,8 @@ class Stage:
             if self.done.exists():
                 return True
             print(f"\n> {shlex.join(self.command)}", flush=True)
-            process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=[log.fileno()])
+            process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                       pass_fds=[log.fileno()])
             for line in process.stdout:
                 sys.stdout.buffer.write(line)
                 sys.stdout.flush()
@@ -196,8 +216,10 @@ def command_line(argv):
         print(__doc__.strip())
         sys.exit(0)
     if unknown or not sections:
-        print(f"error: {f'there is no section or figure {unknown[0]!r}' if unknown else 'name a section'}; valid: "
-              f"{' '.join(SECTIONS)} all, then {' '.join(sorted([*FIGURES, *SAME], key=lambda f: int(f[3:])))}, and --dry-run",
+        print(f"error: {f'there is no section or figure {unknown[0]!r}' if unknown else 'name a section'}; "
+              "valid: "
+              f"{' '.join(SECTIONS)} all, then "
+              f"{' '.join(sorted([*FIGURES, *SAME], key=lambda f: int(f[3:])))}, and --dry-run",
               file=sys.stderr)
         sys.exit(2)
     return list(dict.fromkeys(sections)), [w for w in words if w in FIGURES or w in SAME], "--dry-run" in argv
@@ -208,20 +230,25 @@ def main(argv):
     sections, wanted, dry = command_line(argv)
     results, data = os.environ.get("RESULTS", "results"), os.environ.get("DATA", "data")
     python, nproc = os.environ.get("PYTHON", sys.executable), os.environ.get("NPROC", "1")
-    torchrun = [] if nproc == "1" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
+    torchrun = [] if nproc == "1" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                                        nproc, "--"]
     listed, extra = list(stages(sections, wanted, results)), os.environ.get("EXTRA", "").split()
     todo = {}
     for _, script, folder, done, _, how in listed:  # each once, where it is needed first
         how = [*how, *flags.known(extra, script)]
         command = [python, *torchrun, str(HERE / script), *how, "--results", results, "--data-dir", data]
-        todo.setdefault(folder, Stage(results, folder, done, command, how[0] if script == "transfer.py" else None))
+        todo.setdefault(folder, Stage(results, folder, done, command,
+                                      how[0] if script == "transfer.py" else None))
     report = [python, str(HERE / "report.py"), "--results", results]
     if dry:
-        print("\n".join([*(shlex.join(stage.command) for stage in todo.values()), shlex.join(report), *summary(listed)]))
+        print("\n".join([*(shlex.join(stage.command) for stage in todo.values()), shlex.join(report),
+                         *summary(listed)]))
         return 0
-    in_order = sorted(todo.values(), key=lambda stage: stage.seed)  # a sweep that is cut short has one seed of everything
+    # a sweep that is cut short has one seed of everything
+    in_order = sorted(todo.values(), key=lambda stage: stage.seed)
     for stage in [stage for stage in in_order if not stage.make()]:
-        stage.make(wait=True)  # another copy had it, or its source: once that is through, it is finished or is taken over
+        # another copy had it, or its source: once that is through, it is finished or is taken over
+        stage.make(wait=True)
     return finish(listed, report)
 
 
@@ -230,7 +257,8 @@ def finish(listed, report):
     code = subprocess.run(report).returncode
     missing = {folder: done for _, _, folder, done, *_ in listed if not Path(folder, done).exists()}
     if missing:
-        print(f"\n{len(missing)} missing (what each said is in its log):", *(f"  {f}" for f in missing), sep="\n", file=sys.stderr)
+        print(f"\n{len(missing)} missing (what each said is in its log):", *(f"  {f}" for f in missing),
+              sep="\n", file=sys.stderr)
     return 1 if missing or code else 0
 
 

@@ -29,7 +29,8 @@ def sat_loss(logits, y, w):
     """Eq. 2 on a batch: the sum of w_i loss_i, the weights being w_A for examples of A and 1 for B, divided
     by their sum."""
     if w.shape != y.shape:
-        raise ValueError(f"the weights are {tuple(w.shape)}, the labels {tuple(y.shape)}: one weight an example")
+        raise ValueError(f"the weights are {tuple(w.shape)}, the labels {tuple(y.shape)}: one weight an "
+                         "example")
     return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum()
 
 
@@ -102,7 +103,8 @@ def random_starts(args, x, a, draw, generator):
 def compiled(function, device):
     """A function or network compiled by torch; on GPUs in CUDA graphs, which reuse the memory of what they
     return."""
-    torch._dynamo.config.trace_autograd_ops = True  # the gradient with respect to delta is a part of pgd_step's graph
+    # the gradient with respect to delta is a part of pgd_step's graph
+    torch._dynamo.config.trace_autograd_ops = True
     if device.type != "cuda":
         return torch.compile(function, fullgraph=True)
     graph = torch.compile(function, fullgraph=True, mode="reduce-overhead")
@@ -160,26 +162,32 @@ def train(model, split, A, w_A, args, device, state=None):
             A = A[torch.randperm(len(A), generator=generator_of_A)]
         plan, steps = zip(*epoch_plan(order, A, w_A, device)), len(order)
         todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
-        todo = common.progress(zip(todo, plan), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")
-        sums, bad = torch.zeros(2, device=device), torch.full((), steps, device=device)  # loss and hits; first bad step
+        todo = common.progress(zip(todo, plan), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}",
+                               unit="step")
+        # loss and hits; first bad step
+        sums, bad = torch.zeros(2, device=device), torch.full((), steps, device=device)
         model.train()
         for step, ((x, y, _), (a, w)) in enumerate(todo):
             draw = ((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63
-            on_a = functools.partial(attack, start=random_starts(args, x, a, draw, generator)) if len(a) else None
+            on_a = functools.partial(attack,
+                                     start=random_starts(args, x, a, draw, generator)) if len(a) else None
             with amp:
                 loss, logits = sat_step(net, optimizer, x, y, a, w, on_a)
             sums += torch.stack([loss / world(), (logits.argmax(1) == y).sum()])
             bad = torch.where((bad == steps) & ~(loss.isfinite() & logits.isfinite().all()), step, bad)
         loss, hits = all_sum(sums).tolist()
         if (first := int(all_sum(bad, "MIN"))) < steps:
-            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: stopped; the last "
+            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: "
+                            "stopped; the last "
                             f"good checkpoint is kept. {suspects(args)}")
         if world() > 1:
             for buffer in model.buffers():  # each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
         row = {"epoch": epoch + 1, "lr": lr, "loss": loss / steps, "train_accuracy": hits / order.numel(),
-               **cost(args, order.numel(), int(A[order].sum()), model.frozen), "seconds": time.perf_counter() - began}
-        yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "row": row}
+               **cost(args, order.numel(), int(A[order].sum()), model.frozen),
+               "seconds": time.perf_counter() - began}
+        yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+               "row": row}
 
 
 def suspects(args):
@@ -188,7 +196,8 @@ def suspects(args):
     names = ("lr", "weight_decay", "batch_size", "weight_factor", "eps", "step_size", "steps", "amp", "arch")
     differ = [f"--{k.replace('_', '-')} {getattr(args, k)} (config: {args.base.get(k)})" for k in names
               if getattr(args, k, None) != args.base.get(k)]
-    return (f"Suspect {', '.join(differ) or f'--lr {args.lr}'}; give the mended run another name with --run, or --force")
+    return (f"Suspect {', '.join(differ) or f'--lr {args.lr}'}; give the mended run another name with --run, "
+            "or --force")
 
 
 def cost(args, seen, attacked, frozen):
@@ -204,8 +213,10 @@ def cost(args, seen, attacked, frozen):
 def checkpoint(model, data, args, epoch, A_classes=None, **more):
     """What a checkpoint file holds: weights and all that is needed to use them without this project's
     configs."""
-    return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear", "classes": data.classes,
-            "fingerprint": data.fingerprint(), "args": common.identity(args), "epoch": epoch, "A_classes": A_classes, **more}
+    return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear",
+            "classes": data.classes,
+            "fingerprint": data.fingerprint(), "args": common.identity(args), "epoch": epoch,
+            "A_classes": A_classes, **more}
 
 
 def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
@@ -219,21 +230,26 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     select, final = select[:args.select_n or None], final[:args.eval_n or None]
     when = {d + 1 for d in args.lr_decays if d < args.epochs} | {args.epochs}
     mark = {"A": hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16], "fingerprint": data.fingerprint()}
-    state = common.load(run / "last.pt", (*mark, "args", "optimizer", "log", "best")) if (run / "last.pt").exists() else None
+    state = common.load(run / "last.pt", (*mark, "args", "optimizer", "log",
+                                          "best")) if (run / "last.pt").exists() else None
     if state and any(state[k] != v for k, v in {**mark, "args": common.identity(args)}.items()):
         raise UserError(f"{run / 'last.pt'} was trained with another A, other data or other flags "
-                        f"({common.differing(state['args'], common.identity(args))}): name this run with --run, or --force")
+                        f"({common.differing(state['args'], common.identity(args))}): name this run with "
+                        "--run, or --force")
     log, best = (state["log"], state["best"]) if state else ([], None)
     if state:
         say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
         if best and best[2] == state["epoch"] and rank() == 0:  # perhaps stopped between last.pt and best.pt
-            common.save(run / "best.pt", {k: v for k, v in state.items() if k not in ("optimizer", "log", "best")})
+            common.save(run / "best.pt", {k: v for k, v in state.items()
+                                          if k not in ("optimizer", "log", "best")})
     for state in train(model, data.train, A, w_A, args, device, state):
         row, epoch = state["row"], state["epoch"]
-        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} attacked, {seconds:.1f} s".format(**row))
+        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} "
+            "attacked, {seconds:.1f} s".format(**row))
         if epoch in when:
             setting = evaluate.settings(args, data, "select")
-            clean, robust = (f.float().mean().item() for f in evaluate.attack(model, data, select, setting, run / "chunks"))
+            clean, robust = (f.float().mean().item()
+                             for f in evaluate.attack(model, data, select, setting, run / "chunks"))
             row["selection"] = {"n": len(select), "clean": clean, "robust": robust}
             say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select)} examples")
             if best is None or (robust, clean, epoch) >= tuple(best):
@@ -248,7 +264,8 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     model.load_state_dict(common.load(run / "best.pt")["model"])
     return conclude(run, model, data, final, args, log, {
         "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "epoch": best[2],
-        "selection": {**evaluate.settings(args, data, "select"), "n": len(select)}, "device": common.device_name(device),
+        "selection": {**evaluate.settings(args, data, "select"), "n": len(select)},
+        "device": common.device_name(device),
         "precision": precision(args.amp, device), **more})
 
 
@@ -257,9 +274,12 @@ def conclude(run, model, data, index, args, log, about):
     content it returns."""
     setting = evaluate.settings(args, data)
     clean, robust = evaluate.attack(model, data, index, setting, run / "chunks")
-    cost = {k: sum(row[k] for row in log) for k in ("attacked", "forward", "backward", "forward_equivalents", "seconds")}
-    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "versions": evaluate.versions(), **about,
-              "settings": setting, "accuracy": evaluate.summary(clean, robust, data.test.y[index], data.classes, about["A_classes"]),
+    cost = {k: sum(row[k] for row in log) for k in ("attacked", "forward", "backward", "forward_equivalents",
+                                                    "seconds")}
+    result = {"args": common.identity(args), "fingerprint": data.fingerprint(),
+              "versions": evaluate.versions(), **about,
+              "settings": setting, "accuracy": evaluate.summary(clean, robust, data.test.y[index],
+                                                                data.classes, about["A_classes"]),
               "cost": cost, "weights": evaluate.digest(model.state_dict()), "processes": world()}
     if rank() == 0:
         common.save(run / "robust.pt", {"index": index, "clean": clean, "robust": robust})
@@ -271,7 +291,8 @@ def conclude(run, model, data, index, args, log, about):
 
 def command_line(argv=None):
     """The command line, with the checks that need more than one flag."""
-    parser = flags.Parser(prog="sat.py", usage="python sat.py [--flag VALUE ...]", description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="sat.py", usage="python sat.py [--flag VALUE ...]", description=__doc__,
+                          formatter_class=flags.Help)
     flags.add_flags(parser, *flags.SCRIPTS["sat.py"])
     args = flags.parse(parser, argv)
     args.classes = args.classes and sorted(set(args.classes))
@@ -280,7 +301,8 @@ def command_line(argv=None):
     if not parted and (sized or args.scores) or args.split == "esat" and args.classes:
         raise UserError(f"--split {args.split} takes no --{[*sized, *['scores'] * bool(args.scores)][-1]}")
     if len(sized) > 1:
-        raise UserError(f"--split {args.split} takes one of --frac, --size{' and --classes' * (args.split == 'csat')}; "
+        raise UserError(f"--split {args.split} takes one of --frac, "
+                        f"--size{' and --classes' * (args.split == 'csat')}; "
                         f"given: {', '.join(sized)}")
     if parted and not sized:
         args.frac = 0.5
@@ -289,13 +311,15 @@ def command_line(argv=None):
     if args.scores and (args.classes or args.order not in ("hardest", "easiest")):
         raise UserError("--scores goes with --order hardest or easiest, and without --classes")
     args.own_scores = subset.read_scores(args.scores) if args.scores else None
-    args.scores = args.scores and results.scores_hash(args.own_scores.numpy())  # what it holds, not where it lies
+    # what it holds, not where it lies
+    args.scores = args.scores and results.scores_hash(args.own_scores.numpy())
     return args
 
 
 def run_folder(args):
     """The folder of the run that these flags describe, and whether it is finished."""
-    lead, told = [args.split], {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor"}
+    lead, told = [args.split], {"split", "frac", "size", "classes", "order", "metric", "scores", "weight",
+                                "weight_factor"}
     if args.classes:
         lead += args.classes
     elif args.split in ("csat", "esat"):
@@ -318,13 +342,19 @@ def main(argv=None):
     evaluate.settings(args, data), evaluate.settings(args, data, "select")  # before the work
     y, amount, scores, ranked = data.train.y, args.frac or args.size, None, None
     if amount and args.order in ("hardest", "easiest"):
-        subset.how_many(amount, *((len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")))  # before the work
-        scores, ranked = (args.own_scores, {"scores": args.scores}) if args.scores else subset.ranking(args, data)
-    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order, scores=scores, seed=args.seed)
+        # before the work
+        subset.how_many(amount, *((len(data.classes), "classes")
+                                  if args.split == "csat" else (len(y), "examples")))
+        scores, ranked = (args.own_scores, {"scores": args.scores}) if args.scores else subset.ranking(args,
+                                                                                                       data)
+    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order,
+                 scores=scores, seed=args.seed)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes = [data.classes[c] for c in y[A].unique()] if args.split == "csat" else None
-    say(f"SAT on {data.name} ({len(y):,} training images, {len(data.classes)} classes): |A| = {int(A.sum()):,} ({A.float().mean():.1%}), "
-        f"w_A {w_A:.3g}; {args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {run}")
+    say(f"SAT on {data.name} ({len(y):,} training images, {len(data.classes)} classes): |A| = "
+        f"{int(A.sum()):,} ({A.float().mean():.1%}), "
+        f"w_A {w_A:.3g}; {args.attack} {args.norm} eps {args.eps:g}; {args.arch} on "
+        f"{common.device_name(device)}, seed {args.seed} -> {run}")
     if common.start_run(run, args):
         return say(evaluate.finished(run))
     torch.manual_seed(args.seed)

@@ -16,14 +16,19 @@ from torch.nn import functional as F
 from common import HERE, UserError, load, progress, save, say
 
 DIGITS = {"digits": (0, 9), "digits0-4": (0, 4), "digits5-9": (5, 9)}
-SMALLER = {"cifar10-small": ("cifar10", 500, 100), "cifar100-small": ("cifar100", 50, 10)}  # training and test images a class
+# training and test images a class
+SMALLER = {"cifar10-small": ("cifar10", 500, 100), "cifar100-small": ("cifar100", 50, 10)}
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SMALL = 64  # a folder of equal images of at most this side is kept in memory; any other is streamed
-TABLE_1 = {"cifar10": (10, 50000, 10000), "cifar100": (100, 50000, 10000), "imagenet200": (200, 259906, 10000),
+TABLE_1 = {"cifar10": (10, 50000, 10000), "cifar100": (100, 50000, 10000),
+           "imagenet200": (200, 259906, 10000),
            "caltech256": (257, 24485, 6122), "flowers102": (102, 1020, 1020), "svhn": (10, 73257, 26032)}
-FILES = {"cifar10": "cifar-10-batches-py/ (of cifar-10-python.tar.gz)", "cifar100": "cifar-100-python/ (of cifar-100-python.tar.gz)",
-         "svhn": "train_32x32.mat and test_32x32.mat", "flowers102": "flowers-102/ with jpg/, imagelabels.mat and setid.mat",
-         "caltech256": "caltech256/256_ObjectCategories/", "imagenet200": "imagenet200/ (or imagenet/) with train/<wnid>/ and val/<wnid>/"}
+FILES = {"cifar10": "cifar-10-batches-py/ (of cifar-10-python.tar.gz)",
+         "cifar100": "cifar-100-python/ (of cifar-100-python.tar.gz)",
+         "svhn": "train_32x32.mat and test_32x32.mat",
+         "flowers102": "flowers-102/ with jpg/, imagelabels.mat and setid.mat",
+         "caltech256": "caltech256/256_ObjectCategories/",
+         "imagenet200": "imagenet200/ (or imagenet/) with train/<wnid>/ and val/<wnid>/"}
 
 
 def open_image(path):
@@ -33,7 +38,8 @@ def open_image(path):
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as e:
-        raise UserError(f"{path} is not an image that can be read ({' '.join(str(e).split())[:80]}): mend or delete it; "
+        raise UserError(f"{path} is not an image that can be read ({' '.join(str(e).split())[:80]}): mend or "
+                        "delete it; "
                         f"python data.py NAME --data-dir DIR finds all of them") from None
 
 
@@ -41,7 +47,8 @@ def digits(name):
     """The embedded 8x8 digits, or their classes 0-4 or 5-9 alone (relabelled from 0)."""
     low, high = DIGITS[name]
     with np.load(HERE / "data" / "digits.npz", allow_pickle=False) as f:
-        parts = [(torch.from_numpy(f[f"{s}_x"])[:, None], torch.from_numpy(f[f"{s}_y"])) for s in ("train", "test")]
+        parts = [(torch.from_numpy(f[f"{s}_x"])[:, None], torch.from_numpy(f[f"{s}_y"]))
+                 for s in ("train", "test")]
     kept = [(x[(y >= low) & (y <= high)], y[(y >= low) & (y <= high)] - low) for x, y in parts]
     return *kept, [str(c) for c in range(low, high + 1)]
 
@@ -55,7 +62,8 @@ def smaller(name, root):
     for (x, y), size in zip(splits, sizes):
         hashes = [hashlib.sha256(image.numpy().tobytes()).digest() for image in x]
         order = torch.tensor(sorted(range(len(y)), key=hashes.__getitem__))
-        place = F.one_hot(y[order], len(classes)).cumsum(0).gather(1, y[order][:, None]).squeeze(1)  # 1 for the first of its class
+        # 1 for the first of its class
+        place = F.one_hot(y[order], len(classes)).cumsum(0).gather(1, y[order][:, None]).squeeze(1)
         kept = order[place <= size]
         parts.append((x[kept], y[kept]))
     return *parts, classes
@@ -65,23 +73,28 @@ def packed(path):
     """A data set from its <name>.pt."""
     found = load(path, ("train", "test", "classes"))
     parts, classes = [], found["classes"]
-    if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes) and len(set(classes)) == len(classes) > 1):
+    if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+            and len(set(classes)) == len(classes) > 1):
         raise UserError(f"{path}: classes must be a list of two or more different names")
     for s in ("train", "test"):
         x, y = (found[s].get(k) if isinstance(found[s], dict) else None for k in "xy")
-        if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 4 and isinstance(y, torch.Tensor)
+        if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 4
+                and isinstance(y, torch.Tensor)
                 and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y)):
             raise UserError(f"{path}: {s} must hold x, uint8 (N, C, H, W), and y, int64 (N,)")
         if not 1 <= x.shape[1] <= 4 or x.shape[2] < 5:
-            raise UserError(f"{path}: {s} has images of {x.shape[1]} channels and {x.shape[2]} x {x.shape[3]} pixels; valid: 1 to 4 "
+            raise UserError(f"{path}: {s} has images of {x.shape[1]} channels and {x.shape[2]} x "
+                            f"{x.shape[3]} pixels; valid: 1 to 4 "
                             "channels, 5 x 5 pixels or more (AutoAttack's Square)")
         if y.min() < 0 or y.max() >= len(classes):
             raise UserError(f"{path}: {s} has labels outside 0..{len(classes) - 1}, its classes")
         if len(y.unique()) < len(classes) and s == "train":
-            raise UserError(f"{path}: {len(classes) - len(y.unique())} of its {len(classes)} classes have no training image")
+            raise UserError(f"{path}: {len(classes) - len(y.unique())} of its {len(classes)} classes have no "
+                            "training image")
         parts.append((x, y))
     if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
-        raise UserError(f"{path}: train has images {tuple(parts[0][0].shape[1:])} and test {tuple(parts[1][0].shape[1:])}; they must agree")
+        raise UserError(f"{path}: train has images {tuple(parts[0][0].shape[1:])} and test "
+                        f"{tuple(parts[1][0].shape[1:])}; they must agree")
     return *parts, classes
 
 
@@ -91,14 +104,16 @@ def class_files(folder, classes):
     for label, c in enumerate(classes):
         inside = sorted(p for p in (folder / c).iterdir() if p.suffix.lower() in IMAGES)
         if not inside:
-            raise UserError(f"{folder / c} holds no images ({', '.join(IMAGES)}): fill it, or remove the class in train/ and test/")
+            raise UserError(f"{folder / c} holds no images ({', '.join(IMAGES)}): fill it, or remove the "
+                            "class in train/ and test/")
         files += [(path, label) for path in inside]
     return [path for path, _ in files], torch.tensor([label for _, label in files])
 
 
 def in_memory(paths):
     """The images of `paths`, all of one size, as a uint8 tensor (N, 3, H, W)."""
-    images = [np.asarray(open_image(p)) for p in progress(paths, desc=f"reading {paths[0].parent.parent}", unit="image")]
+    images = [np.asarray(open_image(p)) for p in progress(paths, desc=f"reading {paths[0].parent.parent}",
+                                                          unit="image")]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -122,16 +137,20 @@ def image_folder(root, wanted=None, titles=None):
     names = [class_folders(part) for part in parts]
     for part, found in zip(parts, names):
         if found is None:
-            raise UserError(f"{root} lacks {'train/' if part == parts[0] else 'test/ or val/'}: an image folder is "
+            raise UserError(f"{root} lacks {'train/' if part == parts[0] else 'test/ or val/'}: an image "
+                            "folder is "
                             f"{root.name}/train/<class>/* and {root.name}/test/<class>/* (or val/)")
         missing = sorted(set(wanted or names[0]) - set(found))
         if missing or not found:
-            raise UserError(f"{part} lacks {len(missing)} class folders: {', '.join(missing[:10]) or 'it has none'}")
+            raise UserError(f"{part} lacks {len(missing)} class folders: "
+                            f"{', '.join(missing[:10]) or 'it has none'}")
     if not wanted and names[0] != names[1]:
-        raise UserError(f"{parts[1]} has class folders that {parts[0]} lacks: {', '.join(sorted(set(names[1]) - set(names[0]))[:10])}")
+        raise UserError(f"{parts[1]} has class folders that {parts[0]} lacks: "
+                        f"{', '.join(sorted(set(names[1]) - set(names[0]))[:10])}")
     classes = wanted or names[0]
     (train, y), (test, y_test) = (class_files(part, classes) for part in parts)
-    if max(side := open_image(train[0]).size) <= SMALL and all(open_image(path).size == side for path in [*train, *test]):
+    if max(side := open_image(train[0]).size) <= SMALL and all(open_image(path).size == side
+                                                               for path in [*train, *test]):
         train, test = in_memory(train), in_memory(test)
     return (train, y), (test, y_test), titles or classes
 
@@ -139,7 +158,8 @@ def image_folder(root, wanted=None, titles=None):
 def listing(folder):
     """A hash of the names and sizes of the files of an image folder: whether it has changed since it was
     packed."""
-    files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+    files = sorted((p.relative_to(folder).as_posix(), p.stat().st_size) for p in folder.rglob("*")
+                   if p.suffix.lower() in IMAGES)
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
@@ -150,8 +170,10 @@ def svhn(root, download):
     for s in ("train", "test"):
         d = SVHN(root, split=s, download=download)
         if d.data.dtype != np.uint8 or d.data.shape[1:] != (3, 32, 32) or d.labels.shape != d.data.shape[:1]:
-            raise UserError(f"{root / d.filename} is not SVHN's cropped digits: X {d.data.shape} {d.data.dtype}, y {d.labels.shape}")
-        parts.append((torch.from_numpy(np.ascontiguousarray(d.data)), torch.from_numpy(np.asarray(d.labels, dtype=np.int64))))
+            raise UserError(f"{root / d.filename} is not SVHN's cropped digits: X {d.data.shape} "
+                            f"{d.data.dtype}, y {d.labels.shape}")
+        parts.append((torch.from_numpy(np.ascontiguousarray(d.data)),
+                      torch.from_numpy(np.asarray(d.labels, dtype=np.int64))))
     return *parts, [str(c) for c in range(10)]
 
 
@@ -160,7 +182,8 @@ def cifar(name, root, download):
     from torchvision import datasets
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     both = [kind(root, train=train, download=download) for train in (True, False)]
-    return *((torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets)) for d in both), list(both[0].classes)
+    return *((torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets))
+             for d in both), list(both[0].classes)
 
 
 def flowers102(root, download):
@@ -184,14 +207,16 @@ def caltech256(root, download):
     files, y = class_files(folder, classes)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     parts = (order[:int(0.8 * len(y))].sort().values, order[int(0.8 * len(y)):].sort().values)
-    return *(([files[i] for i in part.tolist()], y[part]) for part in parts), [c.split(".", 1)[-1] for c in classes]
+    return *(([files[i] for i in part.tolist()], y[part]) for part in parts), [c.split(".", 1)[-1]
+                                                                               for c in classes]
 
 
 def imagenet200(root):
     """The 200 classes of ImageNet-A out of an ImageNet folder tree by wnid."""
     lines = (HERE / "configs" / "imagenet200_wnids.txt").read_text().splitlines()
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
-    folder = next((root / n for n in ("imagenet200", "imagenet") if (root / n / "train").is_dir()), root / "imagenet200")
+    folder = next((root / n for n in ("imagenet200", "imagenet") if (root / n / "train").is_dir()),
+                  root / "imagenet200")
     return image_folder(folder, [row[0] for row in rows], [row[2] for row in rows])
 
 
@@ -199,7 +224,8 @@ def publisher(name, root):
     """A data set of the paper from its publisher's files, or from torchvision's download of them."""
     if name == "imagenet200":
         return imagenet200(root)
-    read = {"svhn": svhn, "flowers102": flowers102, "caltech256": caltech256}.get(name, lambda *a: cifar(name, *a))
+    read = {"svhn": svhn, "flowers102": flowers102, "caltech256": caltech256}.get(name,
+                                                                                  lambda *a: cifar(name, *a))
     try:
         try:
             return read(root, False)
@@ -209,8 +235,10 @@ def publisher(name, root):
     except UserError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError) as e:
-        raise UserError(f"no {name} under {root} and no download ({' '.join(str(e).split())[:80]}): put {FILES[name]}, or {name}.pt, "
-                        f"or image folders {name}/train/<class>/ and {name}/test/<class>/ there, or name their folder with --data-dir") from None
+        raise UserError(f"no {name} under {root} and no download ({' '.join(str(e).split())[:80]}): put "
+                        f"{FILES[name]}, or {name}.pt, "
+                        f"or image folders {name}/train/<class>/ and {name}/test/<class>/ there, or name "
+                        "their folder with --data-dir") from None
 
 
 def find(name, root):
@@ -233,17 +261,21 @@ def find(name, root):
     elif name in TABLE_1:
         found = publisher(name, root)
     else:
-        raise UserError(f"no data set {name!r}: {root} has neither {name}.pt nor {name}/train and {name}/test; known by "
+        raise UserError(f"no data set {name!r}: {root} has neither {name}.pt nor {name}/train and "
+                        f"{name}/test; known by "
                         f"name: {', '.join([*DIGITS, *TABLE_1, *SMALLER])}")
     (x, y), (x_test, y_test), classes = found
     if name in TABLE_1:
         n_classes, *counts = TABLE_1[name]
         if len(classes) != n_classes:
-            raise UserError(f"{name} under {root} has {len(classes)} classes, not {n_classes}: give other data another name")
+            raise UserError(f"{name} under {root} has {len(classes)} classes, not {n_classes}: give other "
+                            "data another name")
         if [len(y), len(y_test)] != counts:
-            say(f"warning: {name} here has {len(y):,} / {len(y_test):,} images, the paper's (Table 1) {counts[0]:,} / {counts[1]:,}")
+            say(f"warning: {name} here has {len(y):,} / {len(y_test):,} images, the paper's (Table 1) "
+                f"{counts[0]:,} / {counts[1]:,}")
     if isinstance(x, torch.Tensor) and x.shape[2] != x.shape[3]:
-        raise UserError(f"{name} under {root} has images of {x.shape[2]} x {x.shape[3]} pixels: small images must be square")
+        raise UserError(f"{name} under {root} has images of {x.shape[2]} x {x.shape[3]} pixels: small images "
+                        "must be square")
     if (stale or not path.exists()) and isinstance(x, torch.Tensor):
         try:
             kept = {"train": {"x": x, "y": y}, "test": {"x": x_test, "y": y_test}, "classes": classes}

@@ -33,7 +33,8 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
     epoch). names: csat's classes by name instead. Raises UserError (a ValueError) for what cannot be chosen.
     """
     if split not in ("none", "full", "esat", "csat") or order not in flags.ORDERS:
-        raise UserError(f"split {split!r} by order {order!r}: valid are none, full, esat, csat and {', '.join(flags.ORDERS)}")
+        raise UserError(f"split {split!r} by order {order!r}: valid are none, full, esat, csat and "
+                        f"{', '.join(flags.ORDERS)}")
     if split in ("none", "full"):
         return torch.full(y.shape, split == "full")
     if names:
@@ -51,13 +52,15 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
         if split == "csat":
             scores = class_means(scores, y, n)
         first = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
-    return torch.isin(y, first) if split == "csat" else torch.zeros(n, dtype=torch.bool).index_fill(0, first, True)
+    return torch.isin(y, first) if split == "csat" else torch.zeros(n, dtype=torch.bool).index_fill(0, first,
+                                                                                                    True)
 
 
 def check_scores(scores, n, what="the scores"):
     """UserError unless scores are n finite numbers."""
     if not isinstance(scores, torch.Tensor) or scores.shape != (n,) or not scores.double().isfinite().all():
-        raise UserError(f"{what} must be a tensor of {n:,} finite numbers, one a training example, higher = harder")
+        raise UserError(f"{what} must be a tensor of {n:,} finite numbers, one a training example, higher = "
+                        "harder")
 
 
 def class_means(scores, y, n_classes):
@@ -85,22 +88,26 @@ def ranking(args, data):
     command = rank_command(args)
     if not path.exists():
         if world() > 1:
-            raise UserError(f"--order {args.order} needs {path}: first run python rank.py {' '.join(command)}")
+            raise UserError(f"--order {args.order} needs {path}: first run python rank.py "
+                            f"{' '.join(command)}")
         say(f"no {path}: ranking the examples first (python rank.py {' '.join(command)})")
         if subprocess.run([sys.executable, str(HERE / "rank.py"), *command]).returncode:
-            raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message is above")
+            raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message "
+                            "is above")
     found = common.load(path, ("fingerprint", "args", "epochs"))
     datasets.check_fingerprint(data, found["fingerprint"], path)
     differ = [f"{k} {v} there, {getattr(args, k)} here" for k, v in found["args"].items()
               if k not in ("seed", "metrics") and getattr(args, k) != v]
     if differ:
-        say(f"note: {path} was made with other flags ({'; '.join(differ)}); python rank.py {' '.join(command)} --force remakes it")
+        say(f"note: {path} was made with other flags ({'; '.join(differ)}); python rank.py "
+            f"{' '.join(command)} --force remakes it")
     if args.metric not in found:
         raise UserError(f"{path} has no {args.metric}: first run python rank.py {' '.join(command)} --force")
     scores = found[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
     said = {"metric": args.metric, "epochs": found["epochs"], "scores": results.scores_hash(scores.numpy())}
-    if args.metric == "vog" and args.split == "esat":  # gradients differ in size between classes (Agarwal et al. 2022)
+    # gradients differ in size between classes (Agarwal et al. 2022)
+    if args.metric == "vog" and args.split == "esat":
         scores = within_class(scores, data.train.y)
     return scores, said
 
@@ -115,7 +122,8 @@ def within_class(scores, y):
 def rank_command(args):
     """The arguments with which rank.py makes the ranking that these flags of sat.py ask for."""
     words = ["--config", str(args.config)]
-    for flag in (flag for group in flags.SCRIPTS["rank.py"] if group != "ranking" for flag, *_ in flags.FLAGS[group]):
+    for flag in (flag for group in flags.SCRIPTS["rank.py"] if group != "ranking"
+                 for flag, *_ in flags.FLAGS[group]):
         dest = flag[2:].replace("-", "_")
         if dest not in ("seed", "run", "force") and (value := getattr(args, dest)) != args.base[dest]:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
@@ -139,7 +147,8 @@ def read_scores(path):
             raise ValueError(f"it holds {found.dtype} {found.shape}")
     except Exception as e:  # numpy and torch raise many kinds on foreign files
         why = " ".join(str(e).split())[:100]
-        raise UserError(f"--scores {path}: {why}; valid: a .pt tensor, a .npy or an .npz with one array, N numbers") from None
+        raise UserError(f"--scores {path}: {why}; valid: a .pt tensor, a .npy or an .npz with one array, N "
+                        "numbers") from None
     n = len(found)
     if found.dtype.kind in "iu" and numpy.array_equal(numpy.sort(found), numpy.arange(n)):
         order, found = found, numpy.empty(n)

@@ -66,7 +66,8 @@ common.script(main)
 
 def processes(n, *command):
     """Runs a Python script with n processes under torchrun, or alone."""
-    launch = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--"]
+    launch = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
+                                "--"]
     return subprocess.run([sys.executable, *launch, *map(str, command)], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
@@ -76,7 +77,8 @@ def test_two_processes_equal_one(tmp_path, w_A, flags_):
     """The same weights (so the same gradients), loss and counts from 1 process, from 2, and from 2 that
     become 1 after an epoch."""
     (tmp_path / "two.py").write_text(TWO)
-    for name, n, start, epochs in (("one", 1, "-", 2), ("two", 2, "-", 2), ("half", 2, "-", 1), ("rest", 1, tmp_path / "half", 2)):
+    for name, n, start, epochs in (("one", 1, "-", 2), ("two", 2, "-", 2), ("half", 2, "-", 1),
+                                   ("rest", 1, tmp_path / "half", 2)):
         done = processes(n, tmp_path / "two.py", tmp_path / name, w_A, start, epochs, *flags_)
         assert done.returncode == 0, done.stderr
     one, *others = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two", "rest"))
@@ -106,7 +108,8 @@ def test_stages_with_two_processes(pipeline, tmp_path):
     for n in (1, 2):
         scores = tmp_path / f"{n}" / "digits0-4" / "rank-preactresnet8-seed0"
         shutil.copytree(pipeline / "digits0-4" / "rank-preactresnet8-seed0", scores)
-        shutil.copytree(pipeline / "digits0-4" / "b", tmp_path / f"b{n}", ignore=shutil.ignore_patterns("eval*"))
+        shutil.copytree(pipeline / "digits0-4" / "b", tmp_path / f"b{n}",
+                        ignore=shutil.ignore_patterns("eval*"))
         done = processes(n, tmp_path / "stages.py", tmp_path / f"{n}", tmp_path / f"b{n}" / "best.pt")
         assert done.returncode == 0 and done.stdout.count("SAT on digits0-4") == 1, done.stderr + done.stdout
     one, two = (common.read_json(tmp_path / f"{n}" / "digits0-4" / "n" / "result.json") for n in (1, 2))
@@ -114,7 +117,8 @@ def test_stages_with_two_processes(pipeline, tmp_path):
     masks = [common.load(tmp_path / f"{n}" / "digits0-4" / "n" / "last.pt")["A"] for n in (1, 2)]
     assert masks[0] == masks[1], "the hash of A"
     shape = lambda v: {k: shape(w) for k, w in v.items()} if isinstance(v, dict) else None
-    assert shape(one) == shape(two) and {k: v["clean"]["n"] for k, v in one["accuracy"].items() if k != "classes"} == {"all": 24}
+    assert shape(one) == shape(two) and {k: v["clean"]["n"] for k, v in one["accuracy"].items()
+                                         if k != "classes"} == {"all": 24}
     assert one["cost"]["attacked"] == two["cost"]["attacked"] > 0 and one["ranking"] == two["ranking"]
     evals = [common.read_json(*(tmp_path / f"b{n}").glob("eval-*.json")) for n in (1, 2)]
     assert evals[0] == evals[1], "AutoAttack in chunks of 7, dealt to two"
@@ -124,8 +128,10 @@ def test_a_process_that_dies_ends_the_job(undisturbed, tmp_path):
     """Rank 1 is killed in the second epoch: the job ends with a message, and one process takes the run to its
     end."""
     stage, argv, _ = CHAIN[0]
-    command = [f"{tmp_path}/marker", "epoch", str(undisturbed[1]["rank"]["epoch"] // 2), stage, *argv, "--results", str(tmp_path)]
-    (tmp_path / "killer.py").write_text(KILLER.replace("if where == phase", "if common.rank() == 1 and where == phase"))
+    command = [f"{tmp_path}/marker", "epoch", str(undisturbed[1]["rank"]["epoch"] // 2), stage, *argv,
+               "--results", str(tmp_path)]
+    (tmp_path / "killer.py").write_text(KILLER.replace("if where == phase",
+                                                       "if common.rank() == 1 and where == phase"))
     done = processes(2, tmp_path / "killer.py", *command)
     assert done.returncode != 0 and "exitcode  : -9" in done.stderr and "[rank0]: Traceback" not in done.stderr
     folder = tmp_path / "digits0-4" / "rank-preactresnet8-seed0"
@@ -150,9 +156,12 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, m
 
 def test_run_names():
     name = lambda *argv: sat.run_folder(sat.command_line([*argv]))[0].as_posix()
-    assert name("--split", "esat", "--frac", "0.5", "--order", "hardest") == "results/digits/esat-hardest-0.5-seed0"
-    assert name("--split", "csat", "--classes", "3", "1", "--weight", "emphasis", "--seed", "2") == "results/digits/csat-1-3-emphasis-seed2"
-    assert name("--split", "full", "--eps", "1", "--results", "r") == "results/digits/full-eps=1.0-seed0".replace("results", "r")
+    assert name("--split", "esat", "--frac", "0.5", "--order",
+                "hardest") == "results/digits/esat-hardest-0.5-seed0"
+    assert name("--split", "csat", "--classes", "3", "1", "--weight", "emphasis", "--seed",
+                "2") == "results/digits/csat-1-3-emphasis-seed2"
+    assert name("--split", "full", "--eps", "1", "--results",
+                "r") == "results/digits/full-eps=1.0-seed0".replace("results", "r")
     escape = sat.run_folder(sat.command_line(["--split", "csat", "--classes", "../../../x"]))[0]
     assert escape.parent == Path("results/digits") and ".." not in escape.parts
 
@@ -160,35 +169,46 @@ def test_run_names():
 def dry_run(*argv, **env):
     """The commands of ./run_all.sh --dry-run as [(script, argv)], and its summary {figure: [runs, transfers,
     new]}."""
-    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True, check=True,
+    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True,
+                         check=True,
                          env={**os.environ, **env}).stdout
     lines = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
-    counts = [line[2:].rsplit(maxsplit=4) for line in out.splitlines() if line.startswith("# ") and ":" in line.split("(")[0]]
+    counts = [line[2:].rsplit(maxsplit=4) for line in out.splitlines() if line.startswith("# ")
+              and ":" in line.split("(")[0]]
     return [(Path(w[1]).name, w[2:]) for w in lines], {c[0].strip(): [int(v) for v in c[1:4]] for c in counts}
 
 
-COUNTS = {  # [runs of sat.py, transfers], each: (hardest + easiest + random subsets) x nine sizes, unless said
+# [runs of sat.py, transfers], each: (hardest + easiest + random subsets) x nine sizes, unless said
+COUNTS = {
     "cifar10: baselines": [2, 0], "cifar10: fig2": [10, 0],  # one run a class
-    "cifar10: fig4": [9 * (2 + 10), 0], "cifar10: fig5": [9 * (2 + 10), 0], "cifar10: fig6": [9 * (2 + 10), 0], "cifar10: fig13": [9 * (2 + 10), 0],
-    "cifar100: baselines": [2, 0], "cifar100: fig5": [9 * (2 + 5), 0], "cifar100: fig6": [9 * (2 + 5), 0], "cifar100: fig13": [9 * (2 + 5), 0],
+    "cifar10: fig4": [9 * (2 + 10), 0], "cifar10: fig5": [9 * (2 + 10), 0],
+    "cifar10: fig6": [9 * (2 + 10), 0], "cifar10: fig13": [9 * (2 + 10), 0],
+    "cifar100: baselines": [2, 0], "cifar100: fig5": [9 * (2 + 5), 0], "cifar100: fig6": [9 * (2 + 5), 0],
+    "cifar100: fig13": [9 * (2 + 5), 0],
     "cifar100: fig12": [9 * 3, 0],  # hardest, three metrics
-    "imagenet200: baselines": [2, 0], "imagenet200: fig5": [9 * (2 + 3), 0], "imagenet200: fig6": [9 * (2 + 3), 0], "imagenet200: fig13": [9 * (2 + 3), 0],
-    "cifar100 -> cifar10: fig7": [9 * 3, 9 * 3 + 2],  # hardest, three weights; + 2: the transfers of both baselines
-    "cifar100 -> cifar10: fig8": [9 * (2 + 5), 9 * (2 + 5) + 2], "cifar100 -> svhn: fig14": [9 * (2 + 5), 9 * (2 + 5) + 2],
+    "imagenet200: baselines": [2, 0], "imagenet200: fig5": [9 * (2 + 3), 0],
+    "imagenet200: fig6": [9 * (2 + 3), 0], "imagenet200: fig13": [9 * (2 + 3), 0],
+    # hardest, three weights; + 2: the transfers of both baselines
+    "cifar100 -> cifar10: fig7": [9 * 3, 9 * 3 + 2],
+    "cifar100 -> cifar10: fig8": [9 * (2 + 5), 9 * (2 + 5) + 2],
+    "cifar100 -> svhn: fig14": [9 * (2 + 5), 9 * (2 + 5) + 2],
     "cifar100 -> cifar10: fig15": [9 * (2 + 5), 9 * (2 + 5) + 2],
     "cifar100 -> cifar10: fig16": [9 * 2, 9 * 2 + 2],  # hardest, PGD-7 and FGSM-RS
     "imagenet200 -> caltech256 flowers102: fig8": [9 * (2 + 3), 2 * (9 * (2 + 3) + 2)],  # two targets
     "imagenet200 -> caltech256 flowers102: fig15": [9 * (2 + 3), 2 * (9 * (2 + 3) + 2)],
     "imagenet200 -> caltech256 flowers102: fig16": [9 * 2, 2 * (9 * 2 + 2)],
-    "cifar10: ranking (fig3)": [1, 0], "cifar100: ranking (fig3)": [1, 0], "imagenet200: ranking (fig3)": [1, 0]}
+    "cifar10: ranking (fig3)": [1, 0], "cifar100: ranking (fig3)": [1, 0],
+    "imagenet200: ranking (fig3)": [1, 0]}
 
 
 NEW = {"cifar10: fig5": 0, "cifar10: fig13": 0, "cifar100: fig12": 18, "cifar100 -> cifar10: fig16": 9 + 9,
-       "cifar100 -> svhn: fig14": 63 + 2, "cifar100 -> cifar10: fig7": 18 + 27 + 2, "cifar100 -> cifar10: fig15": 54 + 54}
+       "cifar100 -> svhn: fig14": 63 + 2, "cifar100 -> cifar10: fig7": 18 + 27 + 2,
+       "cifar100 -> cifar10: fig15": 54 + 54}
 
 
 def test_run_all_lists_every_run_of_the_paper(monkeypatch):
-    monkeypatch.setattr(flags, "from_yaml", functools.cache(flags.from_yaml))  # a thousand commands share a few configs
+    # a thousand commands share a few configs
+    monkeypatch.setattr(flags, "from_yaml", functools.cache(flags.from_yaml))
     commands, counts = dry_run("cifar10", "cifar100", "imagenet200", "transfer")
     assert {k: v[:2] for k, v in counts.items()} == COUNTS
     assert {k: counts[k][2] for k in NEW} == NEW
@@ -201,17 +221,22 @@ def test_run_all_lists_every_run_of_the_paper(monkeypatch):
         folder = sat.run_folder(r)[0].name
         assert r.run is None and folder.endswith(f"-seed{r.seed}") and (r.weight == "emphasis") == ("-emphasis" in folder)
     tenths = [k / 10 for k in range(1, 10)]
-    for dataset, seeds, sizes in (("cifar10", 10, range(1, 10)), ("cifar100", 5, range(10, 100, 10)), ("imagenet200", 3, range(20, 200, 20))):
+    for dataset, seeds, sizes in (("cifar10", 10, range(1, 10)), ("cifar100", 5, range(10, 100, 10)),
+                                  ("imagenet200", 3, range(20, 200, 20))):
         for split, steps in (("esat", tenths), ("csat", sizes)):
             for weight in ("vanilla",) if dataset == "cifar10" else ("vanilla", "emphasis"):
                 assert kinds[dataset, split, "hardest", "entropy", weight, "pgd"] == {(s, 0) for s in steps}
                 assert kinds[dataset, split, "easiest", "entropy", weight, "pgd"] == {(s, 0) for s in steps}
-                assert kinds[dataset, split, "random", "entropy", weight, "pgd"] == {(s, k) for s in steps for k in range(seeds)}
+                assert kinds[dataset, split, "random", "entropy", weight,
+                             "pgd"] == {(s, k) for s in steps for k in range(seeds)}
         if dataset != "cifar10":
-            assert kinds[dataset, "esat", "hardest", "entropy", "emphasis", "fgsm-rs"] == {(s, 0) for s in tenths}
-    assert kinds["cifar100", "csat", "hardest", "entropy", "balanced", "pgd"] == {(s, 0) for s in range(10, 100, 10)}
+            assert kinds[dataset, "esat", "hardest", "entropy", "emphasis",
+                         "fgsm-rs"] == {(s, 0) for s in tenths}
+    assert kinds["cifar100", "csat", "hardest", "entropy", "balanced",
+                 "pgd"] == {(s, 0) for s in range(10, 100, 10)}
     assert kinds["cifar100", "esat", "hardest", "vog", "vanilla", "pgd"] == {(s, 0) for s in tenths}
-    assert sorted(c for r in runs if r.classes for c in r.classes) == sorted("airplane automobile bird cat deer dog frog horse ship truck".split())
+    assert sorted(c for r in runs if r.classes
+                  for c in r.classes) == sorted("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
 def test_every_command_of_run_all_parses_in_order(monkeypatch):
@@ -225,18 +250,23 @@ def test_every_command_of_run_all_parses_in_order(monkeypatch):
         elif name == "sat.py":
             args = sat.command_line(argv)
             made.add((sat.run_folder(args)[0] / "best.pt").as_posix())
-            assert (args.dataset, args.arch) in made or args.split in ("none", "full") or args.classes, "the ranking comes first"
+            assert (args.dataset, args.arch) in made or args.split in ("none",
+                                                                       "full") or args.classes, "the ranking comes first"
         elif name == "transfer.py":
             args = transfer.command_line(argv)
             assert args.checkpoint.as_posix() in made, "its source was trained before"
-    source = lambda target: {Path(argv[0]).parent.name for name, argv in commands if name == "transfer.py" and f"{target}.yaml" in " ".join(argv)}
-    assert source("svhn") == {r for r in source("cifar10") if r.startswith(("none", "full", "esat")) and "fgsm" not in r}
-    assert all("emphasis" in r for r in source("caltech256") if not r.startswith(("none", "full"))) and source("caltech256") == source("flowers102")
+    source = lambda target: {Path(argv[0]).parent.name for name, argv in commands if name == "transfer.py"
+                             and f"{target}.yaml" in " ".join(argv)}
+    assert source("svhn") == {r for r in source("cifar10") if r.startswith(("none", "full", "esat"))
+                              and "fgsm" not in r}
+    assert all("emphasis" in r for r in source("caltech256")
+               if not r.startswith(("none", "full"))) and source("caltech256") == source("flowers102")
 
 
 def test_run_all_with_torchrun_and_a_wrong_section():
     from torch.distributed.run import parse_args as torchrun
-    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", "digits", "fig2"], capture_output=True, text=True, env={**os.environ, "NPROC": "4"}).stdout
+    out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", "digits", "fig2"], capture_output=True,
+                         text=True, env={**os.environ, "NPROC": "4"}).stdout
     stages = [line for line in out.splitlines() if "report.py" not in line and not line.startswith("#")]
     assert len(stages) == 2 + 10
     for line in stages:
@@ -245,7 +275,8 @@ def test_run_all_with_torchrun_and_a_wrong_section():
         args = torchrun(words[3:])  # torchrun's own parser
         assert args.nproc_per_node == "4" and Path(args.training_script).name == "sat.py"
         assert sat.command_line(args.training_script_args).run.startswith("quick-")
-    assert "cifar10-cpu" in subprocess.run([str(HERE / "run_all.sh"), "--help"], capture_output=True, text=True, check=True).stdout
+    assert "cifar10-cpu" in subprocess.run([str(HERE / "run_all.sh"), "--help"], capture_output=True,
+                                           text=True, check=True).stdout
     for argv in (["mnist"], ["digits", "fig99"], []):
         done = subprocess.run([str(HERE / "run_all.sh"), *argv], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "cifar10" in done.stderr
@@ -282,7 +313,8 @@ with open("{tmp_path}/calls", "a") as f:
 """)
     python.chmod(0o755)
     env = {"PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
-    return lambda *argv, start=subprocess.run, **more: start([sys.executable, str(HERE / "run_all.py"), *argv], text=True,
+    return lambda *argv, start=subprocess.run, **more: start([sys.executable, str(HERE / "run_all.py"),
+                                                              *argv], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env, **more})
 
 
@@ -361,7 +393,8 @@ def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
     assert drop(common.read_json(whole / "result.json")) == drop(common.read_json(parts / "result.json"))
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 3))))  # KILLS=20 python -m pytest -k killed
+# KILLS=20 python -m pytest -k killed
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 3))))
 def test_killed_at_any_moment_ends_with_the_same_result(undisturbed, tmp_path, seed):
     """SIGKILL once in each stage, at a random moment of a phase that changes with the seed (three seeds hit
     every phase of every stage), then the same command again: all that was written is bit-identical to the
@@ -400,8 +433,10 @@ def test_full_disk(undisturbed, tmp_path):
     stage, argv, _ = CHAIN[0]
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
     folder = tmp_path / "r"
-    command = [sys.executable, "-c", limit + f"import common, {stage}; common.script({stage}.main)", *argv, "--results", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    command = [sys.executable, "-c", limit + f"import common, {stage}; common.script({stage}.main)", *argv,
+               "--results", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "last.pt: File too large (finished work is kept" in done.stderr, done.stderr
     assert {p.name for p in folder.rglob("*") if p.is_file()} == {"args.json", "log.jsonl"}
     assert run_stage(folder, stage, argv)[0].returncode == 0
@@ -418,7 +453,8 @@ def test_force_keeps_the_old_run_until_the_new_one_is_whole(tmp_path, monkeypatc
     folder, old = tmp_path / "digits" / "r", tmp_path / "digits" / ".old-r"
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     real = common.save
-    monkeypatch.setattr(common, "save", lambda path, value: (_ for _ in ()).throw(UserError(f"cannot write {path}: the disk is full")))
+    monkeypatch.setattr(common, "save", lambda path,
+                        value: (_ for _ in ()).throw(UserError(f"cannot write {path}: the disk is full")))
     with pytest.raises(UserError, match="disk is full"):
         sat.main([*argv, "--force"])
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before and not (folder / "result.json").exists()
@@ -430,7 +466,8 @@ def test_force_keeps_the_old_run_until_the_new_one_is_whole(tmp_path, monkeypatc
 
 def test_two_equal_commands_at_once_make_one_run(tmp_path):
     command = [sys.executable, str(HERE / "sat.py"), "--split", "none", *QUICK, "--results", str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
     said = [p.communicate(timeout=300) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     out = "".join(o for o, _ in said)
@@ -460,7 +497,8 @@ def test_folders_of_names_in_other_scripts_stay_distinct():
 
 
 def test_a_loss_that_is_not_finite_names_the_flags_that_differ(tmp_path):
-    for how, suspect in ((["--weight-decay", "1e30", "--steps", "3"], "--weight-decay 1e+30 (config: 0.0005), --steps 3 (config: 7)"),
+    for how, suspect in ((["--weight-decay", "1e30", "--steps", "3"],
+                          "--weight-decay 1e+30 (config: 0.0005), --steps 3 (config: 7)"),
                          (["--lr", "1e30"], "--lr 1e+30 (config: 0.1)")):
         with pytest.raises(UserError, match="not finite") as e:
             sat.main(["--split", "full", *QUICK, "--results", str(tmp_path), "--run", "r", "--force", *how])

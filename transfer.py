@@ -17,7 +17,8 @@ import flags
 from common import UserError, say
 from sat import fit
 
-SOURCE = ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint", "weights")  # what is told of the source run
+# what is told of the source run
+SOURCE = ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint", "weights")
 
 
 def command_line(argv=None):
@@ -35,7 +36,8 @@ def source_of(ckpt, path):
     about = path.parent / "result.json"
     result = common.read_json(about, SOURCE) if about.exists() else {}
     if result.get("weights") != evaluate.digest(ckpt["model"]):
-        raise UserError(f"{about} {'was not made by' if result else 'is missing beside'} {path}: give the best.pt of a finished run of sat.py")
+        raise UserError(f"{about} {'was not made by' if result else 'is missing beside'} {path}: give the "
+                        "best.pt of a finished run of sat.py")
     return {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "weights": result["weights"],
             "ranking": result.get("ranking"), **{k: result[k] for k in SOURCE if k != "weights"}}
 
@@ -58,15 +60,19 @@ def main(argv=None):
     datasets.check_batch(data, args.batch_size)
     evaluate.settings(args, data), evaluate.settings(args, data, "select")  # before the work
     if data.train.x.shape[1] != ckpt["model"]["mean"].shape[1]:
-        raise UserError(f"{path} takes images of {ckpt['model']['mean'].shape[1]} channels, {data.name} has {data.train.x.shape[1]}")
-    say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> {data.name} "
-        f"({len(data.train):,} training images, {len(data.classes)} classes): features frozen, new head; {args.arch} on "
+        raise UserError(f"{path} takes images of {ckpt['model']['mean'].shape[1]} channels, {data.name} has "
+                        f"{data.train.x.shape[1]}")
+    say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> "
+        f"{data.name} "
+        f"({len(data.train):,} training images, {len(data.classes)} classes): features frozen, new head; "
+        f"{args.arch} on "
         f"{common.device_name(device)}, seed {args.seed} -> {run}")
     if common.start_run(run, args):
         return say(evaluate.finished(run))
     torch.manual_seed(args.seed)
     model = model.transfer(len(data.classes)).to(device)
-    nobody = torch.zeros(len(data.train), dtype=torch.bool)  # the head is trained on clean images; the target is not split
+    # the head is trained on clean images; the target is not split
+    nobody = torch.zeros(len(data.train), dtype=torch.bool)
     result = fit(run, model, data, nobody, 1.0, args, device, source=source)
     say(f"{evaluate.head_line(result)}\nwrote {run}/result.json")
 
