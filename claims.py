@@ -146,7 +146,7 @@ def clean_against_robust(runs, none, full, seeds, data):
 
 def transfers(runs, seeds, data):
     """(f) the weights in S-CSAT, and (g) S-ESAT on 30 % against full AT."""
-    csat = pick(runs, split="csat", order="hardest")
+    csat = pick(runs, split="csat", order="hardest", metric="entropy")
     for (share,), found in sorted(grouped(csat, "share").items()):
         by = {w: pick(found, weight=w) for w in ("emphasis", "balanced", "vanilla")}
         for more, less in (("emphasis", "balanced"), ("balanced", "vanilla")):

@@ -268,6 +268,19 @@ def ordered(split, index, batch_size, device):
         yield x, split.y[part].to(device), part
 
 
+def check_images(paths, name):
+    """Reads every image, names each that cannot be read; UserError if there are any."""
+    bad = 0
+    for path in common.progress(paths, desc=f"checking {name}", unit="image"):
+        try:
+            sources.open_image(path)
+        except UserError as e:
+            bad += 1
+            say(f"{e}")
+    if bad:
+        raise UserError(f"{bad} images of {name} cannot be read; they are named above")
+
+
 def main(argv=None):
     """Reads every image of a data set, names each that cannot be read, prints the counts."""
     parser = flags.Parser(prog="data.py", usage="python data.py NAME [--data-dir DIR]", description=__doc__,
@@ -275,20 +288,13 @@ def main(argv=None):
     parser.add_argument("name", type=flags.plain_name, help="the data set")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     args = parser.parse_args(argv)
-    data, bad = get(args.name, args.data_dir), []
-    for split in (data.train, data.test):
-        for path in common.progress(split.x.paths if split.streamed else [], desc=f"checking {args.name}",
-                                    unit="image"):
-            try:
-                sources.open_image(path)
-            except UserError as e:
-                bad.append(str(path))
-                say(f"{e}")
+    files = sorted(p for p in (args.data_dir / args.name).rglob("*") if p.suffix.lower() in sources.IMAGES)
+    check_images(files, args.name)
+    data = get(args.name, args.data_dir)
+    if not files:  # in its publisher's folders
+        check_images([p for s in (data.train, data.test) if s.streamed for p in s.x.paths], args.name)
     say(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} "
-        "classes, "
-        f"{'streamed' if data.train.streamed else 'in memory'}")
-    if bad:
-        raise UserError(f"{len(bad)} images of {args.name} cannot be read; they are named above")
+        f"classes, {'streamed' if data.train.streamed else 'in memory'}")
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def rank_epochs(run, model, data, metrics, args, device):
             kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
             if rank() == 0:
                 common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept), log)
-    scoring = len(data.train) * args.epochs * (3 if vog else 1)  # VoG goes back to the pixels too
+    scoring = len(data.train) * args.epochs * (2 if vog else 1)  # VoG goes back to the pixels too
     cost = sum(row["forward_equivalents"] for row in log) + scoring
     return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}, cost
 

@@ -64,10 +64,9 @@ def without_at(group, runs):
     """A cell: robust accuracy without AT on the very classes of B_val, over the runs: what B would have
     anyway."""
     base, found = pick(group, split="none"), []
-    for r in runs if base else ():
-        rest = [v["robust"] for c, v in base[0].accuracy["classes"].items() if c not in r.A_classes
-                and v["robust"]["n"]]
-        if r.A_classes and rest:
+    for r, none in ((r, none) for r in runs if r.A_classes for none in base):
+        rest = [a["robust"] for c, a in none.accuracy["classes"].items() if c not in r.A_classes and a["robust"]["n"]]
+        if rest:
             found.append(100 * sum(a["accuracy"] * a["n"] for a in rest) / sum(a["n"] for a in rest))
     return f"{statistics.fmean(found):.1f}" if found else "-"
 
@@ -190,8 +189,10 @@ def difficulty_table(ranking):
         error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
         body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
         if known:
-            i = told["classes"].index(results.NAMES.get(r["class"], r["class"]))
-            body[-1] += [f"{told['mean_entropy_nats'][i]:.4f}", f"{100 * told['error_fraction'][i]:.1f}"]
+            name = results.NAMES.get(r["class"], r["class"])
+            i = told["classes"].index(name) if name in told["classes"] else None
+            body[-1] += ["-", "-"] if i is None else [f"{told['mean_entropy_nats'][i]:.4f}",
+                                                      f"{100 * told['error_fraction'][i]:.1f}"]
     return markdown(["class, hardest first", *metrics, "clean error %", "n",
                      *["paper entropy", "paper error %"] * known], body)
 

@@ -23,6 +23,7 @@ from common import HERE, UserError, say
 SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor",
           "attack", "seed"}
 NOT_SETTING = {"dataset", "eval_batch", "side", "source", "source_weights", "checkpoint", "seed"}
+DESCRIBED = {"norm", "eps", "eval_attacks", "arch", "epochs", "N", "n"}  # in every group's name
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
 
 
@@ -63,6 +64,8 @@ def papers_setting(data):
     defaults = {flag[2:].replace("-", "_"): default for group in flags.FLAGS.values()
                 for flag, default, *_ in group}
     found = {**defaults, **flags.from_yaml(HERE / "configs" / f"{source}.yaml")}
+    if source != target and not (HERE / "configs" / "transfer" / f"{target}.yaml").exists():
+        return {}
     if source != target:
         target = {**defaults, **flags.from_yaml(HERE / "configs" / "transfer" / f"{target}.yaml")}
         found |= {f"target's {k}": v for k, v in target.items()}
@@ -161,7 +164,7 @@ def run_of(path, result):
         metric="entropy" if args["order"] in ("random", "redrawn") else f"own {args['scores']}"
         if args.get("scores") else args["metric"], attack=args["attack"],
         weight=f"w_A {args['weight_factor']:g}" if args["weight_factor"] else args["weight"],
-        seed=target["seed"] if source and target["seed"] else args["seed"], A=made["A"], N=made["N"],
+        seed=args["seed"] + (2**31 * target["seed"] if source else 0), A=made["A"], N=made["N"],
         w_A=made["w_A"],
         A_classes=made["A_classes"] or [], n_classes=len(made["fingerprint"]["classes"]),
         cost=made["cost"]["forward_equivalents"], ranking=(made.get("ranking") or {}).get("scores", ""),
@@ -217,11 +220,9 @@ def name_groups(runs):
     for rs in shown.values():
         name, others = described(rs[0]), [o[0].setting for o in shown.values()]
         if shared[name] > 1:
-            odd = [k for k, v in rs[0].setting.items() if any(o.get(k) != v for o in others)
-                   and k not in ("N", "n", "labels")]
-            name += "".join(f", {k.replace('_', ' ')} {rs[0].setting[k]}" for k in odd
-                            if f"{rs[0].setting[k]}" not in name)
-        bf16 = sum(r.precision == "bf16" for r in rs)
+            odd = [k for k, v in rs[0].setting.items() if k not in DESCRIBED and any(o.get(k) != v for o in others)]
+            name += "".join(f", {k.replace('_', ' ')} {rs[0].setting[k]}" for k in odd)
+        bf16 = sum(r.precision != "float32" for r in rs)
         if bf16:
             name += ", trained in bf16" if bf16 == len(rs) else f", {bf16} of {len(rs)} runs trained in bf16"
         for r in rs:
@@ -316,7 +317,8 @@ class Noise:
 def noise(runs, kind="robust"):
     """The Noise of the accuracy on all test examples, over runs that may be pooled (of one data set and
     group)."""
-    spread = [v for same in grouped(runs, "kind").values() if len(v := values(same, "all", kind)) > 2]
+    kinds = [values(same, "all", kind) for same in grouped(runs, "kind").values()]
+    spread = [v for v in kinds if len(v) > 1]
     df = sum(len(v) - 1 for v in spread)
     variance = sum((len(v) - 1) * statistics.variance(v) for v in spread) / df if df else 0.0
     p = math.nan
@@ -334,7 +336,7 @@ def contrast(terms, seeds, kind="robust"):
     examples: all runs meet the same ones, so the differences are paired, example by example, after the mean
     over seeds. Training: the pooled variance between seeds, over the number of seeds of each term
     (Bouthillier et al. 2021 on why seeds count). The interval is Student's with Satterthwaite's (1946)
-    degrees of freedom. Without three seeds anywhere the second part is missing.
+    degrees of freedom. Without several seeds anywhere the second part is missing.
     """
     classes = list(terms[0][1][0].accuracy["classes"])
     sizes = {c: terms[0][1][0].accuracy["classes"][c][kind]["n"] for c in classes}

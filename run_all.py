@@ -141,7 +141,7 @@ def stages(sections, wanted, results):
             if name != "fig2":
                 yield (f"{source}: ranking (fig3)", "rank.py", f"{results}/{dataset}/rank-{d['arch']}-seed0",
                        "rank.json",
-                       d["n"] * d["epochs"] * (6 if "vog" in d["metrics"] else 4),
+                       d["n"] * d["epochs"] * (5 if "vog" in d["metrics"] else 4),
                        [*base, "--metrics", *d["metrics"].split()])
             if name != "fig3":
                 for split, share in (("none", 0), ("full", 1)):
@@ -236,6 +236,8 @@ def main(argv):
     todo = {}
     for _, script, folder, done, _, how in listed:  # each once, where it is needed first
         how = [*how, *flags.known(extra, script)]
+        if extra and script == "sat.py" and "--run" not in how:  # sat.py would make another name of them
+            how += ["--run", Path(folder).name]
         command = [python, *torchrun, str(HERE / script), *how, "--results", results, "--data-dir", data]
         todo.setdefault(folder, Stage(results, folder, done, command,
                                       how[0] if script == "transfer.py" else None))

@@ -158,9 +158,10 @@ def train(model, split, A, w_A, args, device, state=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         order, generator_of_A = datasets.epoch_order(len(split), args.batch_size, args.seed, epoch)
+        now = A
         if A.any() and args.order == "redrawn":  # a control at equal cost: other random examples every epoch
-            A = A[torch.randperm(len(A), generator=generator_of_A)]
-        plan, steps = zip(*epoch_plan(order, A, w_A, device)), len(order)
+            now = A[torch.randperm(len(A), generator=generator_of_A)]
+        plan, steps = zip(*epoch_plan(order, now, w_A, device)), len(order)
         todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
         todo = common.progress(zip(todo, plan), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}",
                                unit="step")
@@ -183,8 +184,9 @@ def train(model, split, A, w_A, args, device, state=None):
         if world() > 1:
             for buffer in model.buffers():  # each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
-        row = {"epoch": epoch + 1, "lr": lr, "loss": loss / steps, "train_accuracy": hits / order.numel(),
-               **cost(args, order.numel(), int(A[order].sum()), model.frozen),
+        row = {"epoch": epoch + 1, "precision": precision(args.amp, device), "lr": lr, "loss": loss / steps,
+               "train_accuracy": hits / order.numel(),
+               **cost(args, order.numel(), int(now[order].sum()), model.frozen),
                "seconds": time.perf_counter() - began}
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                "row": row}
@@ -230,12 +232,12 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     select, final = select[:args.select_n or None], final[:args.eval_n or None]
     when = {d + 1 for d in args.lr_decays if d < args.epochs} | {args.epochs}
     mark = {"A": hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16], "fingerprint": data.fingerprint()}
-    state = common.load(run / "last.pt", (*mark, "args", "optimizer", "log",
-                                          "best")) if (run / "last.pt").exists() else None
-    if state and any(state[k] != v for k, v in {**mark, "args": common.identity(args)}.items()):
-        raise UserError(f"{run / 'last.pt'} was trained with another A, other data or other flags "
-                        f"({common.differing(state['args'], common.identity(args))}): name this run with "
-                        "--run, or --force")
+    last, keys = run / "last.pt", (*mark, "args", "optimizer", "log", "best")
+    state = common.load(last, keys) if last.exists() else None
+    differ = common.differing(state["args"], common.identity(args)) if state else ""
+    if state and (differ or any(state[k] != v for k, v in mark.items())):
+        raise UserError(f"{last} was trained with another A, other data or other flags ({differ or 'the same'}): "
+                        "name this run with --run, or --force")
     log, best = (state["log"], state["best"]) if state else ([], None)
     if state:
         say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")
@@ -266,7 +268,7 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
         "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "epoch": best[2],
         "selection": {**evaluate.settings(args, data, "select"), "n": len(select)},
         "device": common.device_name(device),
-        "precision": precision(args.amp, device), **more})
+        "precision": "+".join(sorted({row.get("precision", "float32") for row in log})), **more})
 
 
 def conclude(run, model, data, index, args, log, about):

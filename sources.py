@@ -148,6 +148,8 @@ def image_folder(root, wanted=None, titles=None):
         raise UserError(f"{parts[1]} has class folders that {parts[0]} lacks: "
                         f"{', '.join(sorted(set(names[1]) - set(names[0]))[:10])}")
     classes = wanted or names[0]
+    if len(classes) < 2:
+        raise UserError(f"{parts[0]} has the class {classes[0]} alone: two or more are needed")
     (train, y), (test, y_test) = (class_files(part, classes) for part in parts)
     if max(side := open_image(train[0]).size) <= SMALL and all(open_image(path).size == side
                                                                for path in [*train, *test]):

@@ -126,7 +126,10 @@ def rank_command(args):
                  for flag, *_ in flags.FLAGS[group]):
         dest = flag[2:].replace("-", "_")
         if dest not in ("seed", "run", "force") and (value := getattr(args, dest)) != args.base[dest]:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                words += [flag, *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -151,6 +154,7 @@ def read_scores(path):
                         "numbers") from None
     n = len(found)
     if found.dtype.kind in "iu" and numpy.array_equal(numpy.sort(found), numpy.arange(n)):
+        say(f"{path} is read as an order of the indices, hardest first (for scores give numbers that are not whole)")
         order, found = found, numpy.empty(n)
         found[order] = numpy.arange(n, 0, -1)
     return torch.from_numpy(found.astype(numpy.float64))

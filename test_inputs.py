@@ -791,3 +791,18 @@ def test_transfer_of_an_unfinished_run(pipeline, tmp_path):
                                         "finished run"):
         transfer.main([str(tmp_path / "last.pt"), "--config", str(HERE / "configs/transfer/digits5-9.yaml"),
                        "--results", str(tmp_path)])
+
+
+def test_unreadable_images_of_a_small_folder_are_all_named(tmp_path, capsys):
+    write_images(tmp_path / "bad")
+    for name in ("0.png", "2.png"):
+        (tmp_path / "bad" / "train" / "dog" / name).write_bytes(b"no image")
+    with pytest.raises(UserError, match="2 images of bad cannot be read"):
+        datasets.main(["bad", "--data-dir", str(tmp_path)])
+    assert capsys.readouterr().out.count("is not an image") == 2 and not (tmp_path / "bad.pt").exists()
+
+
+def test_a_folder_of_one_class_is_refused(tmp_path):
+    write_images(tmp_path / "one", classes=("cat",))
+    with pytest.raises(UserError, match="has the class cat alone"):
+        sources.find("one", tmp_path)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -395,3 +396,27 @@ def test_a_report_needs_no_torch():
     code = "import sys, report; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=HERE).stdout == "False\n"
+
+
+def test_groups_of_other_settings_have_other_names():
+    """Digits that also stand elsewhere in a name do not make two settings one."""
+    runs = [run("full", first(0.5), setting={**SETTING, "steps": steps}, A=50000) for steps in (1, 5)]
+    assert len({r.group for r in results.shown(runs)}) == 2
+
+
+def test_transfers_keep_the_seeds_of_source_and_target_apart():
+    made = {"args": {"split": "full", "classes": None, "order": "hardest", "metric": "entropy", "attack": "pgd", "weight": "vanilla", "weight_factor": None,
+                     "seed": 1, "arch": "a", "epochs": 1}, "N": 9, "A": 9, "w_A": 1, "A_classes": None, "fingerprint": {"classes": ["a"], "labels": "l"},
+            "cost": {"forward_equivalents": 1}, "weights": "w", "dataset": "cifar100"}
+    accuracy = run("full", first(0.5)).accuracy
+    result = {"source": made, "settings": {"attacks": ["apgd-ce"], "norm": "l2", "eps": 0.5}, "fingerprint": {"labels": "l"}, "accuracy": accuracy}
+    seeds = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    found = [results.run_of(Path("x"), {**result, "args": {"dataset": "mine", "seed": t}, "source": {**made, "args": {**made["args"], "seed": s}}})
+             for s, t in seeds]
+    assert len({r.seed for r in found}) == 4 and len(results.shown(found)) == 4
+    assert results.not_the_papers("cifar100->mine", found[0].setting) == "", "a target that the paper lacks"
+
+
+def test_two_seeds_count_their_spread():
+    pair = [run("full", first(s, 1000), seed=i) for i, s in enumerate((0.4, 0.6))]
+    assert results.noise(pair).df == 1 and results.noise(pair).variance == pytest.approx(200)

@@ -1,5 +1,6 @@
 """Runs as processes: stopped, killed, resumed, several at once, and the list of all runs.    python -m pytest
 -q test_runs.py"""
+import copy
 import functools
 import math
 import os
@@ -14,12 +15,15 @@ import pytest
 import torch
 
 import common
+import data as datasets
 import flags
+import models
 import rank
 import report
 import results
 import run_all
 import sat
+import subset
 import transfer
 from common import UserError
 from conftest import HERE, QUICK, script, KILLER, CHAIN, run_stage, contents
@@ -343,9 +347,9 @@ if "csat-2-seed0" in name:
 def test_two_run_alls_at_once(tmp_path):
     """Every run of a section exactly once, whichever of two copies makes it; a transfer after its source."""
     go = stub(tmp_path, MAKES)
-    for copy in [go("digits", start=subprocess.Popen) for _ in range(2)]:
-        _, errors = copy.communicate(timeout=300)
-        assert copy.returncode == 0, errors
+    for one in [go("digits", start=subprocess.Popen) for _ in range(2)]:
+        _, errors = one.communicate(timeout=300)
+        assert one.returncode == 0, errors
     calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "report.py" not in line]
     assert len(calls) == len(set(calls)) == len(dry_run("digits")[0]) - 1
 
@@ -509,3 +513,34 @@ def test_a_lone_ranking_is_reported(tmp_path):
     rank.main([*QUICK[:3], "--results", str(tmp_path)])
     report.main(["--results", str(tmp_path)])
     assert "digits: preactresnet8, 2 epochs" in (tmp_path / "tables.md").read_text()
+
+
+def test_sat_py_asks_for_its_ranking_in_rank_pys_words():
+    """Every flag that differs from the config is handed on, switches too."""
+    args = sat.command_line(["--compile", "--epochs", "3", "--lr-decays", "1", "2", "--run", "x", "--seed", "5"])
+    made = rank.command_line(subset.rank_command(args))
+    assert (made.compile, made.epochs, made.lr_decays, made.run, made.seed) == (True, 3, [1, 2], None, 0)
+    assert not rank.command_line(subset.rank_command(sat.command_line(["--no-compile", "--random-start"]))).compile
+
+
+def test_extra_flags_do_not_change_the_names_that_run_all_waits_for(monkeypatch, capsys):
+    monkeypatch.setenv("EXTRA", "--epochs 40")
+    assert run_all.main(["--dry-run", "cifar10", "fig2"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        if "sat.py" in line:
+            words = shlex.split(line)[2:]
+            assert sat.run_folder(sat.command_line(words))[0].name in ("none-seed0", "full-seed0") or "-seed0" in words[words.index("--run") + 1]
+            assert "epochs=40" not in sat.run_folder(sat.command_line(words))[0].name
+
+
+def test_a_resumed_redrawn_run_is_the_run_that_was_never_stopped():
+    data = datasets.get("digits", "data")
+    split, args = datasets.Split(data.train.x[:192], data.train.y[:192]), sat.command_line([*QUICK, "--epochs", "3", "--order", "redrawn", "--steps", "1"])
+    A, cpu = sat.choose_A("esat", split.y, data.classes, amount=48, order="redrawn"), torch.device("cpu")
+    model = lambda: (torch.manual_seed(0), models.build("preactresnet8", 10, [0.3], [0.35]))[1]
+    whole = list(sat.train(model(), split, A, 1.0, args, cpu))[-1]
+    stopped = sat.train(model(), split, A, 1.0, args, cpu)
+    next(stopped)
+    state = copy.deepcopy(next(stopped))
+    *_, resumed = sat.train(model(), split, A, 1.0, args, cpu, state)
+    assert resumed["epoch"] == 3 and all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
