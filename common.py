@@ -105,7 +105,7 @@ def start_run(folder, args, done="result.json"):
         check_flags(folder, args)
         if (folder / done).exists() and not args.force:
             if world() > 1:  # the other processes are past this question
-                raise UserError(f"{folder} was finished by another process meanwhile: give the command again to see it")
+                raise UserError(f"{folder} was finished by another process meanwhile: give the command again")
             return True
         old = folder.with_name(f".old-{folder.name}")
         if (folder / done).exists():

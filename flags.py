@@ -297,7 +297,8 @@ def check_norm(args, argv, values):
         where, has = f"{args.config}: norm", {*values, *typed}
     else:
         return
-    needed = ["eps"] if getattr(args, "attack", "") == "fgsm-rs" else ["eps", "step_size"]  # its step is 1.25 eps
+    one_step = getattr(args, "attack", "") == "fgsm-rs"  # of 1.25 eps
+    needed = ["eps"] if one_step else ["eps", "step_size"]
     lacks = [f"--{d.replace('_', '-')}" for d in needed if hasattr(args, d) and d not in has]
     if lacks:
         raise UserError(f"{where} {args.norm} needs {' and '.join(lacks)} of its own (linf: say --eps 0.0314 "

@@ -65,7 +65,8 @@ def without_at(group, runs):
     anyway."""
     base, found = pick(group, split="none"), []
     for r, none in ((r, none) for r in runs if r.A_classes for none in base):
-        rest = [a["robust"] for c, a in none.accuracy["classes"].items() if c not in r.A_classes and a["robust"]["n"]]
+        rest = [a["robust"] for c, a in none.accuracy["classes"].items()
+                if c not in r.A_classes and a["robust"]["n"]]
         if rest:
             found.append(100 * sum(a["accuracy"] * a["n"] for a in rest) / sum(a["n"] for a in rest))
     return f"{statistics.fmean(found):.1f}" if found else "-"

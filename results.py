@@ -220,7 +220,8 @@ def name_groups(runs):
     for rs in shown.values():
         name, others = described(rs[0]), [o[0].setting for o in shown.values()]
         if shared[name] > 1:
-            odd = [k for k, v in rs[0].setting.items() if k not in DESCRIBED and any(o.get(k) != v for o in others)]
+            odd = [k for k, v in rs[0].setting.items()
+                   if k not in DESCRIBED and any(o.get(k) != v for o in others)]
             name += "".join(f", {k.replace('_', ' ')} {rs[0].setting[k]}" for k in odd)
         bf16 = sum(r.precision != "float32" for r in rs)
         if bf16:

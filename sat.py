@@ -236,8 +236,8 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     state = common.load(last, keys) if last.exists() else None
     differ = common.differing(state["args"], common.identity(args)) if state else ""
     if state and (differ or any(state[k] != v for k, v in mark.items())):
-        raise UserError(f"{last} was trained with another A, other data or other flags ({differ or 'the same'}): "
-                        "name this run with --run, or --force")
+        raise UserError(f"{last} was trained with another A, other data or other flags "
+                        f"({differ or 'the same'}): name this run with --run, or --force")
     log, best = (state["log"], state["best"]) if state else ([], None)
     if state:
         say(f"going on after epoch {state['epoch']} of {run / 'last.pt'}")

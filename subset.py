@@ -154,7 +154,8 @@ def read_scores(path):
                         "numbers") from None
     n = len(found)
     if found.dtype.kind in "iu" and numpy.array_equal(numpy.sort(found), numpy.arange(n)):
-        say(f"{path} is read as an order of the indices, hardest first (for scores give numbers that are not whole)")
+        say(f"{path} is read as an order of the indices, hardest first (give scores as numbers that are not "
+            "whole)")
         order, found = found, numpy.empty(n)
         found[order] = numpy.arange(n, 0, -1)
     return torch.from_numpy(found.astype(numpy.float64))
