@@ -48,8 +48,15 @@ def l2_norm(delta):
     return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
+def check_norm(norm):
+    """ValueError for a norm that is none of ours."""
+    if norm not in ("l2", "linf"):
+        raise ValueError(f"norm {norm!r}: l2 or linf")
+
+
 def project(delta, eps, norm):
     """The nearest point of the eps-ball: ||delta||_2 <= eps, or |delta| <= eps for linf."""
+    check_norm(norm)
     if norm == "linf":
         return delta.clamp(-eps, eps)
     return delta * (eps / l2_norm(delta).clamp_min(TINY)).clamp_max(1)
@@ -63,6 +70,7 @@ def ascent(grad, norm):
 
 def random_start(x, eps, norm, generator=None):
     """A uniform draw from the eps-ball, of x's shape; `generator` must live on x's device."""
+    check_norm(norm)
     how = {"generator": generator, "device": x.device, "dtype": x.dtype}
     if norm == "linf":
         return (2 * torch.rand(x.shape, **how) - 1) * eps
@@ -92,7 +100,10 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd
     check() does (`values` as there).
     """
     check(x, y, norm, eps, values)
-    if steps < 0 or not 0 <= step_size < float("inf"):
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"start is {tuple(start.shape)}, x {tuple(x.shape)}: a perturbation for each image")
+    if not isinstance(steps, int) or steps < 0 or not isinstance(step_size, (int, float)) \
+            or not 0 <= step_size < float("inf"):
         raise ValueError(f"{steps} steps of {step_size}: 0 or more, of a finite size")
     x = x.detach()
     if len(x) == 0:
@@ -146,11 +157,10 @@ def usable(attacks, n_classes):
 def check(x, y, norm, eps, values=True):
     """ValueError unless x, y, norm and eps are what an attack takes. `values`: that x lies in [0, 1] too, for
     which a GPU must be waited for."""
-    if norm not in ("l2", "linf"):
-        raise ValueError(f"norm {norm!r}: l2 or linf")
-    if not 0 <= eps < float("inf"):
+    check_norm(norm)
+    if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps = {eps}: a finite number of 0 or more, pixels in [0, 1]")
-    if x.dim() != 4 or not x.is_floating_point():
+    if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each of the {len(x)} images, "

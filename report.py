@@ -226,7 +226,7 @@ def claims_section(runs, ranks):
     """The paper's claims on CIFAR-10, and to it, each with a verdict."""
     text = ["## The paper's claims"]
     for (data, group), (rows, seeds) in claims.claims(runs, ranks.values()).items():
-        spread = "No setting has three seeds: the intervals cover the noise of the test set alone."
+        spread = "No setting has several seeds: the intervals cover the noise of the test set alone."
         if seeds.df:
             spread = (f"Between seeds: a standard deviation of {seeds.variance**0.5:.2f} points, pooled over "
                       f"{len(seeds.deviations)} "

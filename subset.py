@@ -73,10 +73,14 @@ def weight_A(kind, n_A, n):
     """w_A of Eq. 2, with w_B = 1, by |A| = n_A and N = n: vanilla 1, balanced |B|/|A|, emphasis (1 + 10
     |A|/N) |B|/|A| (Sec. 3.2 and 4.3: 2 |B|/|A| at 10 %, 10 |B|/|A| at 90 %), or the number `kind`. 1 when A
     or B is empty."""
+    if not 0 <= n_A <= n:
+        raise ValueError(f"|A| = {n_A} of {n} examples")
     if n_A in (0, n):
         return 1.0
     balanced = (n - n_A) / n_A
     named = {"vanilla": 1.0, "balanced": balanced, "emphasis": (1 + 10 * n_A / n) * balanced}
+    if isinstance(kind, str) and kind not in named:
+        raise ValueError(f"weight {kind!r}: {', '.join(named)}, or a number")
     return named[kind] if isinstance(kind, str) else kind
 
 

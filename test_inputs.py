@@ -214,7 +214,7 @@ def test_streamed_views(tmp_path):
     ramp = np.zeros((300, 400, 3), dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 300)[:, None]
     for i in range(8):
-        path = tmp_path / "mine" / ("train" if i < 6 else "test") / "a" / f"{i}.png"
+        path = tmp_path / "mine" / ("train" if i < 6 else "test") / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(ramp).save(path)
     data = datasets.get("mine", tmp_path)
@@ -563,9 +563,21 @@ def test_attacks_refuse_what_they_would_misread():
             if call is not calls[2] or images.is_floating_point():  # AutoAttack's wrapper converts
                 with pytest.raises(ValueError, match=message):
                     call(images, labels, **how)
-    for how in ({"steps": -1}, {"step_size": -0.1}, {"step_size": math.nan}):
+    for how in ({"steps": -1}, {"steps": 2.5}, {"step_size": -0.1}, {"step_size": math.nan}, {"step_size": None}):
         with pytest.raises(ValueError, match="0 or more"):
             calls[0](x, y, **how)
+    for how, message in (({"eps": "0.5"}, "eps = 0.5"), ({"eps": None}, "eps = None"), ({"start": x[:2]}, "start is")):
+        with pytest.raises(ValueError, match=message):
+            calls[0](x, y, **how)
+    with pytest.raises(ValueError, match="give images"):
+        calls[0](x.numpy(), y)
+    for helper in (attacks.project, attacks.random_start):
+        with pytest.raises(ValueError, match="'l1': l2 or linf"):
+            helper(x, 0.5, "l1")
+    with pytest.raises(ValueError, match="'Balanced': vanilla, balanced, emphasis"):
+        subset.weight_A("Balanced", 1, 3)
+    with pytest.raises(ValueError, match="5 of 3"):
+        subset.weight_A("balanced", 5, 3)
     for n_classes, chosen in ((3, ["apgd-t"]), (5, []), (5, ["pgd"])):
         with pytest.raises(ValueError, match="valid are apgd-ce"):
             attacks.autoattack(nn.Sequential(nn.Flatten(), nn.Linear(64, n_classes)), x, y, eps=0.5,
