@@ -151,8 +151,9 @@ CHAIN = [  # stage, its arguments, what it can be killed in
 
 def run_stage(folder, stage, argv, phase="none", moment=0, **env):
     """A stage under KILLER; its process and what its marker says."""
-    argv = [word.replace("{results}", str(folder)) for word in argv] + ([]
-                                                                        if stage == "evaluate" else ["--results", str(folder)])
+    argv = [word.replace("{results}", str(folder)) for word in argv]
+    if stage != "evaluate":
+        argv += ["--results", str(folder), "--amp", os.environ.get("KILLS_AMP", "off")]
     (folder / "marker").unlink(missing_ok=True)
     done = subprocess.run([sys.executable, "-c", KILLER, str(folder / "marker"), phase, str(moment), stage,
                            *argv], capture_output=True, text=True,

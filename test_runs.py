@@ -397,7 +397,7 @@ def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
     assert drop(common.read_json(whole / "result.json")) == drop(common.read_json(parts / "result.json"))
 
 
-# KILLS=20 python -m pytest -k killed
+# KILLS=20 [KILLS_AMP=bf16] python -m pytest -k killed
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 3))))
 def test_killed_at_any_moment_ends_with_the_same_result(undisturbed, tmp_path, seed):
     """SIGKILL once in each stage, at a random moment of a phase that changes with the seed (three seeds hit
