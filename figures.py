@@ -82,7 +82,8 @@ def curves(path, title, name, groups, panels):
                 draw_papers(axis, name, data, line, part, kind)
             axis.set(xlabel="|A| / N", ylabel=f"{kind} accuracy (%)"
                      if part == "all" else f"{kind}, {part} (%)", xlim=(0, 1.02))
-            axis.set_ylim(bottom=0, top=min(100, 1.05 * axis.dataLim.y1) if axis.has_data() else 100)
+            highest = axis.dataLim.y1 if axis.has_data() else 100
+            axis.set_ylim(0, min(100, 1.05 * max(highest, 1)))
     legend_above(fig, axes)
     write(fig, path, title)
 

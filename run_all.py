@@ -59,6 +59,9 @@ DATASETS = {
     "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "csat": {10: 3, 30: 3},
                      "esat": {0.3: 1, 0.1: 1},
                      "metrics": "entropy"},
+    # Another threat model, Linf 8/255, which the paper leaves open; one seed.
+    "cifar10-cpu-linf": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.5: 1}, "prefix": "cpu-linf-",
+                         "flags": "--norm linf --eps 0.031372549 --step-size 0.0078431373"},
 }
 TARGETS = {"cifar10": 50000 * 40, "svhn": 73257 * 40, "caltech256": 24485 * 100, "flowers102": 1020 * 100,
            # forward passes of a transfer: images times epochs
@@ -81,7 +84,8 @@ SECTIONS = {  # section: (source, targets of the transfer, figures)
     "imagenet200": [("imagenet200", "", "fig5 fig6 fig13")],
     "transfer": [("cifar100", "cifar10", "fig7 fig8 fig15 fig16"), ("cifar100", "svhn", "fig14"),
                  ("imagenet200", "caltech256 flowers102", "fig8 fig15 fig16")],
-    "cifar10-cpu": [("cifar10-cpu", "", "fig2 fig3 fig6"), ("cifar100-cpu", "cifar10-cpu", "fig7 fig8")],
+    "cifar10-cpu": [("cifar10-cpu", "", "fig2 fig3 fig6"), ("cifar100-cpu", "cifar10-cpu", "fig7 fig8"),
+                    ("cifar10-cpu-linf", "", "fig6")],
     "digits": [("digits", "", "fig2 fig3 fig4 fig5 fig6 fig12 fig13"),
                ("digits0-4", "digits5-9", "fig7 fig8 fig14 fig15 fig16")],
 }
