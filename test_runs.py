@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -544,3 +545,20 @@ def test_a_resumed_redrawn_run_is_the_run_that_was_never_stopped():
     state = copy.deepcopy(next(stopped))
     *_, resumed = sat.train(model(), split, A, 1.0, args, cpu, state)
     assert resumed["epoch"] == 3 and all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_ctrl_c_while_torch_is_loading(tmp_path):
+    process = subprocess.Popen([sys.executable, str(HERE / "sat.py"), "--split", "none"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode != 0 and errors.startswith("stopped") and errors.count("\n") == 1, errors
+
+
+def test_closed_stderr_changes_nothing(tmp_path):
+    command = shlex.join([sys.executable, str(HERE / "sat.py"), "--split", "none", *QUICK, "--epochs", "1", "--results", str(tmp_path)])
+    done = subprocess.run(["bash", "-c", f"{command} 2>&-"], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "wrote" in done.stdout
