@@ -1,5 +1,5 @@
 """Clean and AutoAttack accuracy of a checkpoint, in all and per class, on the 90 % of the test set that
-selected nothing.
+is not used for selecting a checkpoint.
 
 Paper: Sec. 3.3 and Sec. 4 ("Training and evaluation details").
     python evaluate.py results/digits/esat-hardest-0.5-seed0/best.pt
@@ -7,6 +7,7 @@ Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json be
 """
 import hashlib
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def attack(model, data, index, setting, folder):
         """autoattack's progress: a bar, or a line after each attack where stderr is no terminal."""
         bar.n = done
         bar.set_postfix_str(f"{robust} robust; {text}"[:70])
-        if bar.disable and text.startswith("robust accuracy after"):
-            say(f"  AutoAttack, {mine - done} of {mine} examples left, this batch: {text}")
+        after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
+        if bar.disable and after:
+            say(f"  AutoAttack {done}/{mine}: {after[1]} done, {float(after[2]):.1f} % robust in this batch")
 
     what = json.dumps([digest(model.state_dict()), data.fingerprint(), index.tolist(), setting],
                       sort_keys=True)
