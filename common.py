@@ -277,7 +277,8 @@ def say(text):
 def progress(steps, **how):
     """A tqdm bar over `steps`, shown on rank 0 when stderr is a terminal."""
     from tqdm import tqdm
-    return tqdm(steps, disable=rank() != 0 or not (sys.stderr and sys.stderr.isatty()), leave=False, dynamic_ncols=True, **how)
+    terminal = sys.stderr and sys.stderr.isatty()
+    return tqdm(steps, disable=rank() != 0 or not terminal, leave=False, dynamic_ncols=True, **how)
 
 
 class Stopped(KeyboardInterrupt):

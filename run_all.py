@@ -60,7 +60,8 @@ DATASETS = {
                      "esat": {0.3: 1, 0.1: 1},
                      "metrics": "entropy"},
     # Another threat model, Linf 8/255, which the paper leaves open; one seed.
-    "cifar10-cpu-linf": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.5: 1}, "prefix": "cpu-linf-",
+    "cifar10-cpu-linf": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.5: 1},
+                         "prefix": "cpu-linf-",
                          "flags": "--norm linf --eps 0.031372549 --step-size 0.0078431373"},
 }
 TARGETS = {"cifar10": 50000 * 40, "svhn": 73257 * 40, "caltech256": 24485 * 100, "flowers102": 1020 * 100,
