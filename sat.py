@@ -165,13 +165,14 @@ def train(model, split, A, w_A, args, device, state=None):
         todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
         todo = common.progress(zip(todo, plan), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}",
                                unit="step")
-        # loss and hits; first bad step
-        sums, bad = torch.zeros(2, device=device), torch.full((), steps, device=device)
+        sums = torch.zeros(2, device=device)  # loss and hits
+        bad = torch.full((), steps, device=device)  # the first step that is not finite, kept on the device
         model.train()
         for step, ((x, y, _), (a, w)) in enumerate(todo):
             draw = ((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63
-            on_a = functools.partial(attack,
-                                     start=random_starts(args, x, a, draw, generator)) if len(a) else None
+            on_a = attack
+            if len(a):
+                on_a = functools.partial(attack, start=random_starts(args, x, a, draw, generator))
             with amp:
                 loss, logits = sat_step(net, optimizer, x, y, a, w, on_a)
             sums += torch.stack([loss / world(), (logits.argmax(1) == y).sum()])
@@ -179,8 +180,7 @@ def train(model, split, A, w_A, args, device, state=None):
         loss, hits = all_sum(sums).tolist()
         if (first := int(all_sum(bad, "MIN"))) < steps:
             raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: "
-                            "stopped; the last "
-                            f"good checkpoint is kept. {suspects(args)}")
+                            f"stopped; the last good checkpoint is kept. {suspects(args)}")
         if world() > 1:
             for buffer in model.buffers():  # each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
