@@ -1,14 +1,11 @@
-"""PGD and FGSM-RS for L2 and Linf, and the one wrapper of AutoAttack. Needs torch (and pyautoattack for the
-last) alone.
+"""PGD, FGSM-RS and AutoAttack for L2 and Linf. Copy this file: it needs only torch, and pyautoattack for
+AutoAttack.
 
-Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,), eps and step sizes in the same pixel units.
-`model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), Sec. A.1 (PGD-7), Sec. A.5
-(FGSM-RS).
+Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,); eps and step sizes have the unit of pixels.
+`model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), A.1 (PGD-7), A.5 (FGSM-RS).
 """
 import contextlib
 import logging
-import os
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -19,7 +16,7 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # standard AutoAttack
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Puts every module of the model into eval mode, and those that were training back at the end."""
+    """Puts the model into eval mode; at the end, modules that were in training mode go back to it."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -31,8 +28,7 @@ def eval_mode(model):
 
 @contextlib.contextmanager
 def fixed_weights(model):
-    """No parameter asks for a gradient inside: backward passes go to the input alone, and .grad stays as it
-    was."""
+    """Inside, no parameter asks for a gradient: backward passes go only to the input, and .grad stays."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
@@ -44,12 +40,12 @@ def fixed_weights(model):
 
 
 def l2_norm(delta):
-    """(N, C, H, W) -> (N, 1, 1, 1): the L2 norm of each example."""
+    """The L2 norm of each example: (N, C, H, W) -> (N, 1, 1, 1)."""
     return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def check_norm(norm):
-    """ValueError for a norm that is none of ours."""
+    """Raises ValueError for another norm than l2 and linf."""
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm {norm!r}: l2 or linf")
 
@@ -63,8 +59,7 @@ def project(delta, eps, norm):
 
 
 def ascent(grad, norm):
-    """The direction of steepest ascent of length 1 in `norm`: g / ||g||_2, or sign(g). Zero where the
-    gradient is."""
+    """The steepest ascent of length 1 in `norm`: g / ||g||_2, or sign(g). Zero for a zero gradient."""
     return grad.sign() if norm == "linf" else grad / l2_norm(grad).clamp_min(TINY)
 
 
@@ -80,24 +75,22 @@ def random_start(x, eps, norm, generator=None):
 
 
 def pgd_step(model, x, y, delta, eps, step_size, norm):
-    """One iteration of PGD: delta (N, C, H, W), which must ask for a gradient, after a step of steepest
-    ascent on the cross-entropy, the projection onto the eps-ball and the clamp of x + delta to [0, 1]."""
+    """One iteration of PGD: a step of steepest ascent on the cross-entropy, the projection onto the eps-ball,
+    the clamp of x + delta to [0, 1]. Returns the new delta (N, C, H, W). `delta` must ask for a gradient."""
     # Summed, not averaged: an example's gradient must not depend on the batch around it.
     loss = F.cross_entropy(model(x + delta).float(), y, reduction="sum")
-    # with respect to the input alone: no weight gradients are computed
-    grad, = torch.autograd.grad(loss, delta)
+    grad, = torch.autograd.grad(loss, delta)  # only of the input: no weight gradients are computed
     delta = project(delta.detach() + step_size * ascent(grad, norm), eps, norm)
     return (x + delta).clamp(0, 1) - x
 
 
 def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step, values=True):
-    """Projected gradient ascent on the cross-entropy (Madry et al. 2018; paper, A.1). Returns the last
-    iterate x + delta.
+    """Projected gradient ascent on the cross-entropy (Madry et al. 2018; A.1). Returns the last x + delta.
 
-    It starts at delta = `start` (say random_start(x, eps, norm)), or at 0. The model is attacked in eval
-    mode; its mode, parameters and their .grad are left as they were. An empty batch, eps = 0 and zero
-    gradients are valid. `step`: what does one iteration, say a compiled pgd_step. Raises ValueError as
-    check() does (`values` as there).
+    It starts at delta = `start`, for instance random_start(x, eps, norm), or at 0. The model is attacked in
+    eval mode; its mode, parameters and their .grad are left as they were. An empty batch, eps = 0 and zero
+    gradients are valid. `step` does one iteration, for instance a compiled pgd_step. Raises ValueError as
+    check() does, which explains `values`.
     """
     check(x, y, norm, eps, values)
     if start is not None and start.shape != x.shape:
@@ -116,8 +109,7 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd
 
 
 def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd_step, values=True):
-    """FGSM from a random start (Wong et al. 2020; paper, A.5): one step of 1.25 eps (or `step_size`),
-    projected."""
+    """FGSM from a random start (Wong et al. 2020; A.5): one projected step of 1.25 eps, or `step_size`."""
     check(x, y, norm, eps, values)
     start = random_start(x, eps, norm) if start is None else start
     step_size = 1.25 * eps if step_size is None else step_size
@@ -126,8 +118,7 @@ def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd
 
 
 class Watch(logging.Handler):
-    """Turns what pyautoattack logs into progress (debug lines) and into warnings, each kind of which is
-    passed on once."""
+    """Passes on what pyautoattack logs: debug lines to `progress`, each kind of warning once to `warn`."""
 
     def __init__(self, progress, warn):
         super().__init__()
@@ -145,8 +136,8 @@ class Watch(logging.Handler):
 
 
 def usable(attacks, n_classes):
-    """The attacks that exist for this many classes: apgd-t's loss needs four (AutoAttack, DLR loss). Raises
-    ValueError for none, and for names that are not in STANDARD."""
+    """Those of the attacks that exist for this many classes: apgd-t's DLR loss needs four. Raises ValueError
+    if none is left, and for names that are not in STANDARD."""
     found = [a for a in attacks if n_classes >= 4 or a != "apgd-t"]
     if not found or not set(attacks) <= set(STANDARD):
         raise ValueError(f"{' '.join(attacks) or 'no attack'} on {n_classes} classes: valid are "
@@ -155,8 +146,8 @@ def usable(attacks, n_classes):
 
 
 def check(x, y, norm, eps, values=True):
-    """ValueError unless x, y, norm and eps are what an attack takes. `values`: that x lies in [0, 1] too, for
-    which a GPU must be waited for."""
+    """Raises ValueError unless x, y, norm and eps are what an attack takes. `values`: check also that x lies
+    in [0, 1], for which one waits for a GPU."""
     check_norm(norm)
     if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps = {eps}: a finite number of 0 or more, pixels in [0, 1]")
@@ -169,12 +160,12 @@ def check(x, y, norm, eps, values=True):
         raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
 
 
-def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
-    """AutoAttack on one batch: (x_adv, clean, robust), clean and robust being bool (N,).
+def attack_batch(model, x, y, *, eps, norm, attacks, seed):
+    """AutoAttack on one batch. Returns (x_adv, clean, robust), the latter two bool (N,).
 
-    Raises FloatingPointError for logits that are not finite (the package would count them as robust),
-    ArithmeticError for an adversarial example outside the ball or the box and for a robust accuracy above the
-    clean one.
+    Raises FloatingPointError for logits that are not finite, which the package would count as robust, and
+    ArithmeticError if an adversarial example lies outside the ball or [0, 1], or if more examples are right
+    after the attack than before.
     """
     from pyautoattack import AutoAttack
     check(x, y, norm, eps)
@@ -196,14 +187,14 @@ def attack_chunk(model, x, y, *, eps, norm, attacks, seed):
     clean, right = logits.argmax(1) == y, predicted == y
     if right.sum() > clean.sum():
         raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
-                              f"{int(clean.sum())} that were right "
-                              f"before: the network does not give the same logits twice")
+                              f"{int(clean.sum())} that were right before: the network does not give the "
+                              "same logits twice")
     return x_adv, clean, clean & right
 
 
 @contextlib.contextmanager
 def listening(watch):
-    """Sends what pyautoattack logs to `watch` alone, and restores the logger."""
+    """Sends what pyautoattack logs only to `watch`, and restores the logger at the end."""
     log = logging.getLogger("auto-attack")
     before = log.level, log.propagate
     log.addHandler(watch)
@@ -217,54 +208,24 @@ def listening(watch):
         log.propagate = before[1]
 
 
-def keep(path, value):
-    """torch.save, whole or not at all: to a temporary file beside `path`, synced, and put in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(value, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {e}") from None
-
-
-def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0, folder=None, rank=0,
-               world=1,
+def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0,
                progress=lambda done, robust, text: None, warn=print):
     """AutoAttack (Croce and Hein 2020): which examples are right (clean) and stay right (robust), two bool
     (N,) on the CPU.
 
-    x: images, or anything whose slices x[i:j] are images. The examples are attacked in fixed chunks of
-    `batch_size`, chunk c seeded by seed + c: batch size and seed change the result, and belong beside it.
-    `folder` keeps finished chunks, from which a later call goes on: it belongs to this model, data and
-    settings alone. Of several processes, number `rank` of `world` does every world-th chunk; the flags of the
-    other chunks are False, so that a sum over the processes gives all. `progress(examples done, robust, what
-    is going on)`. Errors: as attack_chunk.
+    The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
+    they change the result. `progress(examples done, robust ones, text)` and `warn(text)` are called with what
+    the package logs. Raises what attack_batch does.
     """
-    flags = torch.zeros(2, len(y), dtype=torch.bool)  # clean, robust
+    clean, robust = (torch.zeros(len(y), dtype=torch.bool) for _ in range(2))
     device, done = next(model.parameters()).device, 0
-    watch = Watch(lambda text: progress(done, int(flags[1].sum()), text), warn)
-    chunks = list(enumerate(range(0, len(y), batch_size)))[rank::world]
+    watch = Watch(lambda text: progress(done, int(robust.sum()), text), warn)
     with listening(watch), fixed_weights(model), eval_mode(model):
-        for c, i in chunks:
-            part, kept = slice(i, i + batch_size), folder and Path(folder) / f"chunk{c:05d}.pt"
-            if kept and kept.exists():
-                try:
-                    flags[:, part] = torch.load(kept, weights_only=True)
-                except Exception as e:  # torch raises many kinds on a truncated file
-                    why = type(e).__name__
-                    raise OSError(f"{kept} is not a chunk of this evaluation ({why}): delete it") from None
-            else:
-                x_c, y_c = x[part].to(device, torch.float32), y[part].to(device)
-                _, clean, robust = attack_chunk(model, x_c, y_c, eps=eps, norm=norm, attacks=attacks,
-                                                seed=seed + c)
-                flags[:, part] = torch.stack([clean, robust]).cpu()
-                if kept:
-                    keep(kept, flags[:, part].clone())
+        for b, i in enumerate(range(0, len(y), batch_size)):
+            part = slice(i, i + batch_size)
+            _, clean_b, robust_b = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device),
+                                                eps=eps, norm=norm, attacks=attacks, seed=seed + b)
+            clean[part], robust[part] = clean_b.cpu(), robust_b.cpu()
             done += len(y[part])
-            progress(done, int(flags[1].sum()), "chunk done")
-    return flags[0], flags[1]
+            progress(done, int(robust.sum()), "batch done")
+    return clean, robust

@@ -1,10 +1,10 @@
-"""Times one training step of SAT for several |A|/N against the cost model 3 + 14 |A|/N and against others'
-steps, on this machine.
+"""Times one training step of SAT on this machine for several |A|/N, and compares it with the cost model
+3 + 14 |A|/N and with the steps of others.
 
     python bench.py --arch preactresnet18 --compile
-Files in: none (random images). Prints a table; --json FILE also writes it. Beside ours, in the same run and
-interleaved: a naive baseline (attack everything, weight gradients computed in the attack) and, if installed,
-torchattacks' PGDL2.
+Files in: none (random images). Prints a table; --json FILE also writes it. Timed in the same run, in turn
+with ours: a naive baseline (attacks everything and computes weight gradients in the attack) and, if
+installed, torchattacks' PGDL2.
 """
 import argparse
 import copy
@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-import common  # first: Ctrl-C while torch loads ends in one line
+import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ NAIVE, PEER = "naive", "torchattacks PGDL2"
 
 
 def command_line(argv=None):
-    """The command line."""
+    """Parses the command line."""
     parser = flags.Parser(prog="bench.py", usage="python bench.py [--flag VALUE ...]", description=__doc__,
                           formatter_class=flags.Help)
     parser.add_argument("--arch", choices=flags.ARCHS, default="preactresnet8", help="network")
@@ -41,20 +41,21 @@ def command_line(argv=None):
                         help="rounds over all kinds of steps; medians are printed")
     parser.add_argument("--compile", action="store_true",
                         help="time sat.py --compile's steps too (compiling takes minutes)")
-    parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto",
-                        help="time the steps under bf16 autocast too; auto: where the hardware multiplies in "
-                             "bf16")
+    parser.add_argument(
+        "--amp", choices=("auto", "off", "bf16"), default="auto",
+        help="time the steps under bf16 autocast too; auto: where the hardware multiplies in bf16")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     flags.add_flags(parser, "machine")
     args = parser.parse_args(argv)
     if 1.0 not in args.fractions:
-        raise UserError(f"--fractions {' '.join(map(str, args.fractions))} lacks 1, to which the others are "
-                        "compared")
+        raise UserError(f"--fractions {' '.join(map(str, args.fractions))} lacks 1, "
+                        "to which the others are compared")
     return args
 
 
 class Steps:
-    """One network, optimizer and data set of random images on a device, and the steps that are compared."""
+    """A network and a copy of it for the others' steps, with an optimizer each, random images, and the steps
+    that are compared."""
 
     def __init__(self, args, device):
         self.args, self.device, g = args, device, torch.Generator().manual_seed(0)
@@ -63,27 +64,27 @@ class Steps:
         self.split = datasets.Split(x, torch.randint(0, 10, (n,), generator=g)).to(device)
         torch.manual_seed(0)
         self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device).train()
-        # The others' code has its network in the default memory format.
+        # The others' code leaves its network in the default memory format.
         self.plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
-        self.optimizer, self.plain_optimizer = (sat.sgd(m, 0.01, 5e-4, device)
-                                                for m in (self.model, self.plain))
+        self.optimizer = sat.sgd(self.model, 0.01, 5e-4, device)
+        self.plain_optimizer = sat.sgd(self.plain, 0.01, 5e-4, device)
         self.todo, self.epoch = iter(()), 0
         how = {"attack": "pgd", "eps": 0.5, "step_size": 0.1, "steps": args.steps, "norm": "l2"}
-        attack = lambda compile: sat.training_attack(self.model, argparse.Namespace(**how, compile=compile),
-                                                     device)
-        # Of each kind the network that is trained and its attack; nothing is compiled before it is called.
+        attack = lambda compile: sat.training_attack(
+            self.model, argparse.Namespace(**how, compile=compile), device)
+        # {compile: (the network that is trained, its attack)}; nothing is compiled before its first call.
         self.kinds = {False: (self.model, attack(False)),
                       True: (sat.compiled(self.model, device), attack(True))}
 
     def batch(self):
-        """The next augmented batch, as training gets it."""
+        """The next batch, augmented as in training."""
         while (found := next(self.todo, None)) is None:
             self.todo = datasets.batches(self.split, self.args.batch_size, 0, self.epoch, "full", self.device)
             self.epoch += 1
         return found
 
     def ours(self, share, compile, amp):
-        """sat.py's step with the first `share` of the batch in A."""
+        """The step of sat.py, with the first `share` of the batch in A."""
         net, attack = self.kinds[compile]
         a = torch.arange(round(share * self.args.batch_size), device=self.device)
         w = torch.full((self.args.batch_size,), 1 / self.args.batch_size, device=self.device)
@@ -92,15 +93,15 @@ class Steps:
             sat.sat_step(net, self.optimizer, x, y, a, w, attack)
 
     def plain_step(self, x, y):
-        """A plain training step on x."""
+        """An ordinary training step on x."""
         self.plain.train()
         self.plain_optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(self.plain(x).float(), y).backward()
         self.plain_optimizer.step()
 
     def naive(self, amp):
-        """Attacks everything with loss.backward(), which computes the gradients of all weights in every
-        attack step."""
+        """A step that attacks the whole batch with loss.backward(), which computes the gradients of all
+        weights in every step of the attack."""
         x, y, _ = self.batch()
         x = x.contiguous()
         self.plain.eval()
@@ -114,7 +115,7 @@ class Steps:
             self.plain_step(x + delta, y)
 
     def peer(self, amp, module):
-        """The same step with torchattacks' PGDL2 on everything."""
+        """A step that attacks the whole batch with torchattacks' PGDL2."""
         x, y, _ = self.batch()
         self.plain.eval()
         attack = module.PGDL2(self.plain, eps=0.5, alpha=0.1, steps=self.args.steps, random_start=False)
@@ -122,7 +123,7 @@ class Steps:
             self.plain_step(attack(x.contiguous(), y), y)
 
     def flops(self):
-        """Floating-point operations of one forward pass of one example."""
+        """Floating-point operations of a forward pass of one example."""
         from torch.utils.flop_counter import FlopCounterMode
         with FlopCounterMode(display=False) as counter, torch.no_grad(), attacks.eval_mode(self.model):
             self.model(torch.zeros(1, 3, self.args.side, self.args.side, device=self.device))
@@ -130,16 +131,16 @@ class Steps:
 
 
 def rows_of(steps, args, device):
-    """What is timed: [{"step", "precision", "compile", "passes": the cost model's, "run": a function}]."""
+    """What to time: [{"step", "precision", "compile", "passes": by the cost model, "run": does the step}]."""
     found = []
-    for amp in dict.fromkeys(("off", {"float32": "off"}.get(sat.precision(args.amp, device), "bf16"))):
+    for amp in ["off", "bf16"] if sat.precision(args.amp, device) == "bf16" else ["off"]:
         row = {"precision": sat.precision(amp, device), "compile": False}
-        for compile in (False, True)[:1 + args.compile]:
+        for compile in [False, True] if args.compile else [False]:
             for share in sorted(set(args.fractions)):
                 found.append({**row, "step": f"|A|/N = {share:g}", "compile": compile,
                               "passes": 3 + 2 * args.steps * share,
                               "run": functools.partial(steps.ours, share, compile, amp)})
-        # Naive attack steps compute the weights' gradients too: a forward pass and two backward.
+        # A naive attack step also computes the weights' gradients: one forward pass and two backward passes.
         found.append({**row, "step": NAIVE, "passes": 3 + 3 * args.steps,
                       "run": functools.partial(steps.naive, amp)})
         try:
@@ -152,7 +153,7 @@ def rows_of(steps, args, device):
 
 
 def timed(run, device):
-    """Seconds of one step; on a GPU of 20 steps between two waits, since it runs ahead."""
+    """Seconds of one step. A GPU runs behind Python, so there 20 steps are timed between two waits for it."""
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     n = 20 if device.type == "cuda" else 1
     sync()
@@ -164,16 +165,21 @@ def timed(run, device):
 
 
 def measure(rows, steps, args, device):
-    """Times the rows in turn, round after round, so that a drift of the machine meets all alike. Completes
-    each row: seconds (median), images_per_s, GFLOP_per_s; and as medians over the rounds time_to_full, of the
-    same kind's |A| = N, and faster_than: how many times as fast as the naive step and as the peer's, both in
-    float32."""
+    """Times the rows in turn, round after round, so that a drift of the machine's speed affects all alike.
+
+    Adds to each row: seconds (median), images_per_s, GFLOP_per_s; as medians over the rounds time_to_full
+    (relative to |A| = N of the same precision and compile) and faster_than (how many times as fast as the
+    naive and the peer's step, both in float32); and model, what the cost model says of time_to_full.
+    """
     times = [[] for _ in rows]
     for r in common.progress(range(args.repeats + 1), desc="rounds"):
         for row, seconds in zip(rows, times):
-            seconds += [timed(row["run"], device)][:r]  # the first round warms up
+            elapsed = timed(row["run"], device)
+            if r > 0:  # the first round warms up
+                seconds.append(elapsed)
     kind = lambda row: (row["step"], row["precision"], row["compile"])
-    by_kind, flops = {kind(row): seconds for row, seconds in zip(rows, times)}, steps.flops()
+    by_kind = {kind(row): seconds for row, seconds in zip(rows, times)}
+    flops = steps.flops()
     ratio = lambda one, other: statistics.median(t / u for t, u in zip(one, other))
     for row, seconds in zip(rows, times):
         del row["run"]
@@ -189,9 +195,9 @@ def measure(rows, steps, args, device):
 
 
 def show(rows):
-    """Prints the rows."""
-    say(f"{'step':<34} {'images/s':>9} {'of |A|=N':>9} {'model':>6} {'GFLOP/s':>9}  times as fast as, in "
-        "float32")
+    """Prints the rows as a table."""
+    say(f"{'step':<34} {'images/s':>9} {'of |A|=N':>9} {'model':>6} {'GFLOP/s':>9}  "
+        "times as fast as, in float32")
     for r in rows:
         name = f"{r['step']}, {r['precision']}{', --compile' * r['compile']}"
         faster = ", ".join(f"{other} {x:.2f}" for other, x in r["faster_than"].items())
@@ -200,12 +206,11 @@ def show(rows):
 
 
 def main(argv=None):
-    """Times, prints, writes."""
+    """Times the steps, prints the table, and writes it with --json."""
     args = command_line(argv)
     device = common.set_up(args)
     setting = (f"{args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, "
-               "augmentation included, "
-               f"{common.device_name(device)}")
+               f"augmentation included, {common.device_name(device)}")
     say(f"one training step: {setting}, medians of {args.repeats} rounds")
     steps = Steps(args, device)
     result = {"setting": setting, "rounds": args.repeats, "torch": torch.__version__,

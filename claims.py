@@ -1,10 +1,11 @@
-"""The paper's claims as rows: what is contrasted, the paper's numbers, ours with an interval, and a verdict.
-report.py shows them.
+"""Tests the paper's claims against our runs. report.py shows the result.
 
-A claim "holds" when the 95 % interval (results.contrast: test examples and training together) lies where the
-claim puts it, is "contradicted" when it lies outside, and else "open". A claim that rests on one seed
-anywhere stays open.
+Each claim becomes a row with the paper's numbers, ours, and a verdict. It "holds" when the 95 % interval
+(results.contrast: noise of the test examples and of training) lies where the claim puts it, is "contradicted"
+when it lies outside, and is "open" otherwise. It also stays open if any of the settings that it compares was
+trained with one seed only.
 """
+import collections
 import json
 from dataclasses import replace
 
@@ -15,8 +16,8 @@ MARGIN = 3  # points that count as no difference ("competitive", "as robust as")
 
 
 def verdict(rule, interval, *sides):
-    """The verdict on an interval (value, low, high) by a rule: "above" 0; "within" the margin of 0; "not
-    below" it. `sides`: the runs on each side, of which a single seed allows no verdict."""
+    """The verdict on an interval (value, low, high) that should lie "above" 0, "within" -MARGIN to MARGIN, or
+    "not below" -MARGIN, as the rule says. `sides`: the runs on each side, of which it takes two or more."""
     _, low, high = interval
     holds = {"above": low > 0, "within": -MARGIN < low and high < MARGIN, "not below": low > -MARGIN}[rule]
     fails = {"above": high < 0, "within": low > MARGIN or high < -MARGIN, "not below": high < -MARGIN}[rule]
@@ -26,13 +27,13 @@ def verdict(rule, interval, *sides):
 
 
 def number(figure, data, line, share, kind="robust"):
-    """The paper's number for people, or "-"."""
+    """The number that the paper gives, as text, or "-"."""
     found = theirs(figure, data, line, share, kind)
     return "-" if found is None else f"{found:.1f}"
 
 
 def shares(runs):
-    """{|A|/N: {order: runs}} of ESAT runs, ascending."""
+    """{|A|/N: {order: runs}} of ESAT runs, with ascending |A|/N."""
     found = {}
     for r in sorted(runs, key=lambda r: r.share):
         found.setdefault(round(r.share, 3), {}).setdefault(r.order, []).append(r)
@@ -40,31 +41,29 @@ def shares(runs):
 
 
 def single_class(runs, none, seeds, ranking):
-    """(a) and (b): what robustness one attacked class gives to the classes that were never attacked."""
+    """Claims (a) and (b): how robust the classes become that were never attacked, when one other class is."""
     single = {c: rs for (c,), rs in grouped_by_class(runs).items()}
     if not single or not none:
         return
     classes = list(none[0].accuracy["classes"])
     others = {c: [k for k in classes if k != c] for c in single}
     gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], seeds) for c, rs in single.items()}
-    said = {c: verdict("above", gain[c], rs, none) for c, rs in single.items()}
+    verdicts = collections.Counter(verdict("above", gain[c], rs, none) for c, rs in single.items())
     told = results.published()["fig2"]["robust_B_val"]
     low, high = (f(told, key=told.get) for f in (min, max))
     of = lambda c: gain[c][0]
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes)",
            f"{told[low]:+.1f} ({low}) to {told[high]:+.1f} ({high})",
            " to ".join(f"{points(*gain[c])} ({c})" for c in (min(gain, key=of), max(gain, key=of))),
-           ", ".join(f"{v}: {n}" for v in dict.fromkeys(said.values())
-                     if (n := list(said.values()).count(v))) + " classes")
+           ", ".join(f"{v}: {n}" for v, n in verdicts.items()) + " classes")
     order = results.published()["class_order_hardest_first"]["cifar10"]
     hard, easy = (next((c for c in single if results.NAMES.get(c, c) == name), None)
                   for name in (order[0], order[-1]))
     if hard and easy:
         d = contrast([(1, single[hard], others[hard]), (-1, single[easy], others[easy])], seeds)
-        ranked = [row["class"] for row in (ranking or {}).get("classes_hardest_first", [])
-                  if row["class"] in single]
-        rho = results.spearman([-i for i in range(len(ranked))],
-                               [mean(single[c], "B_val")[0] for c in ranked]) if ranked else 0
+        rows = (ranking or {}).get("classes_hardest_first", [])
+        ranked = [row["class"] for row in rows if row["class"] in single]
+        rho = results.spearman(range(len(ranked), 0, -1), [mean(single[c], "B_val")[0] for c in ranked])
         more = f"; Spearman of difficulty and B_val over {len(ranked)} classes {rho:+.2f}" * (len(ranked) > 2)
         yield (f"(b) the hardest class ({hard}) gives B_val more than the easiest ({easy})",
                f"{told[order[0]]:.1f}, {told[order[-1]]:.1f}: {told[order[0]] - told[order[-1]]:+.1f}",
@@ -73,7 +72,7 @@ def single_class(runs, none, seeds, ranking):
 
 
 def grouped_by_class(runs):
-    """{(class,): runs} of CSAT on one named class."""
+    """{(class,): runs} of the CSAT runs whose A is a single named class."""
     found = {}
     for r in runs:
         if r.order == "named" and len(r.A_classes) == 1:
@@ -82,12 +81,12 @@ def grouped_by_class(runs):
 
 
 def two(one, other, part="all", kind="robust"):
-    """Two means for people."""
+    """Two mean accuracies (percent) as text."""
     return f"{mean(one, part, kind)[0]:.1f}, {mean(other, part, kind)[0]:.1f}"
 
 
 def examples(runs, none, full, seeds, data):
-    """(c), (d) and (h): ESAT."""
+    """Claims (c), (d) and (h), on ESAT."""
     at = shares([r for r in runs if r.split == "esat" and r.metric == "entropy"])
     half = at.get(0.5, {}).get("hardest")
     if half and none and full:
@@ -106,18 +105,17 @@ def examples(runs, none, full, seeds, data):
     for share, orders in list(at.items())[:1]:
         if {"hardest", "easiest", "random"} <= set(orders):
             hard, easy, chance = (orders[o] for o in ("hardest", "easiest", "random"))
-            d, e = (contrast([(1, one, None), (-1, other, None)], seeds)
-                    for one, other in ((hard, easy), (chance, hard)))
+            d = contrast([(1, hard, None), (-1, easy, None)], seeds)
+            e = contrast([(1, chance, None), (-1, hard, None)], seeds)
             told = [number("fig6", data, line, share) for line in ("hardest", "easiest", "random")]
             yield (f"(d) at \\|A\\|/N = {share:g} hardest beats easiest", f"{told[0]}, {told[1]}",
-                   f"{two(hard, easy)}: {points(*d)}",
-                   verdict("above", d, hard, easy))
+                   f"{two(hard, easy)}: {points(*d)}", verdict("above", d, hard, easy))
             yield (f"(d) at \\|A\\|/N = {share:g} random is competitive: within {MARGIN} points of hardest",
-                   f"{told[2]}, {told[0]}",
-                   f"{two(chance, hard)}: {points(*e)}", verdict("within", e, chance, hard))
-    small, large = (next((at[s] for s in order if {"hardest", "easiest"} <= set(at[s])), {})
-                    for order in (at, list(at)[::-1]))
-    if small and small is not large:
+                   f"{told[2]}, {told[0]}", f"{two(chance, hard)}: {points(*e)}",
+                   verdict("within", e, chance, hard))
+    both = [orders for orders in at.values() if {"hardest", "easiest"} <= set(orders)]
+    if len(both) > 1:
+        small, large = both[0], both[-1]
         sides = [small["hardest"], small["easiest"], large["hardest"], large["easiest"]]
         d = contrast([(w, rs, None) for w, rs in zip((1, -1, -1, 1), sides)], seeds)
         a, b = (rs[0].share for rs in sides[::2])
@@ -125,27 +123,26 @@ def examples(runs, none, full, seeds, data):
         yield (f"(h) the gain of hard over easy shrinks as \\|A\\| grows ({a:.1f} against {b:.1f})",
                ", ".join(f"{x - y:+.1f}" for x, y in told) if all(map(all, told)) else "-",
                f"{mean(sides[0])[0] - mean(sides[1])[0]:+.1f}, {mean(sides[2])[0] - mean(sides[3])[0]:+.1f}: "
-               f"{points(*d)}",
-               verdict("above", d, *sides))
+               f"{points(*d)}", verdict("above", d, *sides))
 
 
 def clean_against_robust(runs, none, full, seeds, data):
-    """(e): clean accuracy falls as robust accuracy rises."""
+    """Claim (e): clean accuracy falls as robust accuracy rises."""
     if none and full:
         d = contrast([(1, none, None), (-1, full, None)], seeds, "clean")
-        line = [rs for rs in grouped([r for r in runs if r.split in ("none", "full", "esat")
-                                      and r.metric == "entropy"], "kind").values()]
-        rho = results.spearman(*([mean(rs, "all", kind)[0] for rs in line] for kind in ("robust", "clean")))
+        line = [r for r in runs if r.split in ("none", "full", "esat") and r.metric == "entropy"]
+        settings = grouped(line, "kind").values()
+        robust, clean = ([mean(rs, "all", kind)[0] for rs in settings] for kind in ("robust", "clean"))
+        rho = results.spearman(robust, clean)
         told = [number("fig6", data, "hardest", s, "clean") for s in (0.1, 0.9)]
         yield ("(e) clean accuracy falls as robust accuracy rises (no AT minus AT, clean)",
                f"ESAT hardest {told[0]} (10 %) to {told[1]} (90 %)",
                f"{two(none, full, kind='clean')}: {points(*d)}; Spearman of robust and clean over "
-               f"{len(line)} settings {rho:+.2f}",
-               verdict("above", d, none, full))
+               f"{len(settings)} settings {rho:+.2f}", verdict("above", d, none, full))
 
 
 def transfers(runs, seeds, data):
-    """(f) the weights in S-CSAT, and (g) S-ESAT on 30 % against full AT."""
+    """Claims (f), on the weights in S-CSAT, and (g), on S-ESAT with 30 % against full AT."""
     csat = pick(runs, split="csat", order="hardest", metric="entropy")
     for (share,), found in sorted(grouped(csat, "share").items()):
         by = {w: pick(found, weight=w) for w in ("emphasis", "balanced", "vanilla")}
@@ -162,16 +159,15 @@ def transfers(runs, seeds, data):
         d = contrast([(1, third, None), (-1, full, None)], seeds)
         yield (f"(g) S-ESAT on the hardest 30 % transfers as robustly as AT (at most {MARGIN} points less)",
                f"{number('fig8', data, 'hardest', 0.3)}, {number('fig8', data, 'AT', 1)}",
-               f"{two(third, full)}: {points(*d)}",
-               verdict("not below", d, third, full))
+               f"{two(third, full)}: {points(*d)}", verdict("not below", d, third, full))
 
 
 def claims(runs, ranks):
-    """{(data, group): (rows (claim, paper, ours, verdict), the Noise)} of the runs on CIFAR-10, and of
-    transfers to it."""
+    """{(data, group): (rows (claim, paper, ours, verdict), Noise)} of the runs on CIFAR-10 or its smaller
+    part, and of the transfers from CIFAR-100 to it."""
     tables = {}
-    for (data, group), all_ in sorted(grouped(runs, "data", "group").items(),
-                                      key=lambda item: "->" in item[0][0]):
+    transfers_last = sorted(grouped(runs, "data", "group").items(), key=lambda item: "->" in item[0][0])
+    for (data, group), all_ in transfers_last:
         told = results.base(data)
         if told not in ("cifar10", "cifar100->cifar10"):
             continue
@@ -180,28 +176,31 @@ def claims(runs, ranks):
         seeds, clean = noise(mine), noise(mine, "clean")
         used = {r.ranking for r in mine} - {""}
         ranking = next((r for r in ranks if used & set(r.get("scores", {}).values())), None)
-        rows = [*transfers(mine, seeds, told)] if "->" in data else [
-            *single_class(mine, none, seeds, ranking), *examples(mine, none, full, seeds, told),
-            *clean_against_robust(mine, none, full, clean, told)]
+        if "->" in data:
+            rows = list(transfers(mine, seeds, told))
+        else:
+            rows = [*single_class(mine, none, seeds, ranking), *examples(mine, none, full, seeds, told),
+                    *clean_against_robust(mine, none, full, clean, told)]
         if rows:
             tables[data, group] = sorted(rows, key=lambda row: row[0][:3]), seeds
     return tables
 
 
 def precisions(runs):
-    """{(data, group): rows (setting, seeds, kind, float32, bf16, bf16 minus float32)} of settings that were
-    trained in both."""
+    """{(data, setting as text): rows (run, seeds, kind, float32, bf16, bf16 minus float32)} of the runs that
+    were trained in both precisions."""
     tables = {}
     both = [replace(r, group=r.precision) for r in runs]
     for (data, _), same in by_setting(both).items():
         rows, noises = [], {kind: noise(same, kind) for kind in ("robust", "clean")}
         for pair in grouped([replace(r, group="") for r in same], "kind").values():
             full, half = (pick(pair, precision=p) for p in ("float32", "bf16"))
-            for kind in ("robust", "clean") if full and half else ():
+            if not full or not half:
+                continue
+            one = pair[0]
+            name = {"none": "no AT", "full": "AT"}.get(one.split, f"{one.split} {one.order} {one.share:.2g}")
+            for kind in ("robust", "clean"):
                 d = contrast([(1, half, None), (-1, full, None)], noises[kind], kind)
-                name = {"none": "no AT", "full": "AT"}.get(pair[0].split,
-                                                           f"{pair[0].split} {pair[0].order} "
-                                                           f"{pair[0].share:.2g}")
                 rows.append((name, f"{len(full)} and {len(half)}", kind,
                              *(f"{mean(rs, 'all', kind)[0]:.1f}" for rs in (full, half)), points(*d)))
         if rows:
@@ -210,7 +209,7 @@ def precisions(runs):
 
 
 def by_setting(runs):
-    """{(data, its setting as text): runs}."""
+    """{(data, the setting as JSON): runs}."""
     found = {}
     for r in runs:
         found.setdefault((r.data, json.dumps(r.setting, sort_keys=True)), []).append(r)

@@ -1,7 +1,4 @@
-"""What the scripts share: run directories, device, torchrun set-up, atomic files, errors and progress.
-
-Admission rule for this file: three callers, no mathematics.
-"""
+"""What the scripts share besides mathematics: run folders and their locks, atomic files, torchrun, errors."""
 import contextlib
 import datetime
 import fcntl
@@ -15,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+
 def quiet(kind, value, trace, before=sys.excepthook):
     """An excepthook: Ctrl-C while the scripts are still importing ends in one line."""
     if kind is KeyboardInterrupt:
@@ -24,16 +22,16 @@ def quiet(kind, value, trace, before=sys.excepthook):
 
 
 sys.excepthook = quiet
-LOCKS = {}  # of the runs that this process makes: {path: file}
+LOCKS = {}  # {path: file} of the runs that this process makes
 HERE = Path(__file__).resolve().parent
-# Flags that say where and how fast, not what: they do not belong to a run's identity.
+# Flags that say where a run is made and how fast, not what it is.
 NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "data_dir", "results", "run",
                 "force", "own_scores"}
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: printed as one line, exit code 2, no traceback. A ValueError for those who
-    import us."""
+    """A mistake that the user can mend: the scripts print it as one line and exit with 2. For code that
+    imports them it is a ValueError."""
 
 
 def identity(args):
@@ -42,19 +40,17 @@ def identity(args):
 
 
 def run_dir(args, lead, told, done="result.json"):
-    """The folder results/<dataset>/<name> of a run, and whether it is finished (the file `done` is there).
+    """The folder results/<dataset>/<name> of a run, and whether it is finished (has the file `done`).
 
-    The name is made of the words in `lead`, of every other flag that differs from the config, and of the
-    seed; `told` are the flags that `lead` speaks of. Raises UserError when the folder was made with other
-    flags.
+    The name consists of the words in `lead`, of every flag that differs from the config and is not in `told`
+    (those that `lead` speaks of), and of the seed. Raises UserError if the folder was made with other flags.
     """
     text = lambda v: "+".join(map(str, v)) if isinstance(v, list) else v
     extra = [f"{k.replace('_', '-')}={text(v)}" for k, v in identity(args).items()
              if k not in {*told, "seed", "dataset", "checkpoint"} and v != args.base.get(k)]
     plain = "-".join([*map(str, lead), *extra])
     name = re.sub(r"[^A-Za-z0-9_.+=-]+", "_", plain)
-    # other letters, so that names stay distinct; a file system's names end at 255
-    if name != plain or len(name) > 180:
+    if name != plain or len(name) > 180:  # names stay distinct, and below a file system's 255 letters
         name = f"{name[:160]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
     folder = args.results / args.dataset / (args.run or f"{name}-seed{args.seed}")
     check_flags(folder, args)
@@ -77,13 +73,16 @@ def differing(there, now):
 
 
 def claim(folder):
-    """Locks a run for as long as this process lives, so that two equal commands do not write into one folder.
-    Alone, it waits for the other process; under torchrun that is a UserError."""
+    """Locks a run's folder for as long as this process lives, so that two equal commands do not both write
+    to it. Waits for another process that has it; under torchrun that is a UserError."""
     path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
     if path in LOCKS:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = LOCKS[path] = open(path, "w")  # closed, and so unlocked, with the process
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = LOCKS[path] = open(path, "w")  # closed, and so unlocked, with the process
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; name another folder with --results") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,10 +94,10 @@ def claim(folder):
 
 
 def start_run(folder, args, done="result.json"):
-    """Locks and makes the run's folder (rank 0) with its args.json. Whether another process has finished it
-    meanwhile.
+    """Locks and makes the run's folder with its args.json, on rank 0. Returns whether another process has
+    finished the run meanwhile.
 
-    With --force an earlier run is put aside, as .old-<run>, until end_run: a repeat that fails loses nothing.
+    With --force an earlier run is kept as .old-<run> until end_run: a repeat that fails loses nothing.
     """
     if rank() == 0:
         claim(folder)
@@ -122,7 +121,7 @@ def start_run(folder, args, done="result.json"):
 
 
 def end_run(folder):
-    """Deletes what start_run put aside (rank 0): the new run is whole."""
+    """Deletes the earlier run that start_run kept, on rank 0: the new one is whole."""
     if rank() == 0:
         shutil.rmtree(folder.with_name(f".old-{folder.name}"), ignore_errors=True)
 
@@ -141,10 +140,10 @@ def atomic(path, write):
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         if isinstance(e, (OSError, RuntimeError)):  # torch.save turns the first into the second
-            why = getattr(e, "strerror", None) or getattr(e.__context__, "strerror",
-                                                          None) or " ".join(str(e).split())[:100]
-            why += " (finished work is kept: mend it and start again)"
-            raise UserError(f"cannot write {path}: {why}") from None
+            named = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
+            why = named or " ".join(str(e).split())[:100]
+            raise UserError(f"cannot write {path}: {why} (finished work is kept: mend it and start "
+                            "again)") from None
         raise
 
 
@@ -154,7 +153,7 @@ def write_json(path, value):
 
 
 def read_json(path, keys=()):
-    """Reads a JSON file; UserError when it is none, or no dict that has `keys`."""
+    """Reads a JSON file. Raises UserError if it is none, or not a dict with `keys`."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -179,8 +178,8 @@ def save_epoch(run, checkpoint, log):
 
 
 def load(path, keys=()):
-    """torch.load of plain types and tensors (weights_only, on the CPU): a dict that has `keys`, else a
-    UserError."""
+    """torch.load of plain types and tensors (weights_only, on the CPU). Raises UserError for a file that is
+    missing, truncated, foreign, or not a dict with `keys`."""
     import torch
     try:
         value = torch.load(path, weights_only=True, map_location="cpu")
@@ -222,38 +221,37 @@ def all_sum(tensor, op="SUM"):
 
 
 def set_up(args):
-    """Device, threads and, under torchrun, the process group (nccl on GPUs, gloo on CPUs). Returns the
-    device."""
+    """Sets the device, the threads and, under torchrun, the process group (nccl on GPUs, gloo on CPUs).
+    Returns the device."""
     import torch
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK",
-                                                   0))) if kind == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
     if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} "
                             "GPUs: start one a GPU, or --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
-    compilers = [os.environ.get("CC", "gcc"), "clang"] if kind == "cuda" else [os.environ.get("CXX", "g++"),
-                                                                               "clang++"]
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if kind == "cuda":  # Triton compiles C
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
     if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
         raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
-                        "install one, or leave "
-                        "--compile out")
+                        "install one, or leave --compile out")
     if args.threads:
         torch.set_num_threads(args.threads)
     if world() > 1 and not torch.distributed.is_initialized():
-        # Others wait while rank 0 downloads or packs data, and for the slowest chunk of AutoAttack: far
-        # longer than the default.
+        # The others wait while rank 0 downloads data, and for the slowest chunk of AutoAttack: hours.
         how = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
         torch.distributed.init_process_group(**how, timeout=datetime.timedelta(hours=12))
     return device
 
 
 def device_name(device):
-    """What a result calls the device it ran on."""
+    """The device's name, as results give it."""
     import torch
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -261,15 +259,14 @@ def device_name(device):
 
 
 def remove(folder):
-    """Deletes a folder of AutoAttack chunks that a finished evaluation no longer needs (rank 0, when all are
-    through)."""
+    """Deletes a folder, on rank 0 and when all processes are through."""
     barrier()
     if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def say(text):
-    """Prints a line, on rank 0 alone."""
+    """Prints a line, only on rank 0."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -282,25 +279,25 @@ def progress(steps, **how):
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised by SIGTERM and Ctrl-C: the signal's number is its argument."""
+    """Raised by SIGTERM and Ctrl-C. Its argument is the signal's number."""
 
 
 def stop(number, frame):
-    """A signal handler."""
+    """A signal handler that raises Stopped."""
     raise Stopped(number)
 
 
 def outcome(main):
-    """Runs main(): the exit code, and one line on stderr for a user's mistake (2), a signal (128 + its
-    number) or a lost process (1)."""
+    """Runs main() and returns the exit code. A user's mistake (2), a signal (128 + its number) and a lost
+    process (1) end in one line on stderr."""
     who = f"[rank {rank()}] " if rank() else ""
     try:
         main()
         barrier()
         return 0
     except (UserError, OSError) as e:
-        if rank():
-            # a mistake that all processes find is told by rank 0; torchrun then ends the others
+        if rank():  # a mistake that all processes find is told by rank 0; torchrun then ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         print(f"error: {who}{e}", file=sys.stderr)
         return 2
@@ -310,12 +307,12 @@ def outcome(main):
                   "AutoAttack chunk", file=sys.stderr)
         return 128 + e.args[0]
     except RuntimeError as e:
-        if world() == 1 or not any(word in str(e)
-                                   for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
+        lost = ("gloo", "NCCL", "Connection closed", "Connection reset")
+        if world() == 1 or not any(word in str(e) for word in lost):
             raise
-        print(f"error: {who}another process of this run is gone, or was never reached "
-              f"({' '.join(str(e).split())[:100]}); the same command "
-              "goes on from the last whole epoch", file=sys.stderr)
+        why = " ".join(str(e).split())[:100]
+        print(f"error: {who}another process of this run is gone, or was never reached ({why}); the same "
+              "command goes on from the last whole epoch", file=sys.stderr)
         return 1
 
 
@@ -324,8 +321,7 @@ def script(main):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     code = outcome(main)
-    # at once: when Python clears up, gloo's threads now and then abort a process that has done its work
-    if world() > 1:
+    if world() > 1:  # at once: gloo's threads now and then abort a process while Python shuts down
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

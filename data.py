@@ -1,16 +1,16 @@
-"""The data sets as the scripts use them: the fixed 10 % / 90 % split of the test set, the augmentation of
-Fig. 9, batches.
+"""Serves the data sets to the scripts: the fixed 10 % / 90 % split of the test set, the augmentation of
+Fig. 9, and batches.
 
-    python data.py NAME --data-dir DIR    # reads (and checks) every image; keeps small ones as <name>.pt
-Files in: those that sources.py lists. Batches are (x, y, index): images in [0, 1], labels, positions in the
-training set.
+    python data.py NAME --data-dir DIR    # lists unreadable images; saves small images as <name>.pt
+Files in: those that sources.py describes. Batches are (x, y, index): images in [0, 1], labels, positions in
+the training set.
 """
 import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import common  # first: Ctrl-C while torch loads ends in one line
+import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -19,15 +19,15 @@ import flags
 import sources
 from common import UserError, barrier, rank, say, world
 
-SPLIT_SEED = 90622  # of the one permutation of the test set; never a run's own seed
-# mean and std for streamed sets, whose pixels are not all read
+SPLIT_SEED = 90622  # of the only permutation of the test set, which does not depend on the seed of a run
+# Mean and standard deviation of ImageNet, for streamed images, because reading all of them would take long.
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 class Files(Dataset):
-    """Images on disk, read by (index, seed) as uint8 (3, side, side): with a seed, a random crop resized as
-    in torchvision's RandomResizedCrop; with None the test view, shortest side 256 and centre crop 224 (Fig.
-    9)."""
+    """Images on disk, read by (index, seed) as uint8 (3, side, side), as in Fig. 9. With a seed: a random
+    crop, resized as in torchvision's RandomResizedCrop. With None, the test view: for side 224, the shortest
+    side is resized to 256 and the centre is cropped."""
 
     def __init__(self, paths, side=224, workers=0):
         self.paths, self.side, self.shape = paths, side, (len(paths), 3, side, side)
@@ -37,7 +37,7 @@ class Files(Dataset):
         return len(self.paths)
 
     def __getstate__(self):
-        return {**self.__dict__, "loader": None}  # what a worker needs, where workers are not forked
+        return {**self.__dict__, "loader": None}  # for workers that are not forked and get a pickled copy
 
     def __getitem__(self, item):
         from torchvision.transforms import RandomResizedCrop
@@ -54,23 +54,23 @@ class Files(Dataset):
         return T.pil_to_tensor(image)
 
     def load(self, batches):
-        """Yields a uint8 tensor (n, 3, side, side) for each list of (index, seed) in `batches`, read ahead by
-        the workers, which live from the first call to the last (starting them takes seconds)."""
+        """Yields a uint8 tensor (n, 3, side, side) for each list of (index, seed) in `batches`. The workers
+        read ahead. They are kept for later calls, because starting them takes seconds."""
         if self.loader is None:
-            self.loader = DataLoader(self, batch_sampler=self.todo, num_workers=self.workers,
-                                     persistent_workers=self.workers > 0,
-                                     pin_memory=torch.cuda.is_available())
+            self.loader = DataLoader(
+                self, batch_sampler=self.todo, num_workers=self.workers, persistent_workers=self.workers > 0,
+                pin_memory=torch.cuda.is_available())
         self.todo[:] = batches
         try:
             yield from self.loader
-        except UserError as e:  # a worker's error arrives with its traceback
+        except UserError as e:  # the message of a worker's error is its traceback
             self.loader = None
             raise UserError(str(e).splitlines()[-1].removeprefix("common.UserError: ")) from None
 
 
 @dataclass
 class Split:
-    """Images x, a uint8 tensor (N, C, H, W) or Files, with labels y, int64 (N,)."""
+    """Images x, a uint8 tensor (N, C, H, W) or Files, and labels y, int64 (N,)."""
     x: object
     y: torch.Tensor
 
@@ -91,36 +91,35 @@ class Split:
         return found.to(device).float().div_(255)
 
     def to(self, device):
-        """The same with the images on `device`; labels and indices stay on the CPU, where batches are
-        dealt."""
+        """The split with images in memory moved to `device`. Labels and indices stay on the CPU, where the
+        batches are made."""
         return self if self.streamed else Split(self.x.to(device), self.y)
 
 
 @dataclass
 class DataSet:
-    """A training and a test split with the names of the classes."""
+    """A training and a test split, and the names of the classes."""
     name: str
     train: Split
     test: Split
     classes: list
 
     def fingerprint(self):
-        """What must agree for scores and checkpoints to belong to this data: counts, classes, hash of the
-        labels."""
+        """What must agree for scores and checkpoints to belong to these data: name, counts, classes and a
+        hash of the labels."""
         labels = self.train.y.numpy().tobytes() + self.test.y.numpy().tobytes()
         labels = hashlib.sha256(labels).hexdigest()[:16]
         return {"name": self.name, "train": len(self.train), "test": len(self.test),
-                "classes": list(self.classes),
-                "labels": labels}
+                "classes": list(self.classes), "labels": labels}
 
     def mean_std(self):
-        """Per-channel mean and standard deviation of the training pixels, two lists of C, for the model's
-        first layer."""
+        """Mean and standard deviation of the training pixels in each channel, two lists of C, for the first
+        layer of the network."""
         if self.train.streamed:
             return IMAGENET
         x = self.train.x
-        counts = torch.stack([torch.bincount(x[:, c].flatten().int(), minlength=256)
-                              for c in range(x.shape[1])]).double().cpu()
+        counts = [torch.bincount(x[:, c].flatten().int(), minlength=256) for c in range(x.shape[1])]
+        counts = torch.stack(counts).double().cpu()
         values, total = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
         mean = (counts * values).sum(1) / total
         std = ((counts * values**2).sum(1) / total - mean**2).clamp_min(1e-12).sqrt()
@@ -128,8 +127,8 @@ class DataSet:
 
 
 def get(name, data_dir, device="cpu", side=224, workers=0):
-    """The data set `name`, small images on `device`. Rank 0 finds (or downloads) it first, the others read
-    what it wrote."""
+    """The data set `name`, with images in memory on `device`. Rank 0 reads (or downloads) it first; then the
+    others read what it saved."""
     if rank() > 0:
         barrier()
     train, test, classes = sources.find(name, Path(data_dir))
@@ -141,39 +140,38 @@ def get(name, data_dir, device="cpu", side=224, workers=0):
 
 
 def check_fingerprint(data, other, what):
-    """UserError unless `other`, the fingerprint found in `what`, is that of `data`."""
+    """UserError unless `other`, the fingerprint stored in `what`, equals that of `data`."""
     mine = data.fingerprint()
     differ = [f"{k}: {other.get(k)} there, {v} here" for k, v in mine.items() if other.get(k) != v]
     if differ:
-        raise UserError(f"{what} belongs to other data ({'; '.join(differ)[:300]}): remake it from this "
-                        "data, or find its data")
+        raise UserError(f"{what} belongs to other data ({'; '.join(differ)[:300]}): "
+                        "remake it from this data, or find its data")
 
 
 def check_batch(data, batch_size):
-    """UserError unless a whole batch fits into the training set, each process gets a part of it, and the test
-    set can be parted."""
+    """UserError unless the training set holds a whole batch, each process gets a part of it, and the test set
+    can be split."""
     selection_and_final(len(data.test))
     if not world() <= batch_size <= len(data.train):
         raise UserError(f"--batch-size {batch_size} with {world()} processes and {len(data.train)} training "
-                        "images of "
-                        f"{data.name}: it must be {world()} to {len(data.train)}")
+                        f"images of {data.name}: it must be {world()} to {len(data.train)}")
 
 
 def selection_and_final(n):
-    """Indices of the 10 % of the n test examples that select checkpoints, and of the 90 % that are reported
-    (Sec. 4)."""
+    """Indices of the 10 % of the n test examples that select checkpoints, and of the other 90 %, on which
+    accuracies are reported (Sec. 4)."""
     if n < 2:
-        raise UserError(f"the test set has {n} image: at least 2 are needed, to select a checkpoint and to "
-                        "report on")
+        raise UserError(f"the test set has {n} image: at least 2 are needed, "
+                        "to select a checkpoint and to report on")
     order, k = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED)), max(1, round(0.1 * n))
     return order[:k], order[k:]
 
 
 def draw(b, shape, how, streamed, generator):
-    """Augmentation parameters of b examples of `shape` (..., H, W), drawn on the CPU: tensors whose first
-    dimension is b. `how`: "full" (Fig. 9), "crop" (the crop alone), "none" (nothing to draw: {}).
+    """Augmentation parameters of b examples of `shape` (..., H, W), drawn on the CPU, as {name: tensor (b,
+    ...)}. `how`: "full" (Fig. 9), "crop" (only the crop) or "none" ({}).
 
-    Streamed images are cropped where they are read, by a "seed" each, and jittered less (Fig. 9, right).
+    Streamed images are cropped when they are read, each by a "seed", and jittered less (Fig. 9, right).
     """
     pad = shape[-1] // 8  # 4 for 32x32 (Fig. 9), 1 for 8x8
     if how == "none":
@@ -191,23 +189,24 @@ def draw(b, shape, how, streamed, generator):
 
 
 def jitter(x, factor, order):
-    """Colour jitter of x (N, C, H, W): brightness, contrast and saturation by factor (N, 3), in each
-    example's own order (N, 3). Each is the blend f x + (1 - f) base, with base black, the example's mean grey
-    and its grey image."""
+    """Colour jitter of x (N, C, H, W): brightness, contrast and saturation by factor (N, 3), for each example
+    in its own order (N, 3). Each is a blend f x + (1 - f) base, where base is black for brightness, the mean
+    grey of the example for contrast, and its grey image for saturation."""
     luma = (0.299, 0.587, 0.114) if x.shape[1] == 3 else (1 / x.shape[1],) * x.shape[1]
     for step in range(3):
         kind = order[:, step].view(-1, 1, 1, 1)
         f = factor.gather(1, order[:, step:step + 1]).view(-1, 1, 1, 1)
-        # a tensor of weights would make a GPU wait for its copy
+        # A sum over the channels: a tensor of weights would make the GPU wait until it is copied there.
         grey = sum(w * x[:, c:c + 1] for c, w in enumerate(luma))
-        base = torch.where(kind == 2, grey, torch.where(kind == 1, grey.mean((2, 3), keepdim=True), 0.0))
+        base = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), 0.0)
+        base = torch.where(kind == 2, grey, base)
         x = (f * x + (1 - f) * base).clamp(0, 1)
     return x
 
 
 def augment(x, params):
-    """Applies draw()'s parameters to x (N, C, H, W) in [0, 1], each example its own: crop, flip, jitter,
-    rotation (Fig. 9)."""
+    """Applies draw()'s parameters to x (N, C, H, W) in [0, 1], to each example its own: crop, flip, colour
+    jitter and rotation, in this order (Fig. 9)."""
     n, _, h, w = x.shape
     each = torch.arange(n, device=x.device)[:, None, None]
     if "crop" in params:
@@ -226,29 +225,29 @@ def augment(x, params):
 
 
 def epoch_order(n, batch_size, seed, epoch):
-    """The batches of an epoch as positions in the training set, (steps, batch_size), an incomplete last one
-    dropped, and the generator that drew them from (seed, epoch)."""
+    """The batches of an epoch as positions in the training set, (steps, batch_size), without an incomplete
+    last batch; and the generator that drew them from (seed, epoch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator)[:n // batch_size * batch_size].view(-1,
-                                                                                      batch_size), generator
+    order = torch.randperm(n, generator=generator)[:n // batch_size * batch_size]
+    return order.view(-1, batch_size), generator
 
 
 def batches(split, batch_size, seed, epoch, how, device):
-    """The training batches of an epoch (epoch_order): x (b, C, H, W) augmented and on `device`, in
-    channels_last, which convolutions like best; y (b,) there too; index (b,) on the CPU.
+    """The training batches of an epoch (epoch_order): x (b, C, H, W), augmented, on `device` and in
+    channels_last, in which convolutions are fastest; y (b,), on `device` too; index (b,), on the CPU.
 
-    Order and augmentation are drawn from (seed, epoch) for the whole epoch, and of each batch every process
-    takes its slice: a resumed run, or another number of processes, sees the same.
+    Order and augmentation are drawn from (seed, epoch) for the whole epoch, and each process takes its slice
+    of every batch: a resumed run, or one with another number of processes, sees the same batches.
     """
     order, generator = epoch_order(len(split), batch_size, seed, epoch)
     n, order = order.numel(), order.flatten()
     params = draw(n, split.x.shape, how, split.streamed, generator)
-    # (steps, b): this process's part of each batch
+    # (steps, b): the places of this process's slice of each batch in `order`
     mine = torch.arange(n).view(-1, batch_size).tensor_split(world(), 1)[rank()]
     if split.streamed:
         seeds = params.pop("seed")[mine].tolist() if params else [[None] * mine.shape[1]] * len(mine)
         read = split.x.load([list(zip(index.tolist(), s)) for index, s in zip(order[mine], seeds)])
-    # One copy an epoch of what was drawn, none a step: small copies would stall a GPU that runs ahead.
+    # What was drawn is copied once an epoch: a small copy in every step would make a GPU wait for the CPU.
     y, params = split.y[order].to(device), {k: v.to(device) for k, v in params.items()}
     there = order.to(device)
     for part in mine:
@@ -260,7 +259,7 @@ def batches(split, batch_size, seed, epoch, how, device):
 
 
 def ordered(split, index, batch_size, device):
-    """Un-augmented batches (x, y, index) of the examples `index`, in that order."""
+    """Batches (x, y, index) of the examples `index`, in that order and not augmented."""
     parts = index.split(batch_size)
     read = split.x.load([[(i, None) for i in part.tolist()] for part in parts]) if split.streamed else None
     for part in parts:
@@ -269,7 +268,7 @@ def ordered(split, index, batch_size, device):
 
 
 def check_images(paths, name):
-    """Reads every image, names each that cannot be read; UserError if there are any."""
+    """Reads every image and prints those that cannot be read; UserError if there are any."""
     bad = 0
     for path in common.progress(paths, desc=f"checking {name}", unit="image"):
         try:
@@ -282,7 +281,7 @@ def check_images(paths, name):
 
 
 def main(argv=None):
-    """Reads every image of a data set, names each that cannot be read, prints the counts."""
+    """Reads every image of a data set, prints those that cannot be read, and the counts."""
     parser = flags.Parser(prog="data.py", usage="python data.py NAME [--data-dir DIR]", description=__doc__,
                           formatter_class=flags.Help)
     parser.add_argument("name", type=flags.plain_name, help="the data set")
@@ -291,7 +290,7 @@ def main(argv=None):
     files = sorted(p for p in (args.data_dir / args.name).rglob("*") if p.suffix.lower() in sources.IMAGES)
     check_images(files, args.name)
     data = get(args.name, args.data_dir)
-    if not files:  # in its publisher's folders
+    if not files:  # its images may be in folders of the publisher, which get() knows
         check_images([p for s in (data.train, data.test) if s.streamed for p in s.x.paths], args.name)
     say(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} "
         f"classes, {'streamed' if data.train.streamed else 'in memory'}")

@@ -1,10 +1,11 @@
-"""Clean and AutoAttack accuracy of a checkpoint, in all and per class, on the 90 % of the test set that
-is not used for selecting a checkpoint.
+"""Clean and AutoAttack accuracy of a checkpoint, in all and per class, on the 90 % of the test set that are
+not used for selecting a checkpoint (Sec. 4, "Training and evaluation details").
 
-Paper: Sec. 3.3 and Sec. 4 ("Training and evaluation details").
     python evaluate.py results/digits/esat-hardest-0.5-seed0/best.pt
+
 Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json beside the checkpoint.
 """
+import functools
 import hashlib
 import json
 import re
@@ -27,17 +28,17 @@ CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A
 
 
 def accuracy(right):
-    """Of bool (n,): {"n", "accuracy", "low", "high"}, fractions with the 95 % Wilson interval; accuracy is
-    None at n = 0."""
+    """The accuracy of bool (n,), with its 95 % Wilson interval: {"n", "accuracy", "low", "high"}, fractions.
+    It is None if n = 0."""
     n, k = len(right), int(right.sum())
     low, high = wilson(k, n)
     return {"n": n, "accuracy": k / n if n else None, "low": low, "high": high}
 
 
 def summary(clean, robust, y, classes, A_classes=None):
-    """Clean and robust accuracy on all, per class and, when A is made of the classes `A_classes`, on A_val
-    and B_val. Of each class also which examples were right, in their order, as bits in hexadecimal: what
-    paired comparisons of runs need."""
+    """Clean and robust accuracy on all examples, per class and, if A consists of the classes `A_classes`, on
+    A_val and B_val. For each class also which examples were right, in their order, as bits in hexadecimal:
+    paired comparisons of runs need them."""
     parts = {"all": torch.ones_like(clean)}
     if A_classes:
         parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
@@ -61,8 +62,8 @@ def digest(state):
 
 
 def settings(args, data, which="eval"):
-    """What fixes AutoAttack's numbers: threat model, attacks (that exist for this many classes), number of
-    examples, batch size, seed. `which`: eval, or select."""
+    """What AutoAttack's numbers depend on besides network and data: threat model, attacks (those that exist
+    for this many classes), number of examples, batch size and seed. `which`: "eval" or "select"."""
     try:
         usable = attacks.usable(getattr(args, f"{which}_attacks"), len(data.classes))
     except ValueError as e:
@@ -72,44 +73,55 @@ def settings(args, data, which="eval"):
 
 
 def attack(model, data, index, setting, folder):
-    """AutoAttack on the test examples `index`: bool (n,) clean and robust. Chunks are kept in `folder` and
-    dealt to ranks."""
-    class Images:
-        """Sliced by autoattack one chunk at a time: a 224x224 test set does not fit into memory."""
-        def __getitem__(self, part):
-            return data.test.pixels(index[part], "cpu")
+    """AutoAttack on the test examples `index`: bool (n,) clean and robust.
 
-    mine = sum(map(len, index.split(setting["batch_size"])[rank()::world()]))  # this process's share
-    bar = common.progress(None, total=mine, desc=f"AutoAttack ({' '.join(setting['attacks'])})",
-                          unit="example")
-
-    def show(done, robust, text):
-        """autoattack's progress: a bar, or a line after each attack where stderr is no terminal."""
-        bar.n = done
-        bar.set_postfix_str(f"{robust} robust; {text}"[:70])
-        after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
-        if bar.disable and after:
-            say(f"  AutoAttack {done}/{mine}: {after[1]} done, {float(after[2]):.1f} % robust in this batch")
-
+    They are dealt to the processes in chunks of a batch, chunk c with the seed seed + c. Finished chunks are
+    kept in `folder`, under a hash of all that they depend on: a stopped evaluation goes on from there.
+    """
     what = json.dumps([digest(model.state_dict()), data.fingerprint(), index.tolist(), setting],
                       sort_keys=True)
     folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = list(enumerate(index.split(setting["batch_size"])))[rank()::world()]
+    device, warn = next(model.parameters()).device, functools.cache(say)  # each warning once
+    right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
+    with common.progress(None, total=sum(len(part) for _, part in chunks), unit="example",
+                         desc=f"AutoAttack ({' '.join(setting['attacks'])})") as bar:
+        for c, part in chunks:
+            kept = folder / f"chunk{c:05d}.pt"
+            if kept.exists():
+                found = common.load(kept)
+            else:
+                found = attack_chunk(model, data.test, part, setting, c, functools.partial(show, bar), warn)
+                common.save(kept, found)
+            at = c * setting["batch_size"]
+            right[:, at:at + len(part)] = found.to(device)
+            bar.n += len(part)
+    return tuple(common.all_sum(right).bool().cpu())
+
+
+def attack_chunk(model, test, part, setting, c, progress, warn):
+    """AutoAttack on the examples `part`, chunk c of an evaluation: clean and robust, bool (2, n)."""
     try:
-        clean, robust = attacks.autoattack(
-            model, Images(), data.test.y[index], eps=setting["eps"], norm=setting["norm"],
-            attacks=setting["attacks"],
-            batch_size=setting["batch_size"], seed=setting["seed"], folder=folder, rank=rank(), world=world(),
-            progress=show, warn=say)
+        return torch.stack(attacks.autoattack(
+            model, test.pixels(part, "cpu"), test.y[part], eps=setting["eps"], norm=setting["norm"],
+            attacks=setting["attacks"], batch_size=len(part), seed=setting["seed"] + c,
+            progress=lambda done, robust, text: progress(text), warn=warn))
     except ArithmeticError as e:  # FloatingPointError too
         raise UserError(str(e)) from None
-    finally:
-        bar.close()
-    device = next(model.parameters()).device
-    return tuple(common.all_sum(f.to(device, torch.int32)).bool().cpu() for f in (clean, robust))
+
+
+def show(bar, text):
+    """Shows what AutoAttack logs: in the bar or, if stderr is no terminal, in a line after each attack."""
+    bar.set_postfix_str(text[:60])
+    after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
+    if bar.disable and after:
+        say(f"  AutoAttack {bar.n}/{bar.total}: {after[1]} done, {float(after[2]):.1f} % robust in this "
+            "batch")
 
 
 def head_line(result):
-    """One or more lines for people: accuracies with n, interval and threat model."""
+    """The accuracies of a result for people: with n, interval, attacks and threat model."""
     s, text = result["settings"], []
     for part in ("all", "A_val", "B_val"):
         if part in result["accuracy"]:
@@ -123,7 +135,7 @@ def head_line(result):
 
 
 def finished(run):
-    """What is said of a finished run, from its result.json."""
+    """The lines that are printed for a run that is finished."""
     result = common.read_json(run / "result.json", ("settings", "accuracy"))
     try:
         return f"{run} is finished (--force repeats it)\n{head_line(result)}"
@@ -133,13 +145,13 @@ def finished(run):
 
 
 def versions():
-    """The versions that the numbers depend on."""
+    """The versions of the packages on which the numbers depend."""
     return {name: version(name) for name in ("torch", "torchvision", "pyautoattack")}
 
 
 def checkpoint(path):
-    """A checkpoint's dict, checked as far as it can be without building the network. Raises UserError for a
-    foreign file."""
+    """The content of a checkpoint, checked as far as that goes without building the network. Raises UserError
+    for a foreign file."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
     ckpt = common.load(path, CHECKPOINT_KEYS)
@@ -156,8 +168,7 @@ def checkpoint(path):
 
 
 def load_model(path):
-    """The Classifier of a checkpoint of this project, and the checkpoint's dict. Raises UserError for a
-    foreign file."""
+    """The Classifier of a checkpoint and the checkpoint's content. Raises UserError for a foreign file."""
     ckpt = checkpoint(path)
     try:
         mean, std = (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
@@ -172,7 +183,7 @@ def load_model(path):
 
 
 def command_line(argv):
-    """The command line; what it leaves out is as in the checkpoint's own run."""
+    """Parses the command line. Flags that it leaves out have their values of the checkpoint's run."""
     usage = "python evaluate.py CHECKPOINT [--flag VALUE ...]"
     parser = flags.Parser(prog="evaluate.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
@@ -187,8 +198,7 @@ def command_line(argv):
     args = parser.parse_args(argv)
     if args.norm != theirs.get("norm", args.norm) and not flags.given(argv, "eps"):
         raise UserError(f"--norm {args.norm} needs an --eps of its own: the checkpoint's {theirs['eps']} is "
-                        f"in {theirs['norm']} "
-                        "(linf: 0.0314 is 8/255)")
+                        f"in {theirs['norm']} (linf: 0.0314 is 8/255)")
     return args
 
 
@@ -211,8 +221,7 @@ def main(argv=None):
     folder = args.checkpoint.parent / f"eval-{key}-chunks"
     clean, robust = attack(model.to(device), data, index, setting, folder)
     result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": setting,
-              "versions": versions(),
-              "fingerprint": ckpt["fingerprint"], "weights": digest(ckpt["model"]),
+              "versions": versions(), "fingerprint": ckpt["fingerprint"], "weights": digest(ckpt["model"]),
               "accuracy": summary(clean, robust, data.test.y[index], data.classes, ckpt["A_classes"])}
     if rank() == 0:
         common.write_json(out, result)

@@ -1,42 +1,43 @@
-"""Draws report.py's figures (matplotlib; PNG for a page, SVG for print), laid out like the paper's. Makes no
-numbers."""
+"""Draws the figures of report.py and picture.py with matplotlib, laid out like the paper's.
+
+PNG for web pages, SVG for print. The accuracies come from results.py, the scores from rank.json.
+"""
 import textwrap
 
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend comes first)
+from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend must be set first)
 
 import results  # noqa: E402
 from common import atomic  # noqa: E402
 from results import mean  # noqa: E402
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5,
-         "xtick.labelsize": 7.5,
-         "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.alpha": 0.25,
-         "lines.markersize": 4, "svg.hashsalt": "sat", "svg.fonttype": "none"}
-LOOKS = {"hardest": ("tab:blue", "-", "o"), "easiest": ("tab:cyan", "--", "s"),
-         "random": ("tab:red", "-", "D"),
-         "redrawn": ("tab:pink", ":", "v"),
-         "entropy": ("tab:blue", "-", "o"), "svar": ("tab:purple", "--", "s"), "vog": ("tab:red", ":", "D"),
-         "vanilla": ("tab:blue", "-", "o"), "balanced": ("tab:green", ":", "s"),
-         "emphasis": ("tab:purple", "--", "P"),
-         "pgd": ("tab:blue", "-", "o"), "fgsm-rs": ("tab:green", ":", "s")}
+         "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "grid.alpha": 0.25, "lines.markersize": 4,
+         "svg.hashsalt": "sat", "svg.fonttype": "none"}
+LOOKS = {  # line: (colour, line style, marker)
+    "hardest": ("tab:blue", "-", "o"), "easiest": ("tab:cyan", "--", "s"),
+    "random": ("tab:red", "-", "D"), "redrawn": ("tab:pink", ":", "v"),
+    "entropy": ("tab:blue", "-", "o"), "svar": ("tab:purple", "--", "s"), "vog": ("tab:red", ":", "D"),
+    "vanilla": ("tab:blue", "-", "o"), "balanced": ("tab:green", ":", "s"),
+    "emphasis": ("tab:purple", "--", "P"), "pgd": ("tab:blue", "-", "o"), "fgsm-rs": ("tab:green", ":", "s"),
+}
 BASELINES = {"AT": "dimgrey", "no AT": "tab:orange"}
 
 
 def canvas(rows, columns, width, height, **how):
-    """A grid of panels: (figure, axes (rows, columns)), each `width` x `height` inches."""
+    """A grid of panels of `width` x `height` inches each: (figure, axes (rows, columns))."""
     pyplot.rcParams.update(STYLE)
     return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
                            layout="constrained", **how)
 
 
 def write(fig, path, title, vector=True):
-    """Writes a figure as <path>.png and <path>.svg."""
-    fig.suptitle("\n".join(textwrap.fill(line, round(15 * fig.get_figwidth()))
-                           for line in title.splitlines()), fontsize=9)
+    """Writes a figure as <path>.png and, with `vector`, as <path>.svg."""
+    width = round(15 * fig.get_figwidth())  # of the title, in characters
+    fig.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic(f"{path}.png", lambda f: fig.savefig(f, format="png", dpi=120))
     if vector:
@@ -45,51 +46,52 @@ def write(fig, path, title, vector=True):
 
 
 def drawable(names):
-    """The names as the font can draw them; one with other letters becomes #<its number>."""
+    """The names; one with a letter that the font lacks becomes # and its position in the list."""
     font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
     return [n if all(font.get_char_index(ord(c)) for c in n) else f"#{i}" for i, n in enumerate(names)]
 
 
-def legend_above(fig, axes):
-    """One legend over all panels, each label once."""
+def legend_below(fig, axes):
+    """One legend below all panels, in which each label stands once."""
     found = {}
     for axis in axes.flat:
-        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())
-                  if label not in found}
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            found.setdefault(label, handle)
     if found:
         columns = max(1, min(len(found), round(fig.get_figwidth() / 1.6)))
         fig.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def curves(path, title, name, groups, panels):
-    """Accuracy against |A|/N: a row of panels a data set (two rows of more than four).
+    """Accuracy against |A|/N: one row of panels for each group of runs, two rows if there are more than three
+    panels.
 
     groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}})}; panels: [(part, kind)]. The
-    band is one standard deviation over seeds, thin lines are the paper's, horizontal lines the baselines, on
-    all examples.
+    band is one standard deviation over seeds. Thin lines are the paper's. Horizontal lines are the baselines,
+    in panels that show the accuracy on all examples.
     """
     lines_a_group = 1 if len(panels) <= 3 else 2
     columns = -(-len(panels) // lines_a_group)
     fig, axes = canvas(len(groups) * lines_a_group, columns, 4 if columns == 2 else 3, 2.5)
     for g, ((data, group), (none, full, lines)) in enumerate(groups.items()):
         rows = axes[g * lines_a_group:(g + 1) * lines_a_group]
-        rows[0, 0].set_title("\n".join([data.replace("->", " → "), *textwrap.wrap(group, 60)]), loc="left",
-                             fontsize=7)
+        title_of_row = "\n".join([data.replace("->", " → "), *textwrap.wrap(group, 60)])
+        rows[0, 0].set_title(title_of_row, loc="left", fontsize=7)
         for axis, (part, kind) in zip(rows.flat, panels):
             draw_baselines(axis, none, full, part, kind)
             for line, sizes in lines.items():
                 draw_line(axis, line, sizes, part, kind)
                 draw_papers(axis, name, data, line, part, kind)
-            axis.set(xlabel="|A| / N", ylabel=f"{kind} accuracy (%)"
-                     if part == "all" else f"{kind}, {part} (%)", xlim=(0, 1.02))
+            ylabel = f"{kind} accuracy (%)" if part == "all" else f"{kind}, {part} (%)"
+            axis.set(xlabel="|A| / N", ylabel=ylabel, xlim=(0, 1.02))
             highest = axis.dataLim.y1 if axis.has_data() else 100
             axis.set_ylim(0, min(100, 1.05 * max(highest, 1)))
-    legend_above(fig, axes)
+    legend_below(fig, axes)
     write(fig, path, title)
 
 
 def draw_baselines(axis, none, full, part, kind):
-    """Horizontal lines of AT and no AT, in panels of all examples."""
+    """Draws AT and no AT as horizontal lines, in panels that show the accuracy on all examples."""
     if part in ("all", "source all"):
         for label, runs in (("AT", full), ("no AT", none)):
             if found := mean(runs, part, kind):
@@ -97,7 +99,7 @@ def draw_baselines(axis, none, full, part, kind):
 
 
 def draw_line(axis, line, sizes, part, kind):
-    """A line of ours with its band."""
+    """Draws one of our lines, with a band of one standard deviation over seeds."""
     found = [(runs[0].share, *m) for runs in sizes.values() if (m := mean(runs, part, kind))]
     if found:
         x, y, std = zip(*found)
@@ -111,7 +113,7 @@ def draw_line(axis, line, sizes, part, kind):
 
 
 def draw_papers(axis, name, data, line, part, kind):
-    """The paper's line, thin."""
+    """Draws the paper's line, thin, in panels that show the accuracy on all examples."""
     tenths = [k / 10 for k in range(1, 10)] if part == "all" else []
     found = [(f, v) for f in tenths if (v := results.theirs(name, data, line, f, kind)) is not None]
     if found:
@@ -122,8 +124,8 @@ def draw_papers(axis, name, data, line, part, kind):
 
 
 def matrix(path, title, classes, single, none, full):
-    """Fig. 2: left, bars of robust accuracy on A_val and B_val; right, class by class as a heat map. single:
-    {class: runs}."""
+    """Fig. 2. Left: robust accuracy on A_val and B_val, as bars. Right: robust accuracy class by class, as a
+    heat map. single: {class A: runs}."""
     fig, axes = canvas(1, 2, 4.6, 0.33 * len(classes) + 1.4, width_ratios=(1, 1.3))
     left, right = axes[0]
     names, rows = drawable(classes), [c for c in classes if c in single]
@@ -140,9 +142,8 @@ def matrix(path, title, classes, single, none, full):
     left.invert_yaxis()
     left.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, columnspacing=1,
                 handlelength=1.2)
-    grid = [[100 * sum(r.accuracy["classes"][c]["robust"]["accuracy"] or 0
-                       for r in single[a]) / len(single[a]) for c in classes]
-            for a in rows]
+    robust = lambda r, c: r.accuracy["classes"][c]["robust"]["accuracy"] or 0
+    grid = [[100 * sum(robust(r, c) for r in single[a]) / len(single[a]) for c in classes] for a in rows]
     right.imshow(grid, cmap="Greens", vmin=0, vmax=100, aspect="auto")
     for i, a in enumerate(rows):
         for j, c in enumerate(classes):
@@ -150,16 +151,15 @@ def matrix(path, title, classes, single, none, full):
             right.text(j, i, f"{grid[i][j]:.0f}", ha="center", va="center", fontsize=7, bbox=box,
                        color="white" if grid[i][j] > 60 or a == c else "black")
     right.set(xticks=range(len(classes)), yticks=range(len(rows)),
-              yticklabels=[names[classes.index(c)] for c in rows],
-              xlabel="robust accuracy on (%)")
+              yticklabels=[names[classes.index(c)] for c in rows], xlabel="robust accuracy on (%)")
     right.grid(False)
     right.set_xticklabels(names, rotation=45, ha="right")
     write(fig, path, title)
 
 
 def difficulty(path, title, rankings):
-    """Fig. 3: a panel a ranking, its classes hardest first: clean error (left axis) and mean entropy (right
-    axis)."""
+    """Fig. 3: one panel for each ranking, with its classes hardest first: clean error (left axis) and mean
+    score, the entropy if there is one (right axis)."""
     columns = min(2, len(rankings))
     fig, axes = canvas(-(-len(rankings) // columns), columns, 4.4, 2.8)
     for axis in axes.flat[len(rankings):]:
@@ -172,7 +172,7 @@ def difficulty(path, title, rankings):
             axis.bar([i - 0.2 for i in at], error, 0.4, color="tab:blue")
             other.bar([i + 0.2 for i in at], score, 0.4, color="tab:green")
             axis.set_xticks(at, drawable([r["class"] for r in rows]), rotation=45, ha="right")
-        else:  # bars of 100 classes would be hair
+        else:  # bars of 100 classes would be too thin to see
             axis.plot(at, error, ".", color="tab:blue")
             other.plot(at, score, color="tab:green")
             axis.set_xlabel("class, hardest first")
@@ -186,15 +186,14 @@ def difficulty(path, title, rankings):
 
 
 def cost(path, title, groups, price):
-    """Robust accuracy of every run against the forward passes of its training; a panel a data set. price:
-    {hash of scores: what the ranking cost}, added for the hollow marks."""
+    """Robust accuracy of each run against the forward passes of its training, one panel for each group of
+    runs. price: {hash of scores: cost of the ranking}, which is added for the hollow marks."""
     columns = min(2, len(groups))
     fig, axes = canvas(-(-len(groups) // columns), columns, 4.2, 2.9)
     for axis in axes.flat[len(groups):]:
         axis.set_visible(False)
     looks = {"none": ("X", "tab:orange", "no AT"), "full": ("*", "dimgrey", "AT"),
-             "csat": ("s", "tab:green", "CSAT"),
-             "esat": ("o", "tab:blue", "ESAT")}
+             "csat": ("s", "tab:green", "CSAT"), "esat": ("o", "tab:blue", "ESAT")}
     for axis, ((data, group), runs) in zip(axes.flat, groups.items()):
         for split, (marker, colour, label) in looks.items():
             mine = [(r.cost, mean([r])[0], price.get(r.ranking, 0)) for r in runs if r.split == split]
@@ -209,13 +208,13 @@ def cost(path, title, groups, price):
         axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None),
                  ylim=(0, None))
         axis.set_title("\n".join([data, *textwrap.wrap(group, 60)]), fontsize=7)
-    legend_above(fig, axes)
+    legend_below(fig, axes)
     write(fig, path, title)
 
 
 def perturbations(path, title, rows, magnify):
-    """A row for an example of A and one of B: clean image, perturbation times `magnify` around grey,
-    adversarial image."""
+    """One row for an example of A and one for an example of B: clean image, perturbation (times `magnify`,
+    around grey) and adversarial image."""
     fig, axes = canvas(len(rows), 3, 2.1, 2.4)
     for line, (part, r) in zip(axes, rows.items()):
         size = f"L2 norm {float(r['delta'].norm()):.2f}"
@@ -223,9 +222,7 @@ def perturbations(path, title, rows, magnify):
                  (f"perturbation × {magnify:g}", (0.5 + magnify * r["delta"]).clamp(0, 1), None),
                  ("adversarial", r["adv"], r["after"]))
         for axis, (name, image, said) in zip(line, shown):
-            axis.imshow(image.permute(1, 2, 0).squeeze(2).numpy()
-                        if len(image) == 1 else image.permute(1, 2, 0).numpy(),
-                        cmap="gray", vmin=0, vmax=1)
+            axis.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(title=name, xticks=[], yticks=[],
                      xlabel=f"{said[0]}, {100 * said[1]:.0f} %" if said else size)
             axis.grid(False)

@@ -1,7 +1,7 @@
-"""Every flag of the scripts, from YAML and the command line, in groups of which each script takes its own.
+"""Defines every flag of the scripts, in groups of which each script takes some, and reads their values.
 
-A config is one flat YAML of flag values; its values pass through argparse as if typed: same types, same
-choices, same errors.
+A config is one flat YAML file of flag values. They pass through argparse as if they were typed on the command
+line: same types, same choices, same errors.
 """
 import argparse
 import os
@@ -21,21 +21,20 @@ ARCHS = ("preactresnet8", "preactresnet18", "preactresnet18-authors", "resnet50"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as UserError, so that a wrong value in a YAML file can be reported with the
-    file's name."""
+    """argparse that raises UserError, so that an error in a YAML file is reported with the file's name."""
 
     def __init__(self, **how):
-        # an abbreviated --config would be read as a flag and lose its file
+        # An abbreviated --config would be parsed as the flag, but parse() would not find its file.
         super().__init__(allow_abbrev=False, **how)
 
     def error(self, message):
-        """Raises UserError in place of argparse's exit."""
+        """Raises UserError where argparse would exit."""
         raise UserError(f"{message} (python {self.prog} --help lists what is valid)")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they stand in the docstring, in lines of at least 110; a default after each help text
-    that has one."""
+    """Shows descriptions as they stand in the docstring, at least 110 columns wide, and adds to each help
+    text its default, if there is one."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=32, width=max(110, shutil.get_terminal_size().columns - 2))
@@ -47,12 +46,13 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def number(kind, low, high=None, open_low=False):
-    """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low. Floats end at
-    1e30 (float32)."""
-    most = high if high is not None else 1e30 if kind is float else float("inf")
+    """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low. Without `high`,
+    floats are at most 1e30, which float32 can hold."""
+    unlimited = 1e30 if kind is float else float("inf")
+    most = unlimited if high is None else high
 
     def convert(text):
-        """argparse's type function."""
+        """The function that argparse calls on the text of a value."""
         try:
             value = kind(text)
         except ValueError:
@@ -68,19 +68,19 @@ def number(kind, low, high=None, open_low=False):
 
 
 def folder(text):
-    """A type for argparse: a folder, which an empty text is not."""
+    """A type for argparse: a folder. An empty text is an error."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty text is no folder (the current one is .)")
     return Path(text)
 
 
 def threads(text):
-    """A type for argparse: CPU threads, no more than there are cores."""
+    """A type for argparse: a number of CPU threads, 0 to the number of cores."""
     return number(int, 0, max(1, os.cpu_count() or 1))(text)
 
 
 def plain_name(text):
-    """A type for argparse: a data set's or run's name, which becomes a folder's name, so no path."""
+    """A type for argparse: the name of a data set or a run. It names a folder, so it must not be a path."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name (letters, digits, . _ + = -)")
     return text
@@ -88,15 +88,16 @@ def plain_name(text):
 
 count, positive = number(int, 1), number(float, 0, open_low=True)
 
-# group -> (flag, default, type, choices or bool, help); a tuple (type, "+") takes a list.
+# {group: [(flag, default, kind, help)]}. kind: a type, a tuple of choices, or bool for a switch; a tuple that
+# ends in "+" or "*" takes a list, of a type or of choices.
 FLAGS = {
     "data and network": [
-        ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or a folder "
-                                            "in --data-dir"),
+        ("--dataset", "digits", plain_name,
+         "one of the paper's, digits, digits0-4, digits5-9, or a folder in --data-dir"),
         ("--data-dir", Path("data"), folder, "folder that holds (or receives) the data sets"),
         ("--arch", "preactresnet8", ARCHS, "network (README, Deviations, on preactresnet18-authors)"),
-        ("--side", 224, number(int, 32), "side of the images of streamed sets, in pixels; small images keep "
-                                         "theirs"),
+        ("--side", 224, number(int, 32),
+         "side of the images of streamed sets, in pixels; small images keep theirs"),
         ("--augment", "full", ("none", "crop", "full"),
          "training images: none; pad an eighth and crop; or all of Fig. 9"),
     ],
@@ -104,16 +105,14 @@ FLAGS = {
         ("--split", "esat", ("none", "csat", "esat", "full"),
          "A = nothing, whole classes, single examples, everything"),
         ("--frac", None, number(float, 0, 1, open_low=True),
-         "|A| as a fraction: of the classes (csat), of the examples (esat); "
-                                                             "0.5 if no amount is given"),
+         "|A| as a fraction: of the classes (csat), of the examples (esat); 0.5 if no amount is given"),
         ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
-        ("--order", "hardest", ORDERS, "which come into A first; random ones by --seed; redrawn: other "
-                                       "random ones every epoch"),
+        ("--order", "hardest", ORDERS,
+         "which come into A first; random ones by --seed; redrawn: other random ones every epoch"),
         ("--metric", "entropy", METRICS, "difficulty score that orders them (written by rank.py)"),
         ("--scores", None, Path, "scores of your own in place of rank.py's: .pt, .npy or .npz, N numbers, "
-                                 "higher = harder, or an "
-                                 "order of the indices, hardest first"),
+         "higher = harder, or an order of the indices, hardest first"),
         ("--weight", "vanilla", ("vanilla", "balanced", "emphasis"),
          "w_A of Eq. 2: 1, |B|/|A|, (1 + 10|A|/N)|B|/|A|; w_B = 1"),
         ("--weight-factor", None, positive, "w_A as a number, in place of --weight"),
@@ -141,16 +140,16 @@ FLAGS = {
         ("--eval-attacks", list(ATTACKS), (ATTACKS, "+"),
          "attacks of the reported numbers; all four = standard AutoAttack"),
         ("--eval-n", 0, number(int, 0), "examples of the 90 %% part to report on; 0 = all"),
-        ("--eval-batch", 250, count, "AutoAttack's batch and unit of resume, in examples; changes its random "
-                                     "numbers"),
+        ("--eval-batch", 250, count,
+         "AutoAttack's batch and unit of resume, in examples; changes its random numbers"),
     ],
     "selection of the checkpoint": [
         ("--select-attacks", list(ATTACKS), (ATTACKS, "+"), "attacks that select it"),
         ("--select-n", 0, number(int, 0), "examples of the 10 %% part that select it; 0 = all"),
     ],
     "ranking": [
-        ("--metrics", None, (METRICS, "+"), "scores to write (default: all; of streamed images entropy and "
-                                            "svar). vog keeps 8 bytes a pixel"),
+        ("--metrics", None, (METRICS, "+"),
+         "scores to write (default: all; of streamed images entropy and svar). vog keeps 8 bytes a pixel"),
     ],
     "machine": [
         ("--device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU when there is one"),
@@ -161,26 +160,24 @@ FLAGS = {
         ("--amp", "auto", ("auto", "off", "bf16"),
          "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
         ("--compile", False, bool, "torch.compile the attack and the network for training: a minute at the "
-                                   "start, then faster (README, Speed)"),
+         "start, then faster (README, Speed)"),
         ("--results", Path("results"), folder, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run, overwriting it"),
     ],
 }
 
-
 SCRIPTS = {  # script: the groups whose flags it has
     "sat.py": [group for group in FLAGS if group != "ranking"],
     "rank.py": ["data and network", "training", "machine", "the run", "ranking"],
     "transfer.py": ["data and network", "threat model", "training", "evaluation (AutoAttack)",
-                    "selection of the checkpoint",
-                    "machine", "the run"],
+                    "selection of the checkpoint", "machine", "the run"],
     "evaluate.py": ["threat model", "evaluation (AutoAttack)", "machine"],
 }
 
 
 def known(words, script):
-    """Those of the words of a command line, flags and their values, that a script has."""
+    """The words of a command line (flags and values) without those flags that the script does not have."""
     names = {flag for group in SCRIPTS[script] for flag, *_ in FLAGS[group]}
     found, take = [], True
     for word in words:
@@ -192,32 +189,31 @@ def known(words, script):
 
 
 def add_flags(parser, *groups):
-    """Adds the flags of the named groups of FLAGS to an argparse parser, each with its default in its
-    help."""
+    """Adds the flags of the named groups of FLAGS to an argparse parser, with their defaults and help."""
     for title in groups:
         group = parser.add_argument_group(title)
         for flag, default, kind, text in FLAGS[title]:
             how = {"default": default, "help": text}
+            name = flag[2:].split("-")[-1].upper()
             if kind is bool:
                 how["action"] = argparse.BooleanOptionalAction
             elif isinstance(kind, tuple) and kind[-1] in ("+", "*"):
                 how["nargs"] = kind[-1]
                 how["choices" if isinstance(kind[0], tuple) else "type"] = kind[0]
-                how["metavar"] = re.sub("E?S$" if flag.endswith("sses") else "S$", "",
-                                        flag[2:].split("-")[-1].upper())
+                how["metavar"] = re.sub("E?S$" if flag.endswith("sses") else "S$", "", name)  # the singular
             elif isinstance(kind, tuple):
                 how["choices"] = kind
             else:
-                how.update(type=kind, metavar=flag[2:].split("-")[-1].upper())
+                how.update(type=kind, metavar=name)
             group.add_argument(flag, **how)
 
 
 class Text(yaml.BaseLoader):
-    """Reads every scalar as the text that stands there: argparse converts it (YAML itself takes 010 for 8,
-    1:30 for 90, off for false and 5e-4 for a string). A key that stands there twice is an error."""
+    """Reads every scalar as text, which argparse then converts (YAML itself reads 010 as 8, 1:30 as 90, off
+    as false and 5e-4 as a string). A repeated key is an error."""
 
     def construct_mapping(self, node, deep=False):
-        """As yaml's, but for keys that repeat."""
+        """As in yaml.BaseLoader, except that a repeated key is an error."""
         keys = [key.value for key, _ in node.value]
         twice = sorted({str(k) for k in keys if keys.count(k) > 1})
         if twice:
@@ -227,7 +223,7 @@ class Text(yaml.BaseLoader):
 
 def from_yaml(path):
     """The flag values {dest: value} of a flat YAML file, converted and checked by argparse as on the command
-    line."""
+    line. UserError, with the file's name, for anything else."""
     try:
         found = yaml.load(Path(path).read_text(encoding="utf-8"), Text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
@@ -245,8 +241,8 @@ def from_yaml(path):
         empty = any(not isinstance(v, str) or v in ("", "~", "null") for v in items)
         no_bool = kinds[key] is bool and value not in ("true", "false")
         if empty or no_bool or (isinstance(value, list) and not a_list):
-            raise UserError(f"{path}: {key}: {value!r} is not a value of this flag (python sat.py --help "
-                            "shows its type)")
+            raise UserError(f"{path}: {key}: {value!r} is not a value of this flag "
+                            "(python sat.py --help shows its type)")
         if kinds[key] is bool:
             tokens = [f"--{key}" if value == "true" else f"--no-{key}"]
         else:
@@ -261,10 +257,10 @@ def from_yaml(path):
 
 def parse(parser, argv=None):
     """Parses with the precedence command line > YAML (--config) > defaults. Returns the arguments;
-    `args.base` holds what they would be without the command line, from which run names are made."""
-    parser.add_argument("--config", type=Path, metavar="YAML",
-                        help="file of flag values; the command line wins over it (default: "
-                             "configs/digits.yaml)")
+    `args.base` holds their values without the command line: a run's name tells what differs from these."""
+    parser.add_argument(
+        "--config", type=Path, metavar="YAML",
+        help="file of flag values; the command line wins over it (default: configs/digits.yaml)")
     finder = Parser(add_help=False, prog=parser.prog)
     finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml")
     config = finder.parse_known_args(argv)[0].config
@@ -279,15 +275,15 @@ def parse(parser, argv=None):
 
 
 def given(argv, dest):
-    """Whether the command line has the flag of this dest."""
+    """Whether the command line has the flag whose value is stored as `dest`."""
     flag = f"--{dest.replace('_', '-')}"
-    return any(word == flag or word.startswith(f"{flag}=")
-               for word in (sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    return any(word == flag or word.startswith(f"{flag}=") for word in words)
 
 
 def check_norm(args, argv, values):
-    """UserError for a norm that is set without its own eps and step size: those of another norm mean
-    something else."""
+    """UserError if a norm is chosen without an eps and a step size, because their values for another norm
+    mean something else."""
     typed = {d for d in ("norm", "eps", "step_size") if given(argv, d)}
     if not hasattr(args, "norm"):
         return
@@ -297,10 +293,9 @@ def check_norm(args, argv, values):
         where, has = f"{args.config}: norm", {*values, *typed}
     else:
         return
-    one_step = getattr(args, "attack", "") == "fgsm-rs"  # of 1.25 eps
+    one_step = getattr(args, "attack", "") == "fgsm-rs"  # its step is always 1.25 eps
     needed = ["eps"] if one_step else ["eps", "step_size"]
     lacks = [f"--{d.replace('_', '-')}" for d in needed if hasattr(args, d) and d not in has]
     if lacks:
         raise UserError(f"{where} {args.norm} needs {' and '.join(lacks)} of its own (linf: say --eps 0.0314 "
-                        "--step-size 0.0078, "
-                        "which are 8/255 and 2/255; l2 on 32x32: 0.5 and 0.1)")
+                        "--step-size 0.0078, which are 8/255 and 2/255; l2 on 32x32: 0.5 and 0.1)")

@@ -1,8 +1,8 @@
-"""The networks: PreActResNet-18 and -8 for small images, ResNet-50 for 224x224, and the head of the transfer
-setting.
+"""Builds the networks: PreActResNet-18 and -8 for small images, ResNet-50 for 224x224 images, and the head of
+the transfer setting.
 
-Every network is a Classifier: normalise -> features -> head, from pixels in [0, 1] to logits. Paper: Sec. 4,
-Table 2.
+Every network is a Classifier: normalise -> features -> head, from pixels in [0, 1] to logits.
+Paper: Sec. 4, Table 2.
 """
 import torch
 from torch import nn
@@ -12,14 +12,13 @@ from flags import ARCHS
 
 
 class PreActBlock(nn.Module):
-    """Pre-activation residual block (He et al. 2016): (N, C_in, H, W) -> (N, C_out, H / stride, W /
-    stride)."""
+    """Pre-activation residual block (He et al. 2016): (N, C_in, H, W) -> (N, C_out, H / stride, W / stride).
+    `always`: put a 1x1 convolution into the shortcut even where the shapes agree."""
 
     def __init__(self, c_in, c_out, stride, always=False):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        # `always`: a 1x1 convolution even where the shapes agree
         plain = c_in == c_out and stride == 1 and not always
         self.shortcut = None if plain else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
@@ -30,8 +29,8 @@ class PreActBlock(nn.Module):
 
 
 def preactresnet(channels, widths, blocks, stem=None, always=False):
-    """Convolution, `blocks` blocks a width (halving the side from the second on), batch norm, ReLU,
-    pooling."""
+    """A convolution to `stem` (or widths[0]) channels, then `blocks` blocks of each width, of which the first
+    halves the side from the second width on, then batch norm, ReLU and pooling."""
     c_in = stem or widths[0]
     layers = [nn.Conv2d(channels, c_in, 3, 1, 1, bias=False)]
     for stage, width in enumerate(widths):
@@ -44,7 +43,7 @@ def preactresnet(channels, widths, blocks, stem=None, always=False):
 
 def resnet50():
     """torchvision's ResNet-50 without its last layer: (N, 3, 224, 224) -> (N, 2048)."""
-    # slow to import, and only ImageNet-sized runs need it
+    # Imported here because it is slow and only runs on 224x224 images need it.
     from torchvision.models import resnet50 as tv_resnet50
     net = tv_resnet50(weights=None)
     net.fc = nn.Identity()
@@ -52,18 +51,15 @@ def resnet50():
 
 
 def transfer_head(k, n_classes):
-    """The 1-hidden-layer classifier [K, N] of the transfer setting (paper, Table 2): (N, K) -> (N,
-    n_classes)."""
+    """The classifier [K, N] of the transfer setting, with one hidden layer (paper, Table 2):
+    (N, K) -> (N, n_classes)."""
     return nn.Sequential(nn.Linear(k, k), nn.ReLU(), nn.Linear(k, n_classes))
 
 
 class Classifier(nn.Module):
-    """Pixels in [0, 1], (N, C, H, W) -> logits (N, n_classes). `mean` and `std` are per channel, in pixel
-    units.
-
-    `frozen = True` keeps the features, batch-norm statistics included, as they are (transfer, paper Sec.
-    4.3).
-    """
+    """A network from pixels in [0, 1], (N, C, H, W), to logits (N, n_classes). `mean` and `std` normalise
+    each channel, in pixel units. `frozen`: the features, batch-norm statistics included, are not trained
+    (transfer, paper, Sec. 4.3)."""
 
     def __init__(self, features, head, mean, std):
         super().__init__()
@@ -75,14 +71,14 @@ class Classifier(nn.Module):
         return self.head(self.features((x - self.mean) / self.std))
 
     def train(self, mode=True):
-        """As nn.Module.train, but frozen features stay in eval mode."""
+        """Like nn.Module.train, except that frozen features stay in eval mode."""
         super().train(mode)
         if self.frozen:
             self.features.eval()
         return self
 
     def transfer(self, n_classes):
-        """Freezes the features and puts a new [K, N] head on them, K the number of feature channels."""
+        """Freezes the features and replaces the head by a new [K, N] head, K being the number of features."""
         k = self.head.in_features
         self.features.requires_grad_(False)
         self.head, self.frozen = transfer_head(k, n_classes), True
@@ -90,11 +86,11 @@ class Classifier(nn.Module):
 
 
 def build(arch, n_classes, mean, std):
-    """A new network of one of flags.ARCHS with a linear head; draws its weights from torch's global
-    generator. They lie in memory channels_last, as convolutions like them best."""
+    """A new network of one of flags.ARCHS with a linear head. Its weights are drawn from torch's global
+    generator and stored in the memory format channels_last, in which convolutions are fastest."""
     if arch == "preactresnet18":
         features, k = preactresnet(len(mean), (64, 128, 256, 512), 2), 512
-    elif arch == "preactresnet18-authors":  # of the authors' released configs
+    elif arch == "preactresnet18-authors":  # as in the authors' released configs
         features, k = preactresnet(len(mean), (128, 256, 512, 512), 2, stem=64, always=True), 512
     elif arch == "preactresnet8":
         features, k = preactresnet(len(mean), (16, 32, 64), 1), 64

@@ -1,13 +1,14 @@
-"""Draws clean image, perturbation (magnified) and adversarial image for a test example of A and one of B.
+"""Draws the clean image, the magnified perturbation and the adversarial image of two test examples, one of A
+and one of B.
 
-Paper: Eq. 1 and 2, seen. Of a run with A = {} or A = everything, one example of its one part.
+Paper: Eq. 1 and 2. If A is empty or everything, only one example is drawn.
     python picture.py results/cifar10-small/csat-airplane-seed0/best.pt
 Files in: a checkpoint whose A is made of classes, the data. Files out: picture.png beside the checkpoint.
 """
 import argparse
 from pathlib import Path
 
-import common  # first: Ctrl-C while torch loads ends in one line
+import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 
 import attacks
@@ -17,7 +18,7 @@ import figures
 import flags
 from common import UserError, say
 
-STEPS = 50
+STEPS = 50  # of PGD, each of size eps / 10
 
 
 def png(text):
@@ -28,7 +29,7 @@ def png(text):
 
 
 def command_line(argv=None):
-    """The command line."""
+    """Parses the command line."""
     parser = flags.Parser(prog="picture.py", usage="python picture.py CHECKPOINT [--flag VALUE ...]",
                           description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt of a run of sat.py")
@@ -41,8 +42,8 @@ def command_line(argv=None):
 
 
 def first_right(model, data, index, classes, device):
-    """The first test example of `index` whose class is in `classes` and that the model gets right: its
-    position."""
+    """The position of the first test example among `index` whose class is in `classes` and that the network
+    classifies correctly. UserError if there is none."""
     for x, y, i in datasets.ordered(data.test, index[torch.isin(data.test.y[index], classes)], 50, device):
         with torch.no_grad():
             right = model(x).argmax(1).cpu() == y.cpu()
@@ -53,8 +54,8 @@ def first_right(model, data, index, classes, device):
 
 
 def perturbed(model, data, i, args, device):
-    """Example i with its attack: {"x", "delta", "adv" (C, H, W), "class", "before", "after" (class,
-    probability)}."""
+    """Attacks test example i: {"x", "delta", "adv": (C, H, W), "class", "before", "after": (class,
+    probability)}, where the last two are the network's predictions."""
     x, y = data.test.pixels(torch.tensor([i]), device), data.test.y[[i]].to(device)
     adv = attacks.pgd(model, x, y, eps=args["eps"], step_size=args["eps"] / 10, steps=STEPS,
                       norm=args["norm"])
@@ -66,7 +67,7 @@ def perturbed(model, data, i, args, device):
 
 
 def main(argv=None):
-    """Loads the checkpoint, attacks one example of A and one of B, draws them."""
+    """Loads the checkpoint, attacks one example of A and one of B, and draws them."""
     args = command_line(argv)
     device = common.set_up(args)
     model, ckpt = evaluate.load_model(args.checkpoint)
@@ -79,16 +80,15 @@ def main(argv=None):
     say(f"attacking an example of A and one of B of {data.name} with {args.checkpoint}: PGD-{STEPS}, "
         f"{made['norm']} eps {made['eps']:g}")
     model = model.to(device).eval()
-    in_A = [c in ckpt["A_classes"] if ckpt["A_classes"] else made["split"] == "full" for c in data.classes]
+    A_classes = ckpt["A_classes"] or (data.classes if made["split"] == "full" else [])
     index, rows = datasets.selection_and_final(len(data.test))[1], {}
     for part, wanted in (("A", True), ("B", False)):
-        classes = torch.tensor([c for c, inside in enumerate(in_A) if inside == wanted])
+        classes = torch.tensor([i for i, c in enumerate(data.classes) if (c in A_classes) == wanted])
         if len(classes):
-            rows[part] = perturbed(model, data, first_right(model, data, index, classes, device), made,
-                                   device)
+            i = first_right(model, data, index, classes, device)
+            rows[part] = perturbed(model, data, i, made, device)
     title = (f"{data.name}, A = {'+'.join(ckpt['A_classes'] or [made['split']])}\nPGD-{STEPS}, "
-             f"{made['norm']} eps {made['eps']:g}; "
-             f"{made['arch']}, epoch {ckpt['epoch']}")
+             f"{made['norm']} eps {made['eps']:g}; {made['arch']}, epoch {ckpt['epoch']}")
     figures.perturbations(out.with_suffix(""), title, rows, args.magnify)
     say(f"wrote {out}")
 

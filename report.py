@@ -1,5 +1,5 @@
-"""Builds the paper's tables and figures from every result.json and rank.json below the results folder, ours
-beside the paper's.
+"""Builds the paper's tables and figures from all results below the results folder, with the paper's numbers
+beside ours.
 
     python report.py
 Files in: results/**/result.json, rank.json and eval-*.json, results/bench/*.json, configs/. Files out:
@@ -19,50 +19,48 @@ from results import cell, grouped, mean, pick, theirs
 
 ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
-# Figures that show accuracy against |A|: (name, title, what the runs agree in, in what the lines differ,
-# panels).
 PLAIN = {"metric": "entropy", "weight": "vanilla", "attack": "pgd", "transfer": False}
-SSAT = {**PLAIN, "weight": "emphasis", "transfer": True}  # Sec. 4.3: every transfer, but for Fig. 7
+SSAT = {**PLAIN, "weight": "emphasis", "transfer": True}  # Sec. 4.3: all transfers except those of Fig. 7
+# The figures of accuracy against |A|: (name, title, what its runs have in common, what differs between its
+# lines, panels).
 CURVES = [
     ("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", {**PLAIN, "split": "csat"}, "order",
      [ROBUST, ("B_val", "robust"), CLEAN]),
     ("fig13", "Fig. 13: CSAT on all parts", {**PLAIN, "split": "csat"}, "order", PARTS),
     ("fig6", "Fig. 6: ESAT, A made of single examples", {**PLAIN, "split": "esat"}, "order", [ROBUST, CLEAN]),
     ("fig12", "Fig. 12: ESAT by several difficulty metrics", {**PLAIN, "split": "esat", "order": "hardest"},
-     "metric",
-     [ROBUST, CLEAN]),
+     "metric", [ROBUST, CLEAN]),
     ("fig7", "Fig. 7: three loss weights, S-CSAT", {**SSAT, "split": "csat", "order": "hardest"}, "weight",
      [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN]),
     ("fig8", "Fig. 8 and 14: transfer from S-ESAT", {**SSAT, "split": "esat"}, "order", [ROBUST, CLEAN]),
     ("fig15", "Fig. 15: transfer from S-CSAT", {**SSAT, "split": "csat"}, "order", [ROBUST, CLEAN]),
     ("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", {**SSAT, "split": "esat", "order": "hardest"},
-     "attack",
-     [ROBUST, CLEAN]),
+     "attack", [ROBUST, CLEAN]),
 ]
 BASELINES = {"no AT": "none", "AT": "full"}  # line: --split
-SPEED_PEERS = ("naive", "torchattacks PGDL2")  # others' steps that bench.py times
+SPEED_PEERS = ("naive", "torchattacks PGDL2")  # the steps that bench.py times beside ours
 
 
 def markdown(head, rows):
-    """A Markdown table of strings."""
+    """A Markdown table. `head` and each of `rows` are lists of strings."""
     return "\n".join(f"| {' | '.join(r)} |" for r in [head, ["---"] * len(head), *rows])
 
 
 def lines_of(group, vary):
-    """{line: {|A|: [runs of all seeds]}}, |A| (in classes or examples) ascending, without the baselines."""
+    """{line: {|A|: [runs of all seeds]}} without the baselines, |A| (in classes or examples) ascending."""
     runs = sorted((r for r in group if r.split not in BASELINES.values()), key=lambda r: (r.size, r.seed))
     lines = sorted(grouped(runs, vary).items())
     return {line: {size: rs for (size,), rs in grouped(found, "size").items()} for (line,), found in lines}
 
 
 def amount(run):
-    """|A| of a run, for people: in classes or in examples."""
+    """|A| of a run as text, in classes or in examples."""
     return f"{run.size:,} class{'es' * (run.size > 1)}" if run.A_classes else f"{run.size:,}"
 
 
 def without_at(group, runs):
-    """A cell: robust accuracy without AT on the very classes of B_val, over the runs: what B would have
-    anyway."""
+    """A cell: the mean robust accuracy of networks trained without AT on the classes in B_val of `runs`, so
+    what B reaches without any help from A."""
     base, found = pick(group, split="none"), []
     for r, none in ((r, none) for r in runs if r.A_classes for none in base):
         rest = [a["robust"] for c, a in none.accuracy["classes"].items()
@@ -73,17 +71,20 @@ def without_at(group, runs):
 
 
 def beside(runs, part, kind, told):
-    """Two cells: the paper's number, and ours minus it."""
+    """Two cells: the paper's number, and the difference of ours from it."""
     ours = mean(runs, part, kind)
     return ["-" if told is None else f"{told:.1f}",
             "-" if told is None or not ours else f"{ours[0] - told:+.1f}"]
 
 
+# --- sections: each is a list of paragraphs, of which the first is the heading ------------------------------
+
+
 # --- sections: lists of paragraphs, of which the first is the heading ---------------------------------------
 
 def curve_table(name, data, group, vary, panels):
-    """The table of one data set in a figure of curves: ours, the paper's and the difference where the paper
-    has a number."""
+    """The table of one data set in a figure of curves: our accuracies, and the paper's with the difference
+    where the paper has a number."""
     rows = [(line, pick(group, split=split), float(line == "AT")) for line, split in BASELINES.items()]
     for line, sizes in lines_of(group, vary).items():
         rows += [(line, runs, runs[0].share) for runs in sizes.values()]
@@ -106,7 +107,7 @@ def curve_table(name, data, group, vary, panels):
 
 
 def gaps(group, vary):
-    """A sentence on the runs that other lines have and a line lacks, or nothing."""
+    """A sentence that lists the missing baselines, and the sizes that only other lines have; may be empty."""
     lines = lines_of(group, vary)
     sizes = sorted({size for found in lines.values() for size in found})
     missing = [f"{line} at |A| = {size:,}" for line, found in lines.items() for size in sizes
@@ -116,7 +117,7 @@ def gaps(group, vary):
 
 
 def curve_section(runs, out, name, title, same, vary, panels):
-    """Text and figure of one of CURVES: runs that agree in `same`, but for what the lines `vary` in."""
+    """Text and figure of one of CURVES, of the runs that agree in `same`, except in what the lines `vary`."""
     mine = pick(runs, **{k: v for k, v in same.items() if k != vary})
     mine = [r for r in mine if r.order != "named" and r.split not in BASELINES.values()]
     bases = [r for r in pick(runs, transfer=same["transfer"], attack="pgd") if r.split in BASELINES.values()]
@@ -124,9 +125,8 @@ def curve_section(runs, out, name, title, same, vary, panels):
               for k, found in grouped(mine, "data", "group").items()}
     if not groups:
         return [f"## {title}", "No runs yet."]
-    figures.curves(out / name, title, name, {k: (pick(g, split="none"), pick(g, split="full"),
-                                                 lines_of(g, vary))
-                                             for k, g in groups.items()}, panels)
+    drawn = {k: (pick(g, split="none"), pick(g, split="full"), lines_of(g, vary)) for k, g in groups.items()}
+    figures.curves(out / name, title, name, drawn, panels)
     text = [f"## {title}", f"![{title}](figures/{name}.png)"]
     for (data, name_of_group), group in groups.items():
         text += [f"### {data}: {name_of_group}", curve_table(name, data, group, vary, panels),
@@ -135,8 +135,8 @@ def curve_section(runs, out, name, title, same, vary, panels):
 
 
 def matrix_table(group, classes, runs, told):
-    """Fig. 2's table: a row a class A; the last columns are the matrix, the paper's in brackets. `told`: {}
-    or the paper's."""
+    """Fig. 2's table: one row for each class A. Its last columns are the matrix, with the paper's numbers
+    `told` ({} if there are none) in brackets."""
     names = {c: results.NAMES.get(c, c) for c in classes}
     at = {c: told["classes"].index(n) for c, n in names.items() if n in told.get("classes", [])}
     rows = []
@@ -149,8 +149,8 @@ def matrix_table(group, classes, runs, told):
                 cells[-1] += f" ({told['robust_rows_are_A'][at[a]][at[c]]})"
         b = told["robust_B_val"][names[a]] if a in at else None
         rows.append([a if mine else f"{a}: no run yet", str(len(mine)), cell(mine, "A_val"),
-                     cell(mine, "B_val"), without_at(group, mine),
-                     *beside(mine, "B_val", "robust", b), cell(mine), *cells])
+                     cell(mine, "B_val"), without_at(group, mine), *beside(mine, "B_val", "robust", b),
+                     cell(mine), *cells])
     for line, split in BASELINES.items():
         base = pick(group, split=split)
         rows.append([line, str(len(base)), "-", "-", "-", "-", "-", cell(base), *["-"] * len(classes)])
@@ -160,49 +160,49 @@ def matrix_table(group, classes, runs, told):
 
 
 def matrix_section(runs, out):
-    """Fig. 2: single-class CSAT, as bars of A_val and B_val, and as the matrix of robust accuracies class by
-    class."""
+    """Fig. 2: CSAT on a single class: bars for A_val and B_val, and the robust accuracies class by class."""
     title = "Fig. 2: CSAT on a single class"
     plain = pick(runs, transfer=False, weight="vanilla", attack="pgd")
     text = [f"## {title}"]
     for i, ((data, name), group) in enumerate(grouped(plain, "data", "group").items()):
         single = {c: rs for (c,), rs in claims.grouped_by_class(group).items()}
         if single:
-            classes, file = list(group[0].accuracy["classes"]), f"fig2{f'-{i + 1}' * (len(text) > 1)}"
+            classes = list(group[0].accuracy["classes"])
+            file = f"fig2{f'-{i + 1}' * (len(text) > 1)}"
             figures.matrix(out / file, f"{title}\n{data}: {name}", classes, single, pick(group, split="none"),
                            pick(group, split="full"))
             told = results.published()["fig2"] if results.base(data) == "cifar10" else {}
             text += [f"![{title}](figures/{file}.png)", f"### {data}: {name}",
-                     "In brackets: the paper's." if told else "",
-                     matrix_table(group, classes, single, told),
+                     "In brackets: the paper's." if told else "", matrix_table(group, classes, single, told),
                      results.not_the_papers(data, group[0].setting)]
     return text if len(text) > 1 else [*text, "No runs yet."]
 
 
 def difficulty_table(ranking):
-    """Fig. 3's table: the classes hardest first (the ends of a long list), the paper's numbers for CIFAR-10
-    beside ours."""
+    """Fig. 3's table: the classes hardest first (of a long list both ends), for CIFAR-10 with the paper's
+    numbers beside ours."""
     rows, most, told = ranking["classes_hardest_first"], 20, results.published()["fig3"]
-    metrics, known = [m for m in flags.METRICS
-                      if m in rows[0]], results.base(ranking["fingerprint"]["name"]) == "cifar10"
+    metrics = [m for m in flags.METRICS if m in rows[0]]
+    known = results.base(ranking["fingerprint"]["name"]) == "cifar10"
     body = []
     for r in rows if len(rows) <= most else rows[:most // 2] + rows[-most // 2:]:
         error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
         body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
-        if known:
-            name = results.NAMES.get(r["class"], r["class"])
-            i = told["classes"].index(name) if name in told["classes"] else None
-            body[-1] += ["-", "-"] if i is None else [f"{told['mean_entropy_nats'][i]:.4f}",
-                                                      f"{100 * told['error_fraction'][i]:.1f}"]
-    return markdown(["class, hardest first", *metrics, "clean error %", "n",
-                     *["paper entropy", "paper error %"] * known], body)
+        name = results.NAMES.get(r["class"], r["class"])
+        if known and name in told["classes"]:
+            i = told["classes"].index(name)
+            body[-1] += [f"{told['mean_entropy_nats'][i]:.4f}", f"{100 * told['error_fraction'][i]:.1f}"]
+        elif known:
+            body[-1] += ["-", "-"]
+    head = ["class, hardest first", *metrics, "clean error %", "n"]
+    return markdown([*head, *["paper entropy", "paper error %"] * known], body)
 
 
 def difficulty_section(ranks, runs, out):
     """Fig. 3: mean entropy and clean error of each class, from every rank.json."""
     title = "Fig. 3: class entropy and class error"
     text, drawn = [f"## {title}", *([] if ranks else ["No rankings yet."])], {}
-    for path, r in ranks.items():
+    for r in ranks.values():
         n = len(r["classes_hardest_first"])
         name = f"{r['fingerprint']['name']}: {r['args']['arch']}, {r['epochs']} epochs"
         drawn[name] = r["classes_hardest_first"]
@@ -223,32 +223,31 @@ def difficulty_section(ranks, runs, out):
 
 
 def claims_section(runs, ranks):
-    """The paper's claims on CIFAR-10, and to it, each with a verdict."""
+    """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
     text = ["## The paper's claims"]
     for (data, group), (rows, seeds) in claims.claims(runs, ranks.values()).items():
         spread = "No setting has several seeds: the intervals cover the noise of the test set alone."
         if seeds.df:
             spread = (f"Between seeds: a standard deviation of {seeds.variance**0.5:.2f} points, pooled over "
-                      f"{len(seeds.deviations)} "
-                      f"settings ({seeds.df} degrees of freedom; {min(seeds.deviations):.2f} to "
-                      f"{max(seeds.deviations):.2f}; Bartlett's "
-                      f"test of equal variances p = {seeds.p:.2f}).")
+                      f"{len(seeds.deviations)} settings ({seeds.df} degrees of freedom; "
+                      f"{min(seeds.deviations):.2f} to {max(seeds.deviations):.2f}; Bartlett's test of equal "
+                      f"variances p = {seeds.p:.2f}).")
         text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), spread,
                  results.not_the_papers(data, pick(runs, data=data, group=group)[0].setting)]
     return text if len(text) > 1 else []
 
 
 def precision_section(runs):
-    """What bf16 costs in accuracy."""
+    """How training in bf16 changes the accuracy."""
     text = ["## Training in bf16 against float32"]
+    head = ["setting", "seeds", "accuracy", "float32 %", "bf16 %", "bf16 minus float32"]
     for (data, group), rows in claims.precisions(runs).items():
-        text += [f"### {data}: {group}", markdown(["setting", "seeds", "accuracy", "float32 %", "bf16 %",
-                                                   "bf16 minus float32"], rows)]
+        text += [f"### {data}: {group}", markdown(head, rows)]
     return text if len(text) > 1 else []
 
 
 def evaluation_section(folder):
-    """What evaluate.py measured under other threat models."""
+    """What evaluate.py measured with other threat models or attacks."""
     rows = []
     for path in results.found(folder, "eval-*.json"):
         r = common.read_json(path)
@@ -257,8 +256,8 @@ def evaluation_section(folder):
             shown = [f"{100 * a[k]['accuracy']:.1f} [{100 * a[k]['low']:.1f}, {100 * a[k]['high']:.1f}]"
                      for k in ("clean", "robust")]
             rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"],
-                         f"{s['norm']} eps {s['eps']:g}",
-                         " ".join(s["attacks"]), f"{a['clean']['n']:,}", *shown])
+                         f"{s['norm']} eps {s['eps']:g}", " ".join(s["attacks"]), f"{a['clean']['n']:,}",
+                         *shown])
         except (KeyError, TypeError):
             raise UserError(f"{path} was not written by evaluate.py: move it away") from None
     head = ["run", "checkpoint", "threat model", "attacks", "n", "clean %", "robust %"]
@@ -266,27 +265,28 @@ def evaluation_section(folder):
 
 
 def cost_section(runs, ranks, out):
-    """Robust accuracy against what training cost, for all runs of a data set: what SAT saves."""
+    """Robust accuracy against the cost of training, for all runs of a data set: what SAT saves."""
     title = "Robust accuracy against the cost of training"
     price = {h: r["cost"] for r in ranks.values() for h in r.get("scores", {}).values()}
     groups = {k: g for k, g in grouped(pick(runs, transfer=False), "data", "group").items() if len(g) > 2}
     if not groups:
         return [f"## {title}", "No runs yet."]
     figures.cost(out / "cost", title, groups, price)
-    return [f"## {title}", "In forward passes: an attack step counts 2, a training step 3. Evaluation is not "
-                           "counted. Hollow marks: with "
-            "the ranking that chose A, which is needed once a data set.", f"![{title}](figures/cost.png)"]
+    return [f"## {title}",
+            "In forward passes: an attack step counts 2, a training step 3. Evaluation is not counted. "
+            "Hollow marks: with the ranking that chose A, which is needed once a data set.",
+            f"![{title}](figures/cost.png)"]
 
 
 def speed_section(folder):
-    """What bench.py measured: of several runs of a setting medians, and the range."""
+    """What bench.py measured: medians over the runs of a setting, the ratios also with their range."""
     groups, text = {}, ["## The cost of a training step"]
     for path in sorted(folder.glob("bench/*.json")):
         r = common.read_json(path)
         if not isinstance(r, dict) or not {"setting", "steps"} <= set(r):
             raise UserError(f"{path} was not written by bench.py --json: move it away")
-        groups.setdefault(r["setting"], []).append({(s["step"], s["precision"], s["compile"]): s
-                                                    for s in r["steps"]})
+        steps = {(s["step"], s["precision"], s["compile"]): s for s in r["steps"]}
+        groups.setdefault(r["setting"], []).append(steps)
     spread = lambda v: f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})"
     of = lambda v: spread(v) if v else "-"
     for setting, found in groups.items():
@@ -304,13 +304,13 @@ def speed_section(folder):
 
 
 def into(path, sections):
-    """Puts tables of sections (their figures left out) into a Markdown file, between <!-- table: TITLE -->
-    and <!-- end -->."""
+    """Copies the text of sections, without their figures, into a Markdown file: each section between its
+    marks <!-- table: TITLE --> and <!-- end -->."""
     bodies = {text[0][3:]: "\n\n".join(t for t in text[1:] if t and not t.startswith("!"))
               for text in sections if text}
 
     def body(match):
-        """The marks of one table with its rows between them."""
+        """The two marks with the text of their section between them."""
         if match[2] not in bodies:
             raise UserError(f"{path} asks for the table {match[2]!r}; there are: {', '.join(bodies)}")
         return f"{match[1]}\n{bodies[match[2]]}\n\n{match[3]}"
@@ -321,7 +321,7 @@ def into(path, sections):
 
 
 def main(argv=None):
-    """Reads all results, writes a section with a table and a figure for each figure of the paper."""
+    """Reads all results; writes the figures, and tables.md with a section for each figure of the paper."""
     usage = "python report.py [--results DIR] [--into FILE]"
     parser = flags.Parser(prog="report.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
@@ -330,19 +330,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     found, ranks, out = results.read(args.results), results.rankings(args.results), args.results / "figures"
     if not found and not ranks:
-        raise UserError(f"no result.json or rank.json below {args.results}: first run sat.py, or "
-                        "./run_all.sh digits")
+        raise UserError(f"no result.json or rank.json below {args.results}: "
+                        "first run sat.py, or ./run_all.sh digits")
     precision, runs = precision_section(found), results.shown(found)
     sections = [claims_section(runs, ranks), matrix_section(runs, out), difficulty_section(ranks, runs, out)]
     sections += [curve_section(runs, out, *figure) for figure in CURVES]
     sections += [cost_section(runs, ranks, out), evaluation_section(args.results), precision,
                  speed_section(args.results)]
-    text = ["# Results", "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean "
-                         "± standard deviation over "
-            "seeds. Robust: right, and still right under the attack that each table names, on test examples "
-            "that were not used for "
-            "selecting a checkpoint. Runs that differ in threat model, attack, n, network or epochs are in "
-            "tables of their own."]
+    text = ["# Results",
+            "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± standard "
+            "deviation over seeds. Robust: right, and still right under the attack that each table names, on "
+            "test examples that were not used for selecting a checkpoint. Runs that differ in threat model, "
+            "attack, n, network or epochs are in tables of their own."]
     text += [t for section in sections for t in section if t]
     common.atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(text) + "\n").encode()))
     if args.into:

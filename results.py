@@ -1,8 +1,7 @@
-"""What finished runs say: reads and checks them, groups those that may be compared, pools seeds, contrasts
-settings with an interval, and looks up the paper's numbers. report.py and figures.py show it. Loads no torch.
+"""Reads the results of finished runs, checks them, pools seeds, and compares settings with 95 % intervals.
 
-Files in: result.json and rank.json below a results folder, configs/paper.json, configs/*.yaml (the paper's
-settings).
+Also looks up the paper's numbers. report.py and figures.py show what it returns. It does not import torch.
+Files in: result.json and rank.json below a results folder; the paper's numbers and settings in configs/.
 """
 import collections
 import functools
@@ -19,11 +18,12 @@ import common
 import flags
 from common import HERE, UserError, say
 
-# vary in a table
+# Flags in which the runs of one table may differ.
 SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor",
           "attack", "seed"}
+# Flags that are not compared when runs are sorted into tables.
 NOT_SETTING = {"dataset", "eval_batch", "side", "source", "source_weights", "checkpoint", "seed"}
-DESCRIBED = {"norm", "eps", "eval_attacks", "arch", "epochs", "N", "n"}  # in every group's name
+DESCRIBED = {"norm", "eps", "eval_attacks", "arch", "epochs", "N", "n"}  # in the name of every group
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
 
 
@@ -31,21 +31,20 @@ NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the 
 
 @functools.cache
 def published():
-    """configs/paper.json as it stands: percent unless said."""
+    """The content of configs/paper.json; accuracies are in percent unless the file says otherwise."""
     return json.loads((HERE / "configs" / "paper.json").read_text(encoding="utf-8"))
 
 
 def base(data):
-    """The paper's data set of which ours is a smaller part: cifar10 for cifar10-small, on either side of an
-    arrow."""
+    """The paper's data set behind ours: cifar10 for cifar10-small, also on either side of an arrow."""
     return data.replace("-small", "")
 
 
 def theirs(figure, data, line, share, kind):
-    """The paper's accuracy (percent) in a figure, or None where it has no number.
+    """The accuracy (percent) that the paper gives in a figure, or None where it gives none.
 
-    data: a data set, or source->target. line: what the line is called in our figure; "AT" and "no AT" are the
-    baselines, which belong to no figure. share: |A|/N. kind: robust or clean.
+    data: a data set, or source->target. line: the name of the line in our figure; the baselines "AT" and
+    "no AT" belong to no figure. share: |A|/N. kind: robust or clean.
     """
     found = published()["curves"].get("baselines" if line in ("AT", "no AT") else figure, {})
     found = found.get(base(data), {}).get(kind, {}).get(line)
@@ -56,8 +55,8 @@ def theirs(figure, data, line, share, kind):
 
 @functools.cache
 def papers_setting(data):
-    """The values of the flags in the paper's runs on `data` (a data set, or source->target), from configs/;
-    {} for others."""
+    """The flags of the paper's runs on `data` (a data set, or source->target), from configs/: {dest: value},
+    empty for data that the paper does not have."""
     source, target = base(data).split("->")[0], base(data).split("->")[-1]
     if source not in published()["data sets"]:
         return {}
@@ -73,15 +72,15 @@ def papers_setting(data):
 
 
 def not_the_papers(data, setting):
-    """A sentence that names every setting of ours that is not the paper's, or nothing for data that the paper
-    lacks."""
+    """A sentence that lists where our setting differs from the paper's; empty if it does not, or if the paper
+    does not have these data."""
     paper = papers_setting(data)
     plain = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, list) else v
     differ = [f"{k.replace('_', ' ')} {plain(v)} ({plain(paper[k])})" for k, v in setting.items()
               if k in paper and paper[k] != v]
-    if setting.get("N") != published()["data sets"].get(base(data).split("->")[0], {}).get("train") and paper:
-        differ.insert(0, f"N {setting['N']:,} "
-                         f"({published()['data sets'][base(data).split('->')[0]]['train']:,})")
+    n = published()["data sets"].get(base(data).split("->")[0], {}).get("train")
+    if paper and setting.get("N") != n:
+        differ.insert(0, f"N {setting['N']:,} ({n:,})")
     if not differ:
         return ""
     return ("Not the paper's setting, so the differences from it are no reproduction. "
@@ -92,15 +91,15 @@ def not_the_papers(data, setting):
 
 @dataclass
 class Run:
-    """A finished run of sat.py or transfer.py. Of a transferred network, A and how it was made are its
-    source's."""
+    """A finished run of sat.py or transfer.py. In a transfer, the fields about A and about the training with
+    attacks are those of the source run."""
     path: str
     data: str          # a data set, or source->target
     transfer: bool
     setting: dict      # what must agree for two runs to stand in one table
     precision: str     # of training: float32 or bf16
     split: str
-    order: str         # hardest, easiest, random, or named
+    order: str         # hardest, easiest, random, redrawn, or named
     metric: str
     weight: str
     attack: str
@@ -112,73 +111,71 @@ class Run:
     n_classes: int
     cost: float        # of training, in forward passes
     ranking: str       # hash of the scores that chose A, or ""
-    weights: str
-    # {part: {kind: {"n", "accuracy", "low", "high"}}}, and "classes": {class: the same and "right"}
+    weights: str       # hash of the network's weights (in a transfer, of the source's)
+    # {part: {kind: {"n", "accuracy", "low", "high"}}}, "classes": {class: {kind: the same and "right"}}
     accuracy: dict
     group: str = field(default="")  # what the runs of its table have in common, for people
 
     @property
     def size(self):
-        """|A| in classes, or in examples."""
+        """|A|, counted in classes or in examples."""
         return len(self.A_classes) or self.A
 
     @property
     def share(self):
-        """|A|/N, of classes or of examples."""
+        """|A|/N, counted in classes or in examples."""
         return len(self.A_classes) / self.n_classes if self.A_classes else self.A / self.N
 
     @property
     def kind(self):
-        """What it is but for the seed: the runs of a kind are pooled."""
+        """Everything that identifies the run except its seed: runs of one kind are pooled."""
         names = tuple(self.A_classes) if self.order == "named" else ()
         return (self.data, self.group, self.transfer, self.split, self.order, self.metric, self.weight,
                 self.attack, self.size, names)
 
     def right(self, kind, c):
-        """Which test examples of class c were right: bool (n,), in their order; None where the run did not
-        keep them."""
+        """Which test examples of class c were classified correctly, as bool (n,) in their order; None if the
+        run did not save it."""
         a = self.accuracy["classes"][c][kind]
         if "right" not in a:
             return None
-        return numpy.unpackbits(numpy.frombuffer(bytes.fromhex(a["right"]),
-                                                 numpy.uint8))[:a["n"]].astype(bool)
+        bits = numpy.unpackbits(numpy.frombuffer(bytes.fromhex(a["right"]), numpy.uint8))
+        return bits[:a["n"]].astype(bool)
 
 
 def run_of(path, result):
-    """The Run of a result.json's content."""
+    """The Run that the content of a result.json describes."""
     source = result.get("source")
     made, target, s = source or result, result["args"], result["settings"]
-    args = made["args"]
+    args, data = made["args"], target["dataset"]
     setting = {"N": made["N"], **{k: v for k, v in args.items() if k not in SUBSET | NOT_SETTING},
-               "n": result["accuracy"]["all"]["robust"]["n"],
-               "eval_attacks": s["attacks"], "norm": s["norm"], "eps": s["eps"],
-               "labels": result["fingerprint"]["labels"]}
+               "n": result["accuracy"]["all"]["robust"]["n"], "eval_attacks": s["attacks"], "norm": s["norm"],
+               "eps": s["eps"], "labels": result["fingerprint"]["labels"]}
     if source:
         setting |= {f"target's {k}": v for k, v in target.items() if k not in NOT_SETTING}
+        data = f"{source['dataset']}->{data}"
+    metric = f"own {args['scores']}" if args.get("scores") else args["metric"]
+    if args["order"] in ("random", "redrawn"):
+        metric = "entropy"  # no metric is used; this value puts them beside the runs ordered by entropy
     return Run(
-        path=str(path.parent), data=f"{source['dataset']}->{target['dataset']}"
-        if source else target["dataset"],
-        transfer=bool(source), setting=setting, precision=result.get("precision", "float32"),
-        split=args["split"],
-        order="named" if args["classes"] else args["order"],
-        metric="entropy" if args["order"] in ("random", "redrawn") else f"own {args['scores']}"
-        if args.get("scores") else args["metric"], attack=args["attack"],
+        path=str(path.parent), data=data, transfer=bool(source), setting=setting,
+        precision=result.get("precision", "float32"), split=args["split"],
+        order="named" if args["classes"] else args["order"], metric=metric, attack=args["attack"],
         weight=f"w_A {args['weight_factor']:g}" if args["weight_factor"] else args["weight"],
         seed=args["seed"] + (2**31 * target["seed"] if source else 0), A=made["A"], N=made["N"],
-        w_A=made["w_A"],
-        A_classes=made["A_classes"] or [], n_classes=len(made["fingerprint"]["classes"]),
+        w_A=made["w_A"], A_classes=made["A_classes"] or [], n_classes=len(made["fingerprint"]["classes"]),
         cost=made["cost"]["forward_equivalents"], ranking=(made.get("ranking") or {}).get("scores", ""),
         weights=made["weights"], accuracy=result["accuracy"])
 
 
 def found(results, name):
-    """The files of that name (a pattern) below the folder, but for those put aside by --force."""
+    """The files below the folder that match the pattern `name`, except those that --force put aside."""
     return [p for p in sorted(Path(results).glob(f"**/{name}"))
             if not any(part.startswith(".old-") for part in p.parts)]
 
 
 def read(results):
-    """Every Run below the folder `results`, repeats included."""
+    """All Runs below the folder `results`, repeated ones included."""
     runs = []
     for path in found(results, "result.json"):
         try:
@@ -190,15 +187,15 @@ def read(results):
 
 
 def shown(runs):
-    """The runs without those that repeat another's flags and seed, which would count as seeds: of each one is
-    kept, in float32 if there is one, and that is said. They get their group's name, and transfers their
-    source's accuracies, "source ..."."""
+    """The runs to show. Runs with the same flags and seed would count as several seeds: only one of them is
+    kept, a float32 run if there is one, and a note is printed. Sets each run's group name, and adds to each
+    transfer the accuracies of its source, as parts "source ..."."""
     kept = {}
     for r in sorted(runs, key=lambda r: r.precision != "float32"):
         key = json.dumps([r.kind, r.setting, r.seed], sort_keys=True)
         if key in kept:
-            say(f"note: {r.path} ({r.precision}) repeats {kept[key].path} ({kept[key].precision}), which is "
-                "shown")
+            say(f"note: {r.path} ({r.precision}) repeats {kept[key].path} ({kept[key].precision}), "
+                "which is shown")
         kept.setdefault(key, r)
     runs = [r for r in runs if any(r is k for k in kept.values())]
     for same in grouped(runs, "data").values():
@@ -211,8 +208,8 @@ def shown(runs):
 
 
 def name_groups(runs):
-    """Gives runs of one data set their group's name: the settings that people ask for, and those in which
-    groups differ."""
+    """Sets the group name of runs of one data set: the most important settings, and those in which groups of
+    that name differ."""
     shown = {}
     for r in runs:
         shown.setdefault(json.dumps(r.setting, sort_keys=True), []).append(r)
@@ -231,17 +228,17 @@ def name_groups(runs):
 
 
 def described(run):
-    """The threat model, the attack and the size of a run's setting, for people."""
+    """The threat model, the attack and the size of a run's setting, as text."""
     s = run.setting
     attack = "AutoAttack"
     if len(set(s["eval_attacks"])) < 4:
         attack = f"AutoAttack's {' and '.join(s['eval_attacks'])}"
-    return (f"{s['norm']} eps {s['eps']:g}, {attack}, n = {s['n']:,}, {s['arch']}, {s['epochs']} epochs, "
-            f"N = {s['N']:,}")
+    return (f"{s['norm']} eps {s['eps']:g}, {attack}, n = {s['n']:,}, {s['arch']}, "
+            f"{s['epochs']} epochs, N = {s['N']:,}")
 
 
 def grouped(runs, *keys):
-    """{(values of the attributes): [runs]}, in the order of the runs."""
+    """{(values of the attributes `keys`): [runs]}, in the order of the runs."""
     found = {}
     for r in runs:
         found.setdefault(tuple(getattr(r, k) for k in keys), []).append(r)
@@ -249,18 +246,18 @@ def grouped(runs, *keys):
 
 
 def pick(runs, **like):
-    """The runs that agree with `like`."""
+    """The runs whose attributes have the values in `like`."""
     return [r for r in runs if all(getattr(r, k) == v for k, v in like.items())]
 
 
 def rankings(results):
     """{path: content} of every rank.json below the folder `results`."""
     ranks = {path: common.read_json(path) for path in found(results, "rank.json")}
+    needed = {"classes_hardest_first", "spearman_of_examples", "fingerprint", "args"}
     for path, r in ranks.items():
-        if not isinstance(r, dict) or not {"classes_hardest_first", "spearman_of_examples", "fingerprint",
-                                           "args"} <= set(r):
-            raise UserError(f"{path} is not a ranking of this project: move it away, or repeat it with "
-                            "rank.py --force")
+        if not isinstance(r, dict) or not needed <= set(r):
+            raise UserError(f"{path} is not a ranking of this project: move it away, "
+                            "or repeat it with rank.py --force")
     return ranks
 
 
@@ -276,26 +273,26 @@ def wilson(k, n, z=1.959964):
 
 
 def spearman(a, b):
-    """Spearman's rank correlation of two sequences; 0 where one of them is constant and none is defined."""
+    """Spearman's rank correlation of two sequences; 0 if one is constant, where it is not defined."""
     from scipy.stats import spearmanr
     return float(spearmanr(a, b).statistic) if len(set(map(float, a))) > 1 < len(set(map(float, b))) else 0.0
 
 
 def values(runs, part, kind):
-    """The accuracies (percent) of runs on a part, where it exists and has examples."""
+    """The accuracies (percent) on a part, of the runs that have this part with at least one example."""
     return [100 * a["accuracy"] for r in runs if (a := r.accuracy.get(part, {}).get(kind, {})).get("n")]
 
 
 def mean(runs, part="all", kind="robust"):
-    """Mean accuracy in percent over runs (seeds), and its standard deviation (0 of one); None where there is
-    none."""
+    """Mean accuracy (percent) over runs (seeds) and its standard deviation (0 for one run); None if no run
+    has the part."""
     found = values(runs, part, kind)
     return (statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0) if found else None
 
 
 def cell(runs, part="all", kind="robust"):
-    """An accuracy for people, in percent: with the 95 % Wilson interval of a single run, or as mean ±
-    deviation of seeds."""
+    """An accuracy (percent) as text: of a single run with its 95 % Wilson interval, of several seeds as
+    mean ± standard deviation."""
     found = mean(runs, part, kind)
     if found is None:
         return "-"
@@ -307,17 +304,16 @@ def cell(runs, part="all", kind="robust"):
 
 @dataclass
 class Noise:
-    """The spread between seeds (variance in points squared) pooled over the kinds of runs that have three or
-    more."""
+    """The variance between seeds (points squared), pooled over the kinds of runs with two or more seeds."""
     variance: float
-    df: int
-    deviations: list   # of the kinds
-    p: float           # Bartlett's test that the kinds have one variance; nan of fewer than two kinds
+    df: int            # degrees of freedom
+    deviations: list   # the standard deviation of each kind
+    p: float           # Bartlett's test that all kinds have the same variance; nan for fewer than two kinds
 
 
 def noise(runs, kind="robust"):
-    """The Noise of the accuracy on all test examples, over runs that may be pooled (of one data set and
-    group)."""
+    """The noise of training: how far accuracies on all test examples differ between seeds. The runs must be
+    of one data set and group."""
     kinds = [values(same, "all", kind) for same in grouped(runs, "kind").values()]
     spread = [v for v in kinds if len(v) > 1]
     df = sum(len(v) - 1 for v in spread)
@@ -332,12 +328,12 @@ def noise(runs, kind="robust"):
 def contrast(terms, seeds, kind="robust"):
     """The sum of weight * accuracy over terms, in points, with its 95 % interval: (value, low, high).
 
-    terms: [(weight, runs, classes)]: the mean over runs (the seeds of a kind) of the accuracy on the test
-    examples of `classes` (None: all). seeds: the Noise of such runs. Two sources of variance are added. Test
-    examples: all runs meet the same ones, so the differences are paired, example by example, after the mean
-    over seeds. Training: the pooled variance between seeds, over the number of seeds of each term
-    (Bouthillier et al. 2021 on why seeds count). The interval is Student's with Satterthwaite's (1946)
-    degrees of freedom. Without several seeds anywhere the second part is missing.
+    terms: [(weight, runs, classes)], where accuracy is the mean over runs (the seeds of a kind) on the test
+    examples of `classes` (None: all). seeds: the Noise of such runs. Two variances are added. Test examples:
+    all runs are tested on the same ones, so the differences are paired, example by example, after the mean
+    over seeds. Training: the pooled variance between seeds, divided by the number of seeds of each term
+    (Bouthillier et al. 2021 explain why seeds count); it is missing if no kind has several seeds. The
+    interval is Student's, with Satterthwaite's (1946) degrees of freedom.
     """
     classes = list(terms[0][1][0].accuracy["classes"])
     sizes = {c: terms[0][1][0].accuracy["classes"][c][kind]["n"] for c in classes}
@@ -346,8 +342,8 @@ def contrast(terms, seeds, kind="robust"):
     for weight, runs, only in terms:
         part = [c for c in classes if (only is None or c in only) and sizes[c]]
         m = sum(sizes[c] for c in part)
-        accuracy = statistics.fmean(sum(r.accuracy["classes"][c][kind]["accuracy"] * sizes[c]
-                                        for c in part) / m for r in runs)
+        accuracy = statistics.fmean(
+            sum(r.accuracy["classes"][c][kind]["accuracy"] * sizes[c] for c in part) / m for r in runs)
         value += weight * accuracy
         training += weight**2 * seeds.variance / len(runs)
         if any(r.right(kind, c) is None for r in runs for c in part):
@@ -358,14 +354,15 @@ def contrast(terms, seeds, kind="robust"):
             influence[c] += weight * (right - accuracy) * n / m
     test = 1e4 * (sum((z**2).sum() for z in influence.values()) / n / max(1, n - 1) + unpaired)
     from scipy.stats import t
-    df = (test + training)**2 / (training**2 / seeds.df + test**2 / max(1, n - 1)) if training else max(1,
-                                                                                                        n - 1)
+    df = max(1, n - 1)
+    if training:
+        df = (test + training)**2 / (training**2 / seeds.df + test**2 / df)
     half = float(t.ppf(0.975, df)) * math.sqrt(test + training)
     return 100 * value, 100 * value - half, 100 * value + half
 
 
 def points(value, low, high):
-    """A contrast for people."""
+    """A contrast as text."""
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 

@@ -1,5 +1,5 @@
-"""Every run of the paper's figures, then the report. Finished runs are skipped, so it can be stopped and
-started again.
+"""Makes every run of the paper's figures, then the report. Finished runs are skipped: it can be stopped at
+any time and started again.
 
     ./run_all.sh digits                    each figure in small, on the embedded data, on a CPU
     ./run_all.sh cifar10-cpu               the paper's claims on all of CIFAR-10 and -100, at a size for a CPU
@@ -7,11 +7,11 @@ started again.
     ./run_all.sh --dry-run all             print every command, the runs of each figure and their cost
     NPROC=4 ./run_all.sh cifar10           each run on 4 GPUs (or processes) of this machine, by torchrun
 
-Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all; then figures of them, or none for
-all. Environment: RESULTS and DATA (folders), NPROC, PYTHON, EXTRA (flags for every run that has them, e.g.
-EXTRA="--epochs 2"). Several copies may share a results folder, one a GPU or on several machines (its file
-system must have flock): each run is made once, a transfer waits for its source, and a run whose copy died is
-taken over.
+Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all. Figures of them may follow;
+without any, all are made. Environment: RESULTS and DATA (folders), NPROC, PYTHON, EXTRA (flags for every run
+that has them, for instance EXTRA="--epochs 2"). Several copies may share a results folder, one a GPU, also on
+several machines if its file system has flock: each run is made once, a transfer waits for its source, and a
+run whose copy died is taken over.
 """
 import fcntl
 import os
@@ -27,45 +27,38 @@ HERE = Path(__file__).resolve().parent
 TEN = "airplane automobile bird cat deer dog frog horse ship truck".split()
 TENTHS = {k / 10: 1 for k in range(1, 10)}
 
-# What the figures need to know of a data set: training images, classes; |A| as {amount: training seeds} in
-# examples (esat), in classes (csat) and as single classes; random subsets of each size; training seeds of AT
-# and no AT; metrics of the ranking.
+# The runs on each data set. esat, csat, single: {amount: training seeds}, the amount of A being a fraction of
+# the examples, a number of classes, or one class. random: seeds of each random subset. baselines: seeds of AT
+# and no AT. metrics: of the ranking. n, n_classes: training images and classes.
 PAPER = {"arch": "preactresnet18", "epochs": 200, "esat": TENTHS, "baselines": 1, "metrics": "entropy svar",
          "prefix": ""}
-DIGITS = {**PAPER, "config": "digits", "arch": "preactresnet8", "epochs": 30,
-          "esat": {0.1: 1, 0.3: 1, 0.5: 1}, "random": 2,
-          "prefix": "quick-", "flags": "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"}
+DIGITS = {**PAPER, "config": "digits", "arch": "preactresnet8", "epochs": 30, "random": 2, "prefix": "quick-",
+          "esat": {0.1: 1, 0.3: 1, 0.5: 1},
+          "flags": "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"}
 CPU = {**PAPER, "config": "cifar10-cpu", "arch": "preactresnet8", "epochs": 12, "n": 50000, "random": 1,
        "prefix": "cpu-"}
 DATASETS = {
-    "cifar10": {**PAPER, "n": 50000, "n_classes": 10, "csat": {k: 1 for k in range(1, 10)},
-                "single": {c: 1 for c in TEN},
-                "random": 10},
-    "cifar100": {**PAPER, "n": 50000, "n_classes": 100, "csat": {k: 1 for k in range(10, 100, 10)},
-                 "random": 5,
-                 "metrics": "entropy svar vog"},
-    "imagenet200": {**PAPER, "n": 259906, "n_classes": 200, "csat": {k: 1 for k in range(20, 200, 20)},
-                    "random": 3,
-                    "arch": "resnet50", "epochs": 150},
-    "digits": {**DIGITS, "n": 1297, "n_classes": 10, "csat": {3: 1, 5: 1, 7: 1},
-               "single": {str(c): 1 for c in range(10)},
-               "metrics": "entropy svar vog"},
+    "cifar10": {**PAPER, "n": 50000, "n_classes": 10, "random": 10,
+                "csat": {k: 1 for k in range(1, 10)}, "single": {c: 1 for c in TEN}},
+    "cifar100": {**PAPER, "n": 50000, "n_classes": 100, "random": 5, "metrics": "entropy svar vog",
+                 "csat": {k: 1 for k in range(10, 100, 10)}},
+    "imagenet200": {**PAPER, "n": 259906, "n_classes": 200, "random": 3, "arch": "resnet50", "epochs": 150,
+                    "csat": {k: 1 for k in range(20, 200, 20)}},
+    "digits": {**DIGITS, "n": 1297, "n_classes": 10, "metrics": "entropy svar vog",
+               "csat": {3: 1, 5: 1, 7: 1}, "single": {str(c): 1 for c in range(10)}},
     "digits0-4": {**DIGITS, "n": 649, "n_classes": 5, "csat": {1: 1, 2: 1, 3: 1}},
-    # Three seeds where a verdict hangs on it, decided before the first run.
-    "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.1: 3, 0.5: 3, 0.3: 1},
-                    "baselines": 3,
-                    "single": {c: 3 if c in ("cat", "automobile") else 1
-                               for c in ["cat", "automobile", *TEN]}},
-    "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "csat": {10: 3, 30: 3},
-                     "esat": {0.3: 1, 0.1: 1},
-                     "metrics": "entropy"},
+    # Three seeds where a verdict depends on it, decided before the first run.
+    "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "baselines": 3,
+                    "esat": {0.1: 3, 0.5: 3, 0.3: 1},
+                    "single": {"cat": 3, "automobile": 3, **{c: 1 for c in TEN if c not in "cat automobile"}}},
+    "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "metrics": "entropy",
+                     "csat": {10: 3, 30: 3}, "esat": {0.3: 1, 0.1: 1}},
     # Another threat model, Linf 8/255, which the paper leaves open; one seed.
     "cifar10-cpu-linf": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.5: 1},
-                         "prefix": "cpu-linf-",
-                         "flags": "--norm linf --eps 0.031372549 --step-size 0.0078431373"},
+                         "prefix": "cpu-linf-", "flags": "--norm linf --eps 0.031372549 --step-size 0.0078431373"},
 }
+# Forward passes of a transfer: images times epochs.
 TARGETS = {"cifar10": 50000 * 40, "svhn": 73257 * 40, "caltech256": 24485 * 100, "flowers102": 1020 * 100,
-           # forward passes of a transfer: images times epochs
            "digits5-9": 648 * 20, "cifar10-cpu": 50000 * 10}
 FIGURES = {  # --split, orders, and the flags whose values the figure compares
     "fig2": ("single", [], {}),
@@ -78,7 +71,7 @@ FIGURES = {  # --split, orders, and the flags whose values the figure compares
     "fig15": ("csat", ["hardest", "easiest", "random"], {"weight": ["emphasis"]}),
     "fig16": ("esat", ["hardest"], {"weight": ["emphasis"], "attack": ["fgsm-rs", "pgd"]}),
 }
-SAME = {"fig4": "fig5", "fig13": "fig5", "fig14": "fig8"}  # other views of the same runs
+SAME = {"fig4": "fig5", "fig13": "fig5", "fig14": "fig8"}  # figures that show the same runs
 SECTIONS = {  # section: (source, targets of the transfer, figures)
     "cifar10": [("cifar10", "", "fig2 fig3 fig4 fig5 fig6 fig13")],
     "cifar100": [("cifar100", "", "fig5 fig6 fig12 fig13")],
@@ -93,8 +86,7 @@ SECTIONS = {  # section: (source, targets of the transfer, figures)
 
 
 def runs_of(d, name):
-    """The runs of sat.py in a figure: (the name of the run, |A|/N, passes of the attack an example,
-    flags)."""
+    """The runs of sat.py in a figure: (name, |A|/N, passes that the attack on an example costs, flags)."""
     split, orders, compared = FIGURES[name]
     if split == "single":
         return [(f"csat-{c}-seed{seed}", 1 / d["n_classes"], 14,
@@ -111,16 +103,16 @@ def runs_of(d, name):
             share, sized = (amount / d["n_classes"], "--size") if split == "csat" else (amount, "--frac")
             for order in orders:
                 for seed in range(max(seeds, d["random"]) if order == "random" else seeds):
-                    rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share,
-                                 2 if how["attack"] == "fgsm-rs" else 14,
-                                 ["--split", split, sized, str(amount), "--order", order, "--seed", str(seed),
-                                  *(word for flag, value in told.items() for word in (f"--{flag}", value))]))
+                    words = ["--split", split, sized, str(amount), "--order", order, "--seed", str(seed)]
+                    words += [word for flag, value in told.items() for word in (f"--{flag}", value)]
+                    passes = 2 if how["attack"] == "fgsm-rs" else 14
+                    rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share, passes, words))
     return rows
 
 
 def stages(sections, wanted, results):
-    """Every stage of the figures, repeats included: (figure, script, folder, the file that ends it, cost,
-    arguments)."""
+    """Every stage of the figures, repeats included: (figure, script, folder, the file that a finished stage
+    has, cost in forward passes, arguments)."""
     for source, targets, figures in (part for s in sections for part in SECTIONS[s]):
         d = DATASETS[source]
         config, dataset, prefix = d.get("config", source), d.get("dataset", source), d["prefix"]
@@ -138,16 +130,14 @@ def stages(sections, wanted, results):
                 folder = f"{dataset}-{prefix}{name}-seed0"
                 yield (figure, "transfer.py", f"{results}/{onto}/{folder}", "result.json", TARGETS[target],
                        [f"{results}/{dataset}/{prefix}{name}/best.pt", "--config",
-                        str(HERE / f"configs/transfer/{target}.yaml"),
-                        "--run", folder, *evaluation])
+                        str(HERE / f"configs/transfer/{target}.yaml"), "--run", folder, *evaluation])
 
         for shown in (f for f in figures.split() if not wanted or f in wanted):
             name, figure = SAME.get(shown, shown), f"{source}{' -> ' * bool(targets)}{targets}: {shown}"
             if name != "fig2":
+                passes = d["n"] * d["epochs"] * (5 if "vog" in d["metrics"] else 4)
                 yield (f"{source}: ranking (fig3)", "rank.py", f"{results}/{dataset}/rank-{d['arch']}-seed0",
-                       "rank.json",
-                       d["n"] * d["epochs"] * (5 if "vog" in d["metrics"] else 4),
-                       [*base, "--metrics", *d["metrics"].split()])
+                       "rank.json", passes, [*base, "--metrics", *d["metrics"].split()])
             if name != "fig3":
                 for split, share in (("none", 0), ("full", 1)):
                     for seed in range(d["baselines"]):
@@ -174,9 +164,11 @@ def summary(listed):
 
 
 class Stage:
-    """A stage that is made by whichever copy first locks its log, results/logs/<folder>.log. The kernel drops
-    the lock with the last process that has it, the stage's own included, so that a killed copy's run is
-    neither lost nor made twice."""
+    """A stage, which is made by the copy of this script that first locks its log, results/logs/<folder>.log.
+
+    The kernel drops the lock when the last process that holds it ends, the stage's own included: the run of a
+    copy that was killed is neither lost nor made twice.
+    """
 
     def __init__(self, results, folder, done, command, source=None):
         self.done, self.command = Path(folder, done), command
@@ -185,8 +177,8 @@ class Stage:
         self.log = Path(results, "logs", str(Path(folder).relative_to(results)).replace("/", "_") + ".log")
 
     def make(self, wait=False):
-        """Runs the command unless the stage is finished. Without `wait`, False when another copy has it or
-        makes its source; rankings, which all that follows needs, are always waited for."""
+        """Runs the command unless the stage is finished. If another copy makes this stage or its source, waits
+        for it if told to `wait`, else returns False. Rankings are always waited for: what follows needs them."""
         if self.source and not self.source.exists() and not wait:
             return False
         wait = wait or self.done.name == "rank.json"
@@ -212,7 +204,7 @@ class Stage:
 
 
 def command_line(argv):
-    """(the sections, the figures, whether to print only) of the words, or exits with one line."""
+    """Parses the words: (sections, figures, whether it only prints). Exits with one line on a mistake."""
     words = [w for w in argv if w != "--dry-run"]
     known = [*SECTIONS, "all", *FIGURES, *SAME]
     unknown = [w for w in words if w not in known]
@@ -221,27 +213,26 @@ def command_line(argv):
         print(__doc__.strip())
         sys.exit(0)
     if unknown or not sections:
-        print(f"error: {f'there is no section or figure {unknown[0]!r}' if unknown else 'name a section'}; "
-              "valid: "
-              f"{' '.join(SECTIONS)} all, then "
-              f"{' '.join(sorted([*FIGURES, *SAME], key=lambda f: int(f[3:])))}, and --dry-run",
+        wrong = f"there is no section or figure {unknown[0]!r}" if unknown else "name a section"
+        figures = " ".join(sorted([*FIGURES, *SAME], key=lambda f: int(f[3:])))
+        print(f"error: {wrong}; valid: {' '.join(SECTIONS)} all, then {figures}, and --dry-run",
               file=sys.stderr)
         sys.exit(2)
     return list(dict.fromkeys(sections)), [w for w in words if w in FIGURES or w in SAME], "--dry-run" in argv
 
 
 def main(argv):
-    """Lists the stages, then prints them, or makes them and the report."""
+    """Lists the stages, then either prints them or makes them and the report."""
     sections, wanted, dry = command_line(argv)
     results, data = os.environ.get("RESULTS", "results"), os.environ.get("DATA", "data")
     python, nproc = os.environ.get("PYTHON", sys.executable), os.environ.get("NPROC", "1")
-    torchrun = [] if nproc == "1" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                                        nproc, "--"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
+    torchrun = [] if nproc == "1" else torchrun
     listed, extra = list(stages(sections, wanted, results)), os.environ.get("EXTRA", "").split()
     todo = {}
-    for _, script, folder, done, _, how in listed:  # each once, where it is needed first
+    for _, script, folder, done, _, how in listed:  # each once, where it is first needed
         how = [*how, *flags.known(extra, script)]
-        if extra and script == "sat.py" and "--run" not in how:  # sat.py would make another name of them
+        if extra and script == "sat.py" and "--run" not in how:  # sat.py would put them into the name
             how += ["--run", Path(folder).name]
         command = [python, *torchrun, str(HERE / script), *how, "--results", results, "--data-dir", data]
         todo.setdefault(folder, Stage(results, folder, done, command,
@@ -251,11 +242,9 @@ def main(argv):
         print("\n".join([*(shlex.join(stage.command) for stage in todo.values()), shlex.join(report),
                          *summary(listed)]))
         return 0
-    # a sweep that is cut short has one seed of everything
-    in_order = sorted(todo.values(), key=lambda stage: stage.seed)
+    in_order = sorted(todo.values(), key=lambda stage: stage.seed)  # cut short, it has one seed of everything
     for stage in [stage for stage in in_order if not stage.make()]:
-        # another copy had it, or its source: once that is through, it is finished or is taken over
-        stage.make(wait=True)
+        stage.make(wait=True)  # when the other copy is through, the stage is finished, or taken over
     return finish(listed, report)
 
 
@@ -275,3 +264,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("stopped; started again, it goes on from here", file=sys.stderr)
         sys.exit(130)
+    except OSError as e:
+        print(f"error: {e}; RESULTS=FOLDER names another folder for the results", file=sys.stderr)
+        sys.exit(2)

@@ -1,6 +1,6 @@
 """The subset A: which examples are attacked, and the weight w_A of their loss (Sec. 3.2 and 3.3).
 
-By difficulty scores (rank.py's, or a file of one's own), at random, or by class. Nothing here trains.
+A is chosen by class, at random, or by difficulty scores, which are rank.py's or the user's own.
 """
 import subprocess
 import sys
@@ -16,8 +16,7 @@ from common import HERE, UserError, say, world
 
 
 def how_many(amount, n, unit):
-    """|A| from a fraction (float) of n, or a number (int), of examples or classes. Raises UserError outside
-    1..n."""
+    """|A| from a fraction (float) of n, or a number (int). Raises UserError outside 1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
     if not 1 <= k <= n:
         raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
@@ -27,10 +26,11 @@ def how_many(amount, n, unit):
 def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", scores=None, seed=0):
     """The subset A as bool (N,), chosen once, before training (Sec. 3.3).
 
-    split: none, full, esat (examples) or csat (classes). amount: a fraction (float) or a number (int) of
-    examples or classes. order: hardest or easiest by `scores` (N,), higher = harder (a class counts by its
-    mean, Eq. 3), ties by index; or random, by seed (also redrawn, of which train() draws another every
-    epoch). names: csat's classes by name instead. Raises UserError (a ValueError) for what cannot be chosen.
+    y (N,): the labels. split: "none", "full", "esat" (examples) or "csat" (classes). amount: how many
+    examples or classes, as a fraction (float) or a number (int). order: "hardest" or "easiest" by `scores`
+    (N,), higher = harder; a class has the mean score of its examples (Eq. 3), ties go by index. Or "random",
+    by `seed` ("redrawn" too: train() then draws another A every epoch). names: the classes of csat, in place
+    of amount and order. Raises UserError (a ValueError) for what cannot be chosen.
     """
     if split not in ("none", "full", "esat", "csat") or order not in flags.ORDERS:
         raise UserError(f"split {split!r} by order {order!r}: valid are none, full, esat, csat and "
@@ -52,8 +52,9 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
         if split == "csat":
             scores = class_means(scores, y, n)
         first = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
-    return torch.isin(y, first) if split == "csat" else torch.zeros(n, dtype=torch.bool).index_fill(0, first,
-                                                                                                    True)
+    if split == "csat":
+        return torch.isin(y, first)
+    return torch.zeros(n, dtype=torch.bool).index_fill(0, first, True)
 
 
 def check_scores(scores, n, what="the scores"):
@@ -70,9 +71,11 @@ def class_means(scores, y, n_classes):
 
 
 def weight_A(kind, n_A, n):
-    """w_A of Eq. 2, with w_B = 1, by |A| = n_A and N = n: vanilla 1, balanced |B|/|A|, emphasis (1 + 10
-    |A|/N) |B|/|A| (Sec. 3.2 and 4.3: 2 |B|/|A| at 10 %, 10 |B|/|A| at 90 %), or the number `kind`. 1 when A
-    or B is empty."""
+    """w_A of Eq. 2, with w_B = 1, for |A| = n_A of N = n examples (Sec. 3.2 and 4.3).
+
+    kind: "vanilla" (1), "balanced" (|B|/|A|), "emphasis" ((1 + 10 |A|/N) |B|/|A|, which is 2 |B|/|A| at 10 %
+    and 10 |B|/|A| at 90 %), or w_A as a number. 1 if A or B is empty.
+    """
     if not 0 <= n_A <= n:
         raise ValueError(f"|A| = {n_A} of {n} examples")
     if n_A in (0, n):
@@ -85,9 +88,9 @@ def weight_A(kind, n_A, n):
 
 
 def ranking(args, data):
-    """The scores (N,) of args.metric, and what result.json says of them, from rank.py's scores.pt for this
-    data and network; runs rank.py when it is missing. Scores of another number of epochs (or other flags) are
-    used, and that is said."""
+    """The scores (N,) of args.metric from rank.py's scores.pt for this data and network, and what result.json
+    says of them. Runs rank.py if they are missing. Scores that were made with other flags, such as another
+    number of epochs, are used, and the user is told."""
     path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
     command = rank_command(args)
     if not path.exists():
@@ -110,8 +113,7 @@ def ranking(args, data):
     scores = found[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
     said = {"metric": args.metric, "epochs": found["epochs"], "scores": results.scores_hash(scores.numpy())}
-    # gradients differ in size between classes (Agarwal et al. 2022)
-    if args.metric == "vog" and args.split == "esat":
+    if args.metric == "vog" and args.split == "esat":  # gradients of classes differ in size (Agarwal et al.)
         scores = within_class(scores, data.train.y)
     return scores, said
 
@@ -138,9 +140,9 @@ def rank_command(args):
 
 
 def read_scores(path):
-    """Scores of one's own, --scores FILE: a tensor (.pt) or an array (.npy, .npz with one array) of N
-    numbers, higher = harder, or N whole numbers that are an order of the indices 0 to N - 1, hardest first.
-    Returns float64 (N,)."""
+    """The scores of --scores FILE as float64 (N,): a tensor (.pt) or an array (.npy, .npz with one array) of
+    N numbers, higher = harder. N whole numbers that are a permutation of 0 to N - 1 are read as an order of
+    the training examples, hardest first."""
     try:
         if path.suffix == ".pt":
             found = torch.load(path, weights_only=True, map_location="cpu").numpy()
@@ -154,8 +156,8 @@ def read_scores(path):
             raise ValueError(f"it holds {found.dtype} {found.shape}")
     except Exception as e:  # numpy and torch raise many kinds on foreign files
         why = " ".join(str(e).split())[:100]
-        raise UserError(f"--scores {path}: {why}; valid: a .pt tensor, a .npy or an .npz with one array, N "
-                        "numbers") from None
+        raise UserError(f"--scores {path}: {why}; valid: N numbers in a .pt tensor, a .npy, or a .npz with "
+                        "one array") from None
     n = len(found)
     if found.dtype.kind in "iu" and numpy.array_equal(numpy.sort(found), numpy.arange(n)):
         say(f"{path} is read as an order of the indices, hardest first (give scores as numbers that are not "

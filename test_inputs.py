@@ -1,5 +1,5 @@
-"""What comes in: data sets in their publishers' formats, configs, and inputs that must be refused in one
-line."""
+"""What comes in: data sets in their publishers' formats, configs,
+and inputs that must be refused in one line."""
 import json
 import math
 import os
@@ -32,17 +32,17 @@ from conftest import HERE, QUICK, script, write_images, write_jpeg
 
 def test_digits():
     data = datasets.get("digits", "nowhere")
-    assert data.train.x.shape == (1297, 1, 8, 8) and data.test.x.shape == (500, 1, 8,
-                                                                           8) and data.train.x.max() == 255
+    assert (data.train.x.shape == (1297, 1, 8, 8) and data.test.x.shape == (500, 1, 8, 8)
+            and data.train.x.max() == 255)
     assert torch.bincount(data.train.y).tolist() == [128, 131, 128, 132, 130, 131, 130, 129, 128, 130]
     low, high = datasets.get("digits0-4", "nowhere"), datasets.get("digits5-9", "nowhere")
-    assert len(low.train) + len(high.train) == 1297 and high.classes == ["5", "6", "7", "8",
-                                                                         "9"] and high.train.y.unique().tolist() == [0, 1, 2, 3, 4]
+    assert (len(low.train) + len(high.train) == 1297 and high.classes == ["5", "6", "7", "8", "9"]
+            and high.train.y.unique().tolist() == [0, 1, 2, 3, 4])
     assert low.fingerprint() != high.fingerprint() == datasets.get("digits5-9", "nowhere").fingerprint()
     x = data.train.pixels(torch.arange(1297), "cpu")
     mean, std = data.mean_std()
-    assert mean == pytest.approx([x.mean().item()], abs=1e-5) and std == pytest.approx([x.std().item()],
-                                                                                       abs=1e-4)
+    assert (mean == pytest.approx([x.mean().item()], abs=1e-5)
+            and std == pytest.approx([x.std().item()], abs=1e-4))
 
 
 def test_selection_and_final_parts():
@@ -58,10 +58,12 @@ def test_augmentation_against_torchvision():
     g = torch.Generator().manual_seed(1)
     x = torch.rand(40, 3, 32, 32, generator=g)
     params = datasets.draw(40, x.shape, "full", False, g)
-    assert params["crop"].min() == 0 and params["crop"].max() == 8 and 0.75 <= params["factor"].min() < params["factor"].max() <= 1.25
-    assert params["flip"].any() and not params["flip"].all() and 0 < params["angle"].abs().max() <= math.radians(2)
-    assert len(params["angle"].unique()) == 40 and len({tuple(o)
-                                                        for o in params["order"].tolist()}) == 6, "each example its own"
+    assert (params["crop"].min() == 0 and params["crop"].max() == 8
+            and 0.75 <= params["factor"].min() < params["factor"].max() <= 1.25)
+    assert (params["flip"].any() and not params["flip"].all()
+            and 0 < params["angle"].abs().max() <= math.radians(2))
+    assert (len(params["angle"].unique()) == 40
+            and len({tuple(o) for o in params["order"].tolist()}) == 6), "each example its own"
     mine = datasets.augment(x, params)
     for i in range(40):
         row, column = params["crop"][i].tolist()
@@ -79,8 +81,8 @@ def test_augmentation_against_torchvision():
 def test_batches_are_slices_of_one_global_batch(monkeypatch):
     data = datasets.get("digits", "data")
     everything = list(datasets.batches(data.train, 64, 0, 3, "crop", "cpu"))
-    assert len(everything) == 1297 // 64 and len(set(torch.cat([i
-                                                                for _, _, i in everything]).tolist())) == 64 * 20
+    assert (len(everything) == 1297 // 64
+            and len(set(torch.cat([i for _, _, i in everything]).tolist())) == 64 * 20)
     again, other = (list(datasets.batches(data.train, 64, 0, e, "crop", "cpu")) for e in (3, 4))
     assert torch.equal(everything[5][0], again[5][0]) and not torch.equal(everything[5][2], other[5][2])
     for r in range(3):
@@ -93,8 +95,8 @@ def test_image_folder_and_tensor_file_agree(tmp_path):
     from PIL import Image
     write_images(tmp_path / "mine")
     folder = datasets.get("mine", tmp_path)
-    assert (tmp_path / "mine.pt").exists() and folder.classes == ["cat",
-                                                                  "dog"] and folder.train.y.tolist() == [0] * 6 + [1] * 6
+    assert ((tmp_path / "mine.pt").exists() and folder.classes == ["cat", "dog"]
+            and folder.train.y.tolist() == [0] * 6 + [1] * 6)
     pixel = np.asarray(Image.open(tmp_path / "mine" / "train" / "dog" / "2.png"))
     assert np.array_equal(folder.train.x[8].permute(1, 2, 0).numpy(), pixel)
     packed = datasets.get("mine", tmp_path)
@@ -105,23 +107,22 @@ def test_cifar_in_its_publishers_format(tmp_path, monkeypatch):
     from torchvision.datasets import cifar
     monkeypatch.setattr(cifar, "check_integrity", lambda *a: True)  # the sums of the real files
     rng, blocks = np.random.default_rng(0), {}
-    for folder, files, key in (("cifar-10-batches-py",
-                                [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], "labels"),
-                               ("cifar-100-python", ["train", "test"], "fine_labels")):
+    for folder, files, key in (
+            ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], "labels"),
+            ("cifar-100-python", ["train", "test"], "fine_labels")):
         (tmp_path / folder).mkdir()
         for name in files:
             block = {"data": rng.integers(0, 255, (4, 3072), dtype=np.uint8), key: [0, 1, 2, 3]}
             blocks[name] = block["data"]
             (tmp_path / folder / name).write_bytes(pickle.dumps(block))
-        meta = {"label_names" if key == "labels" else "fine_label_names": [str(c)
-                                                                           for c in range(10
-                                                                                          if key == "labels" else 100)]}
+        meta = {"label_names" if key == "labels" else "fine_label_names":
+                [str(c) for c in range(10 if key == "labels" else 100)]}
         (tmp_path / folder / ("batches.meta" if key == "labels" else "meta")).write_bytes(pickle.dumps(meta))
     ten, hundred = datasets.get("cifar10", tmp_path), datasets.get("cifar100", tmp_path)
     assert (len(ten.train), len(ten.test), len(hundred.train)) == (20, 4, 4) and len(ten.classes) == 10
     assert np.array_equal(ten.train.x[5].numpy(), blocks["data_batch_2"][1].reshape(3, 32, 32))
-    assert np.array_equal(hundred.test.x[3].numpy(),
-                          blocks["test"][3].reshape(3, 32, 32)) and hundred.test.y[3] == 3
+    assert (np.array_equal(hundred.test.x[3].numpy(), blocks["test"][3].reshape(3, 32, 32))
+            and hundred.test.y[3] == 3)
 
 
 @pytest.fixture
@@ -140,10 +141,10 @@ def test_svhn_in_its_publishers_format(tmp_path, monkeypatch, capsys):
         savemat(tmp_path / f"{s}_32x32.mat",
                 {"X": x[s], "y": np.arange(1, x[s].shape[3] + 1, dtype=np.uint8)[:, None] % 10 + 1})
     data = datasets.get("svhn", tmp_path)
-    assert data.classes == list("0123456789") and np.array_equal(data.train.x[7].permute(1, 2, 0).numpy(),
-                                                                 x["train"][..., 7])
-    assert data.train.y.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2,
-                                     3], "the publisher's label 10 is digit 0"
+    assert (data.classes == list("0123456789")
+            and np.array_equal(data.train.x[7].permute(1, 2, 0).numpy(), x["train"][..., 7]))
+    assert data.train.y.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3], \
+        "the publisher's label 10 is digit 0"
     assert "12 / 5 images, the paper's (Table 1) 73,257 / 26,032" in capsys.readouterr().out
     (tmp_path / "svhn.pt").unlink()
     savemat(tmp_path / "train_32x32.mat", {"X": x["train"][:16], "y": np.ones((12, 1))})
@@ -162,10 +163,10 @@ def test_flowers102_in_its_publishers_format(tmp_path, monkeypatch, capsys):
     savemat(folder / "setid.mat", {"trnid": np.array([[2, 4, 6]]), "valid": np.array([[1, 7]]),
                                    "tstid": np.array([[3, 5]])})
     data = datasets.get("flowers102", tmp_path)
-    assert data.train.y.tolist() == [101, 6, 1] and data.test.y.tolist() == [4,
-                                                                             2] and len(data.classes) == 102
-    assert data.train.streamed and abs(data.train.pixels(torch.tensor([1]), "cpu")[0,
-                                                                                   0].mean() - 40 / 255) < 0.02, "image 4"
+    assert (data.train.y.tolist() == [101, 6, 1] and data.test.y.tolist() == [4, 2]
+            and len(data.classes) == 102)
+    assert (data.train.streamed
+            and abs(data.train.pixels(torch.tensor([1]), "cpu")[0, 0].mean() - 40 / 255) < 0.02), "image 4"
     assert "1,020 / 1,020" in capsys.readouterr().out
 
 
@@ -175,11 +176,13 @@ def test_caltech256_in_its_publishers_format(tmp_path, table_1):
         for i in range(1, 6):
             write_jpeg(tmp_path / "caltech256" / "256_ObjectCategories" / name / f"{c + 1:03d}_{i:04d}.jpg",
                        mode="L" if i == 2 else "RGB")
-    (tmp_path / "caltech256" / "256_ObjectCategories" / "001.ak47" / "RENAME2").write_text("a stray file of the real archive")
+    (tmp_path / "caltech256" / "256_ObjectCategories" / "001.ak47" / "RENAME2").write_text(
+        "a stray file of the real archive")
     data = datasets.get("caltech256", tmp_path)
-    assert data.classes == ["ak47", "american-flag", "clutter"] and (len(data.train), len(data.test)) == (12,
-                                                                                                          3)
-    assert not set(data.train.x.paths) & set(data.test.x.paths) and data.train.x.paths == datasets.get("caltech256", tmp_path).train.x.paths
+    assert (data.classes == ["ak47", "american-flag", "clutter"]
+            and (len(data.train), len(data.test)) == (12, 3))
+    assert (not set(data.train.x.paths) & set(data.test.x.paths)
+            and data.train.x.paths == datasets.get("caltech256", tmp_path).train.x.paths)
     assert data.train.pixels(torch.arange(12), "cpu").shape == (12, 3, 224, 224), "grey images become RGB"
 
 
@@ -194,7 +197,8 @@ def test_caltech256_after_a_download_that_failed(tmp_path, monkeypatch):
 
 
 def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
-    wnids = [line.split("\t")[0] for line in (HERE / "configs" / "imagenet200_wnids.txt").read_text().splitlines()[1:]]
+    lines = (HERE / "configs" / "imagenet200_wnids.txt").read_text().splitlines()[1:]
+    wnids = [line.split("\t")[0] for line in lines]
     assert len(wnids) == 200
     for wnid in [*wnids, "n99999999"]:
         for part in ("train", "val"):
@@ -208,8 +212,8 @@ def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
 
 
 def test_streamed_views(tmp_path):
-    """Training crops are RandomResizedCrop's, drawn per example and epoch; test images are resized to 256,
-    cropped to 224."""
+    """Training crops are RandomResizedCrop's, drawn per example and epoch; test images are resized to
+    256, cropped to 224."""
     from PIL import Image
     ramp = np.zeros((300, 400, 3), dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 300)[:, None]
@@ -221,20 +225,22 @@ def test_streamed_views(tmp_path):
     x = data.test.pixels(torch.arange(2), "cpu")
     # The shortest side 300 becomes 256, so 400 becomes 341; the centre 224 of each are left.
     assert x.shape == (2, 3, 224, 224)
-    assert x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01) and x[0, 0, :,
-                                                                               0].mean().item() == pytest.approx(58.5 / 341, abs=0.01)
+    assert (x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01)
+            and x[0, 0, :, 0].mean().item() == pytest.approx(58.5 / 341, abs=0.01))
     first, again, other = (next(datasets.batches(data.train, 6, 0, e, "full", "cpu"))[0] for e in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (6, 3, 224, 224)
     half = next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0]
     width = [(c[0].amax() - c[0].amin()).item()
-             for c in (next(datasets.batches(data.train, 6, 0, 2, "crop", "cpu"))[0])]
-    assert len({round(w, 3) for w in width}) == 6 and min(width) > 0.1 and max(width) < 1.01, "each example has a crop of its own"
+             for c in next(datasets.batches(data.train, 6, 0, 2, "crop", "cpu"))[0]]
+    assert len({round(w, 3) for w in width}) == 6 and min(width) > 0.1 and max(width) < 1.01, \
+        "each example has a crop of its own"
     params = datasets.draw(1000, (3, 224, 224), "full", True, torch.Generator().manual_seed(0))
-    assert 0.9 <= params["factor"].min() < 0.91 and 1.09 < params["factor"].max() <= 1.1 and "crop" not in params
+    assert (0.9 <= params["factor"].min() < 0.91 and 1.09 < params["factor"].max() <= 1.1
+            and "crop" not in params)
     data.train.x.workers, data.train.x.loader = 2, None
     for _ in range(2):  # the same workers twice, the first time left before the epoch's end
-        assert torch.equal(next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0],
-                           half), "workers change nothing"
+        assert torch.equal(next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0], half), \
+            "workers change nothing"
     assert [len(x) for x, _, _ in datasets.batches(data.train, 3, 0, 0, "full", "cpu")] == [3, 3]
 
 
@@ -248,12 +254,13 @@ def test_small_cifar_is_the_same_whatever_the_order_of_the_files(tmp_path, monke
         torch.save({"train": {"x": x[order], "y": y[order]}, "test": {"x": x[order], "y": y[order]},
                     "classes": list("abcd")}, folder / "many.pt")
     a, b = (datasets.get("few", tmp_path / f) for f in "ab")
-    assert torch.equal(a.train.x, b.train.x) and a.fingerprint() == b.fingerprint() and (tmp_path / "a" / "few.pt").exists()
+    assert (torch.equal(a.train.x, b.train.x) and a.fingerprint() == b.fingerprint()
+            and (tmp_path / "a" / "few.pt").exists())
     assert a.train.y.bincount().tolist() == [3] * 4 and a.test.y.bincount().tolist() == [2] * 4
     import hashlib
     digests = [hashlib.sha256(i.numpy().tobytes()).hexdigest() for i in x[y == 2]]
-    assert {hashlib.sha256(i.numpy().tobytes()).hexdigest()
-            for i in a.train.x[a.train.y == 2]} == set(sorted(digests)[:3])
+    assert ({hashlib.sha256(i.numpy().tobytes()).hexdigest() for i in a.train.x[a.train.y == 2]}
+            == set(sorted(digests)[:3]))
 
 
 def test_corrupt_and_doubled(tmp_path, capsys):
@@ -279,8 +286,8 @@ def test_corrupt_and_doubled(tmp_path, capsys):
 
 
 def test_resnet50_through_every_stage(tmp_path, monkeypatch, capsys):
-    """A two-class tree of JPEGs through rank, sat, evaluate and transfer, one epoch each (images of 64, to be
-    quick)."""
+    """A two-class tree of JPEGs through rank, sat, evaluate and transfer, one epoch each
+    (images of 32, to be quick)."""
     rng = np.random.default_rng(0)
     for name in ("pets", "other"):
         for part, n in (("train", 4), ("val", 10)):
@@ -288,24 +295,25 @@ def test_resnet50_through_every_stage(tmp_path, monkeypatch, capsys):
                 for i in range(n):
                     write_jpeg(tmp_path / "data" / name / part / c / f"{i}.jpg",
                                tuple(int(v) for v in np.clip(rng.normal(colour, 20), 0, 255)))
-    (tmp_path / "c.yaml").write_text("arch: resnet50\naugment: full\neps: 3.0\nstep-size: 0.5\nsteps: "
-                                     "1\nepochs: 1\nbatch-size: 4\nlr: 0.01\nside: 64\n"
-                                     "workers: 0\neval-attacks: [apgd-ce]\nselect-attacks: "
-                                     "[apgd-ce]\neval-n: 2\nselect-n: 1\n")
+    (tmp_path / "c.yaml").write_text(
+        "arch: resnet50\naugment: full\neps: 3.0\nstep-size: 0.5\nsteps: 1\nepochs: 1\nbatch-size: 4\n"
+        "lr: 0.01\nside: 32\nworkers: 0\neval-attacks: [apgd-ce]\nselect-attacks: [apgd-ce]\n"
+        "eval-n: 2\nselect-n: 1\n")
     monkeypatch.chdir(tmp_path)
     rank.main(["--config", "c.yaml", "--dataset", "pets"])
     sat.main(["--config", "c.yaml", "--dataset", "pets", "--split", "esat", "--frac", "0.5", "--run", "a"])
     evaluate.main(["results/pets/a/best.pt"])
     transfer.main(["results/pets/a/best.pt", "--config", "c.yaml", "--dataset", "other"])
-    own, again = (json.loads(p.read_text()) for p in [Path("results/pets/a/result.json"),
-                                                      *Path("results/pets/a").glob("eval-*.json")])
+    own, again = (json.loads(p.read_text()) for p in [
+        Path("results/pets/a/result.json"), *Path("results/pets/a").glob("eval-*.json")])
     assert own["accuracy"] == again["accuracy"] and own["A"] == 4 and own["cost"]["attacked"] == 4
     target, = Path("results/other").glob("*/result.json")
     assert json.loads(target.read_text())["source"]["run"] == "a"
     with pytest.raises(UserError, match="vog keeps two numbers a pixel"):
         rank.main(["--config", "c.yaml", "--dataset", "pets", "--metrics", "vog", "--results", "other"])
     report.main([])
-    assert (tmp_path / "results" / "figures" / "fig8.png").exists() is False and "No runs yet" in (tmp_path / "results" / "tables.md").read_text()
+    assert ((tmp_path / "results" / "figures" / "fig8.png").exists() is False
+            and "No runs yet" in (tmp_path / "results" / "tables.md").read_text())
 
 
 TABLE_2 = """
@@ -323,31 +331,29 @@ transfer/flowers102 resnet50      100 102 0.1 50,75 1e-4 3.0 -
 def test_configs_are_table_2(row):
     name, arch, epochs, batch, lr, decays, decay, eps, step = row.split()
     argv = ["--config", str(HERE / f"configs/{name}.yaml")]
-    args = transfer.command_line(["x.pt", *argv]) if "/" in name else sat.command_line([*argv, "--split",
-                                                                                        "full"])
-    assert (args.dataset, args.arch, args.epochs, args.batch_size, args.lr) == (name.split("/")[-1], arch,
-                                                                                int(epochs), int(batch),
-                                                                                float(lr))
-    assert (args.lr_decays, args.weight_decay, args.eps) == ([int(d) for d in decays.split(",")],
-                                                             float(decay), float(eps))
-    assert (args.norm, args.augment, args.eval_attacks, args.eval_n, args.select_n) == ("l2", "full",
-                                                                                        list(attacks.STANDARD), 0, 0)
+    args = (transfer.command_line(["x.pt", *argv]) if "/" in name
+            else sat.command_line([*argv, "--split", "full"]))
+    assert (args.dataset, args.arch, args.epochs, args.batch_size, args.lr) == (
+        name.split("/")[-1], arch, int(epochs), int(batch), float(lr))
+    assert (args.lr_decays, args.weight_decay, args.eps) == (
+        [int(d) for d in decays.split(",")], float(decay), float(eps))
+    assert (args.norm, args.augment, args.eval_attacks, args.eval_n, args.select_n) == (
+        "l2", "full", list(attacks.STANDARD), 0, 0)
     if step != "-":
-        assert (args.attack, args.steps, args.step_size, args.random_start, args.weight) == ("pgd", 7,
-                                                                                             float(step),
-                                                                                             False, "vanilla")
+        assert (args.attack, args.steps, args.step_size, args.random_start, args.weight) == (
+            "pgd", 7, float(step), False, "vanilla")
 
 
 def test_command_line_beats_yaml_beats_defaults(tmp_path):
     config = tmp_path / "c.yaml"
-    config.write_text("dataset: digits\nlr: 5e-2\nepochs: 3\nrandom-start: true\nlr-decays: [1, 2]\nclasses: "
-                      "[1, 2]\n")
+    config.write_text("dataset: digits\nlr: 5e-2\nepochs: 3\nrandom-start: true\nlr-decays: [1, 2]\n"
+                      "classes: [1, 2]\n")
     args = sat.command_line(["--config", str(config), "--split", "csat", "--epochs", "4"])
-    assert (args.lr, args.epochs, args.random_start, args.lr_decays, args.batch_size) == (0.05, 4, True,
-                                                                                          [1, 2], 128)
+    assert (args.lr, args.epochs, args.random_start, args.lr_decays, args.batch_size) == (
+        0.05, 4, True, [1, 2], 128)
     assert args.classes == ["1", "2"]
-    assert sat.command_line(["--config", str(config), "--split", "csat",
-                             "--no-random-start"]).random_start is False
+    args = sat.command_line(["--config", str(config), "--split", "csat", "--no-random-start"])
+    assert args.random_start is False
 
 
 BAD = {
@@ -393,8 +399,8 @@ BAD = {
     "frac is no number": (["--frac", "nan"], "'nan' is not a finite number above 0 and at most 1"),
     "seed of 32 bits": (["--seed", "2147483648"], "at most 2147483647"),
     "decay before the start": (["--lr-decays", "-1"], "'-1' is not a whole number of at least 0"),
-    "another norm": (["--norm", "l1"], "invalid choice: 'l1' (choose from l2, linf)|invalid choice: 'l1' "
-                                       "(choose from 'l2', 'linf')"),
+    "another norm": (["--norm", "l1"], "invalid choice: 'l1' (choose from l2, linf)|"
+                                       "invalid choice: 'l1' (choose from 'l2', 'linf')"),
     "another attack in training": (["--attack", "cw"], "invalid choice: 'cw'"),
     "another AutoAttack": (["--eval-attacks", "apgd"], "invalid choice: 'apgd'"),
     "another metric": (["--metric", "loss"], "invalid choice: 'loss'"),
@@ -452,13 +458,14 @@ def test_bad_flags(case, tmp_path, monkeypatch):
 
 
 def test_every_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    """What script() makes of a UserError, for one of each script; the inputs above and below are more than
-    60."""
+    """What script() makes of a UserError, for one of each script; the inputs above and below
+    are more than 60."""
     for name, *argv in (("sat.py", "--lr", "fast"), ("rank.py", "--lr", "fast"), ("transfer.py",),
                         ("evaluate.py", "none.pt"), ("report.py", "--results", "no"),
                         ("data.py", "mnist"), ("bench.py", "--fractions", "2")):
         done = script(name, *argv, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+        assert (done.returncode == 2 and done.stderr.startswith("error: ")
+                and done.stderr.count("\n") == 1 and not done.stdout), done.stderr
     assert len(BAD) + len(OTHERS) >= 60 and not list(tmp_path.iterdir())
 
 
@@ -532,8 +539,8 @@ def test_a_folder_that_has_changed_is_read_again(tmp_path, capsys):
     assert "reading it again" not in capsys.readouterr().out
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "pets" / part / "dog", tmp_path / "pets" / part / "emu")
-    assert sources.find("pets", tmp_path)[2] == ["cat", "dog",
-                                                 "emu"] and "has changed" in capsys.readouterr().out
+    assert (sources.find("pets", tmp_path)[2] == ["cat", "dog", "emu"]
+            and "has changed" in capsys.readouterr().out)
 
 
 def test_small_images_of_unequal_sizes_are_streamed(tmp_path):
@@ -548,25 +555,27 @@ def test_attacks_refuse_what_they_would_misread():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
     calls = [lambda x, y, **how: attacks.pgd(model, x, y, **{"eps": 0.5, "step_size": 0.1, **how}),
              lambda x, y, **how: attacks.fgsm_rs(model, x, y, **{"eps": 0.5, **how}),
-             lambda x, y, **how: attacks.autoattack(model, x, y,
-                                                    **{"eps": 0.5, "attacks": ["apgd-ce"], **how})]
+             lambda x, y, **how: attacks.autoattack(
+                 model, x, y, **{"eps": 0.5, "attacks": ["apgd-ce"], **how})]
     for call in calls:
         for bad in (255 * x, x - 0.5, x * float("nan")):
-            with pytest.raises(ValueError, match=r"not in \[0, 1\]: give pixels, and put the normalisation into the model"):
+            with pytest.raises(ValueError, match=r"not in \[0, 1\]: give pixels, "
+                                                 "and put the normalisation into the model"):
                 call(bad, y)
-        for images, labels, how, message in ((x, y, {"eps": -0.1}, "eps = -0.1"),
-                                             (x, y, {"eps": math.inf}, "eps = inf"),
-                                             (x, y, {"norm": "l1"}, "'l1'"),
-                                             ((255 * x).byte(), y, {}, "as floats"),
-                                             (x, y.float(), {}, "int64"), (x, y[:3], {}, "a label for each"),
-                                             (x[0], y[:1], {}, r"\(N, C, H, W\)")):
+        for images, labels, how, message in (
+                (x, y, {"eps": -0.1}, "eps = -0.1"), (x, y, {"eps": math.inf}, "eps = inf"),
+                (x, y, {"norm": "l1"}, "'l1'"), ((255 * x).byte(), y, {}, "as floats"),
+                (x, y.float(), {}, "int64"), (x, y[:3], {}, "a label for each"),
+                (x[0], y[:1], {}, r"\(N, C, H, W\)")):
             if call is not calls[2] or images.is_floating_point():  # AutoAttack's wrapper converts
                 with pytest.raises(ValueError, match=message):
                     call(images, labels, **how)
-    for how in ({"steps": -1}, {"steps": 2.5}, {"step_size": -0.1}, {"step_size": math.nan}, {"step_size": None}):
+    for how in ({"steps": -1}, {"steps": 2.5}, {"step_size": -0.1}, {"step_size": math.nan},
+                {"step_size": None}):
         with pytest.raises(ValueError, match="0 or more"):
             calls[0](x, y, **how)
-    for how, message in (({"eps": "0.5"}, "eps = 0.5"), ({"eps": None}, "eps = None"), ({"start": x[:2]}, "start is")):
+    for how, message in (({"eps": "0.5"}, "eps = 0.5"), ({"eps": None}, "eps = None"),
+                         ({"start": x[:2]}, "start is")):
         with pytest.raises(ValueError, match=message):
             calls[0](x, y, **how)
     with pytest.raises(ValueError, match="give images"):
@@ -580,8 +589,8 @@ def test_attacks_refuse_what_they_would_misread():
         subset.weight_A("balanced", 5, 3)
     for n_classes, chosen in ((3, ["apgd-t"]), (5, []), (5, ["pgd"])):
         with pytest.raises(ValueError, match="valid are apgd-ce"):
-            attacks.autoattack(nn.Sequential(nn.Flatten(), nn.Linear(64, n_classes)), x, y, eps=0.5,
-                               attacks=chosen)
+            attacks.autoattack(nn.Sequential(nn.Flatten(), nn.Linear(64, n_classes)), x, y,
+                               eps=0.5, attacks=chosen)
 
 
 def test_choosing_A_refuses_what_it_would_misread():
@@ -589,8 +598,8 @@ def test_choosing_A_refuses_what_it_would_misread():
     for how in ({"split": "ESAT"}, {"order": "hard"}, {"scores": good[:5]}, {"scores": good * math.nan},
                 {"scores": good / 0}, {"scores": None}):
         with pytest.raises(ValueError):
-            subset.choose_A(**{"split": "esat", "y": y, "classes": ["a", "b"], "amount": 2, "scores": good,
-                               **how})
+            subset.choose_A(**{"split": "esat", "y": y, "classes": ["a", "b"], "amount": 2,
+                               "scores": good, **how})
     with pytest.raises(ValueError, match="one weight an example"):
         sat.sat_loss(torch.rand(4, 3), torch.zeros(4, dtype=torch.int64), torch.ones(4, 1))
 
@@ -598,8 +607,8 @@ def test_choosing_A_refuses_what_it_would_misread():
 def test_no_attack_is_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pack(tmp_path, "two", x=torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8))
-    data = ["--dataset", "two", "--data-dir", ".", "--split", "full", "--augment", "none", "--batch-size",
-            "4"]
+    data = ["--dataset", "two", "--data-dir", ".", "--split", "full", "--augment", "none",
+            "--batch-size", "4"]
     for flag in ("--eval-attacks", "--select-attacks"):
         with pytest.raises(UserError, match=f"{flag}: apgd-t on 2 classes: valid are apgd-ce fab-t square"):
             sat.main([*data, flag, "apgd-t"])
@@ -608,18 +617,18 @@ def test_no_attack_is_left(tmp_path, monkeypatch):
 
 def test_scores_of_ones_own(tmp_path):
     values = np.array([0.3, -1.0, 7.0, 2.5])
-    np.save(tmp_path / "a.npy", values), np.savez(tmp_path / "a.npz",
-                                                  scores=values), torch.save(torch.from_numpy(values),
-                                                                             tmp_path / "a.pt")
+    np.save(tmp_path / "a.npy", values)
+    np.savez(tmp_path / "a.npz", scores=values)
+    torch.save(torch.from_numpy(values), tmp_path / "a.pt")
     order = np.array([2, 3, 0, 1])  # hardest first
     np.save(tmp_path / "order.npy", order)
     for name in ("a.npy", "a.npz", "a.pt", "order.npy"):
         scores = subset.read_scores(tmp_path / name)
         assert scores.argsort(descending=True).tolist() == order.tolist() and scores.dtype == torch.float64
-    np.savez(tmp_path / "two.npz", a=values, b=values), np.save(tmp_path / "objects.npy", np.array([{}]),
-                                                                allow_pickle=True)
-    np.save(tmp_path / "matrix.npy", np.ones((2, 2))), torch.save({"entropy": torch.ones(3)},
-                                                                  tmp_path / "dict.pt")
+    np.savez(tmp_path / "two.npz", a=values, b=values)
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / "matrix.npy", np.ones((2, 2)))
+    torch.save({"entropy": torch.ones(3)}, tmp_path / "dict.pt")
     torch.save(Malicious(tmp_path), tmp_path / "bad.pt")
     for name in ("two.npz", "objects.npy", "matrix.npy", "dict.pt", "bad.pt"):
         with pytest.raises(UserError, match=f"{name}: .*valid: a .pt tensor"):
@@ -631,35 +640,37 @@ def test_a_run_by_scores_of_ones_own(tmp_path, monkeypatch):
     """What the file holds, not its name, is in the run's identity; no ranking is trained."""
     monkeypatch.chdir(tmp_path)
     scores = torch.arange(1297) % 100 + torch.arange(1297) / 1e4
-    torch.save(scores, "mine.pt"), torch.save(scores, "same.pt"), torch.save(-scores,
-                                                                             "other.pt"), torch.save(scores[:9], "short.pt")
+    for name, values in (("mine", scores), ("same", scores), ("other", -scores), ("short", scores[:9])):
+        torch.save(values, f"{name}.pt")
     folders = [sat.run_folder(sat.command_line(["--scores", f"{name}.pt"]))[0]
                for name in ("mine", "same", "other")]
     assert folders[0] == folders[1] != folders[2] and "scores=" in folders[0].name
     sat.main(["--scores", "mine.pt", "--size", "40", *QUICK, "--epochs", "1"])
     result = json.loads(next(Path("results").glob("digits/*/result.json")).read_text())
-    assert result["A"] == 40 and result["ranking"]["scores"] == result["args"]["scores"] and not list(Path("results").glob("*/rank*"))
+    assert (result["A"] == 40 and result["ranking"]["scores"] == result["args"]["scores"]
+            and not list(Path("results").glob("*/rank*")))
     with pytest.raises(UserError, match="1,297 finite numbers"):
         sat.main(["--scores", "short.pt", *QUICK])
 
 
 def test_linf_config_is_cifar10s_under_another_threat_model():
     plain, linf = (flags.from_yaml(HERE / "configs" / f"{name}.yaml") for name in ("cifar10", "cifar10-linf"))
-    assert {k for k in linf if linf[k] != plain.get(k)} == {"norm", "eps",
-                                                            "step_size"} and set(linf) == set(plain)
+    assert ({k for k in linf if linf[k] != plain.get(k)} == {"norm", "eps", "step_size"}
+            and set(linf) == set(plain))
     assert (linf["eps"], linf["step_size"]) == pytest.approx((8 / 255, 2 / 255))
 
 
 def test_evaluate_under_another_norm_needs_its_own_eps(pipeline):
     best = str(pipeline / "digits0-4" / "b" / "best.pt")
-    with pytest.raises(UserError, match="--norm linf needs an --eps of its own: the checkpoint's 0.5 is in l2"):
+    with pytest.raises(UserError, match="--norm linf needs an --eps of its own: "
+                                        "the checkpoint's 0.5 is in l2"):
         evaluate.main([best, "--norm", "linf"])
 
 
 def test_edited_results_and_checkpoints(pipeline, tmp_path):
     """A finished run's files that somebody has edited: one line, never a traceback or a number."""
-    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2", "--split", "csat",
-            "--size", "2", "--run", "b"]
+    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2",
+            "--split", "csat", "--size", "2", "--run", "b"]
     for text in ("[]", "{}", "null", '{"settings": 1, "accuracy": 2}', "{"):
         shutil.rmtree(tmp_path / "digits0-4", ignore_errors=True)
         shutil.copytree(pipeline / "digits0-4" / "b", tmp_path / "digits0-4" / "b")
@@ -667,8 +678,8 @@ def test_edited_results_and_checkpoints(pipeline, tmp_path):
         with pytest.raises(UserError):
             sat.main([*argv, "--results", str(tmp_path)])
         with pytest.raises(UserError):
-            transfer.main([str(tmp_path / "digits0-4" / "b" / "best.pt"), "--config",
-                           str(HERE / "configs/transfer/digits5-9.yaml")])
+            transfer.main([str(tmp_path / "digits0-4" / "b" / "best.pt"),
+                           "--config", str(HERE / "configs/transfer/digits5-9.yaml")])
     best = torch.load(pipeline / "digits0-4" / "b" / "best.pt", weights_only=True)
     for key, value in (("args", []), ("args", {}), ("classes", 3), ("A_classes", ["zebra"]), ("epoch", None),
                        ("model", {}), ("arch", "vgg"), ("head", 7)):
@@ -679,8 +690,8 @@ def test_edited_results_and_checkpoints(pipeline, tmp_path):
 
 
 def test_scores_that_are_not_finite(pipeline, tmp_path):
-    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2", "--split", "esat",
-            "--results", str(tmp_path)]
+    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2",
+            "--split", "esat", "--results", str(tmp_path)]
     shutil.copytree(pipeline / "digits0-4" / "rank-preactresnet8-seed0",
                     tmp_path / "digits0-4" / "rank-preactresnet8-seed0")
     path = tmp_path / "digits0-4" / "rank-preactresnet8-seed0" / "scores.pt"
@@ -693,8 +704,9 @@ def test_scores_that_are_not_finite(pipeline, tmp_path):
 
 def bad_files(root):
     """name -> (main, argv, message) over files in `root`."""
-    write_images(root / "a" / "no_test", classes=("x",
-                 )), write_images(root / "a" / "uneven"), write_images(root / "a" / "torn")
+    write_images(root / "a" / "no_test", classes=("x",))
+    write_images(root / "a" / "uneven")
+    write_images(root / "a" / "torn")
     shutil.rmtree(root / "a" / "no_test" / "test"), shutil.rmtree(root / "a" / "uneven" / "test" / "dog")
     (root / "a" / "torn" / "train" / "cat" / "1.png").write_bytes(b"\x89PNG not")
     (root / "a" / "short.pt").write_bytes(b"PK\x03\x04 short")
@@ -710,8 +722,8 @@ def bad_files(root):
     yield "folder without test", sat.main, [*data, "--dataset", "no_test"], "lacks test/ or val/"
     yield "uneven classes", sat.main, [*data, "--dataset", "uneven"], "lacks 1 class folders: dog"
     yield "corrupt image", sat.main, [*data, "--dataset", "torn"], "1.png is not an image"
-    yield "truncated data", sat.main, [*data, "--dataset",
-                                       "short"], "short.pt is truncated or not a file of this project"
+    yield ("truncated data", sat.main, [*data, "--dataset", "short"],
+           "short.pt is truncated or not a file of this project")
     x, y = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])
     torch.save({"train": {"x": x[:, :, :6], "y": y}, "test": {"x": x[:, :, :6], "y": y},
                 "classes": ["a", "b"]}, root / "a" / "oblong.pt")
@@ -722,21 +734,21 @@ def bad_files(root):
     scores = root / "results" / "digits" / "rank-preactresnet8-seed0" / "scores.pt"
     scores.parent.mkdir(parents=True)
     torch.save({"entropy": torch.zeros(3)}, scores)
-    yield "scores of something", sat.main, ["--split", "esat", "--frac",
-                                            "0.5"], "scores.pt is not a file of this kind: it lacks fingerprint"
-    yield "not square", sat.main, [*data, "--dataset",
-                                   "oblong"], "images of 6 x 8 pixels: small images must be square"
-    yield "a class without images", sat.main, [*data, "--dataset",
-                                               "empty"], "1 of its 3 classes have no training image"
-    yield "one test image", sat.main, [*data, "--dataset", "one", "--arch",
-                                       "preactresnet8"], "the test set has 1 image"
+    yield ("scores of something", sat.main, ["--split", "esat", "--frac", "0.5"],
+           "scores.pt is not a file of this kind: it lacks fingerprint")
+    yield ("not square", sat.main, [*data, "--dataset", "oblong"],
+           "images of 6 x 8 pixels: small images must be square")
+    yield ("a class without images", sat.main, [*data, "--dataset", "empty"],
+           "1 of its 3 classes have no training image")
+    yield ("one test image", sat.main, [*data, "--dataset", "one", "--arch", "preactresnet8"],
+           "the test set has 1 image")
     yield "float data", sat.main, [*data, "--dataset", "floats"], "train must hold x, uint8"
-    yield "malicious data", sat.main, [*data, "--dataset",
-                                       "malicious"], "malicious.pt is truncated or not a file of this project"
-    for name, message in (("foreign", "lacks model"), ("list", "lacks model"),
-                          ("pickle", "truncated or not a file"), ("none", "no file"),
-                          ("malicious", "malicious.pt is truncated or not a file of this project "
-                                        "(UnpicklingError)")):
+    yield ("malicious data", sat.main, [*data, "--dataset", "malicious"],
+           "malicious.pt is truncated or not a file of this project")
+    for name, message in (
+            ("foreign", "lacks model"), ("list", "lacks model"), ("pickle", "truncated or not a file"),
+            ("none", "no file"),
+            ("malicious", "malicious.pt is truncated or not a file of this project (UnpicklingError)")):
         yield f"evaluate {name}", evaluate.main, [str(root / f"{name}.pt")], message
         yield f"transfer {name}", transfer.main, [str(root / f"{name}.pt")], message
 
@@ -756,25 +768,26 @@ def test_no_network_and_no_data(tmp_path, monkeypatch):
     def refuse(*a, **k):
         raise OSError("no route to host")
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(UserError, match="no cifar10 under .* put cifar-10-batches-py/ .* or image folders "
-                                        "cifar10/train"):
-        sat.main(["--dataset", "cifar10", "--data-dir", str(tmp_path / "d"), "--results", str(tmp_path / "r"),
-                  "--split", "full"])
+    with pytest.raises(UserError, match="no cifar10 under .* put cifar-10-batches-py/ .* "
+                                        "or image folders cifar10/train"):
+        sat.main(["--dataset", "cifar10", "--data-dir", str(tmp_path / "d"),
+                  "--results", str(tmp_path / "r"), "--split", "full"])
     assert not (tmp_path / "r").exists()
 
 
 def test_scores_of_another_data_set(pipeline, tmp_path):
     folder = tmp_path / "digits" / "rank-preactresnet8-seed0"
     folder.mkdir(parents=True)
-    (folder / "scores.pt").write_bytes((pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "scores.pt").read_bytes())
+    (folder / "scores.pt").write_bytes(
+        (pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "scores.pt").read_bytes())
     with pytest.raises(UserError, match="scores.pt belongs to other data .*digits0-4 there, digits here"):
         sat.main(["--split", "esat", "--frac", "0.5", "--results", str(tmp_path)])
     assert not (tmp_path / "digits" / "esat-hardest-0.5-seed0").exists()
 
 
 def test_run_directory_made_with_other_flags(pipeline):
-    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2", "--split", "csat",
-            "--size", "2", "--run", "b"]
+    argv = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2",
+            "--split", "csat", "--size", "2", "--run", "b"]
     before = (pipeline / "digits0-4" / "b" / "result.json").read_bytes()
     with pytest.raises(UserError, match=r"made with other flags \(lr: 0.1 there, 0.2 now\)"):
         sat.main([*argv, "--lr", "0.2", "--results", str(pipeline)])
@@ -798,9 +811,10 @@ def test_transfer_of_a_transferred_network(pipeline):
 
 
 def test_transfer_of_an_unfinished_run(pipeline, tmp_path):
-    (tmp_path / "last.pt").write_bytes((pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt").read_bytes())
-    with pytest.raises(UserError, match="result.json is missing beside .*last.pt: give the best.pt of a "
-                                        "finished run"):
+    (tmp_path / "last.pt").write_bytes(
+        (pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt").read_bytes())
+    with pytest.raises(UserError, match="result.json is missing beside .*last.pt: "
+                                        "give the best.pt of a finished run"):
         transfer.main([str(tmp_path / "last.pt"), "--config", str(HERE / "configs/transfer/digits5-9.yaml"),
                        "--results", str(tmp_path)])
 

@@ -28,17 +28,18 @@ from conftest import HERE, script
 
 def test_wilson_interval():
     assert evaluate.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert evaluate.wilson(0, 10)[0] == 0 and evaluate.wilson(10,
-                                                              10)[1] == pytest.approx(1) and evaluate.wilson(0, 0) == (0, 1)
+    assert (evaluate.wilson(0, 10)[0] == 0 and evaluate.wilson(10, 10)[1] == pytest.approx(1)
+            and evaluate.wilson(0, 0) == (0, 1))
 
 
 def test_summary():
     clean, robust = torch.tensor([1, 1, 0, 1]).bool(), torch.tensor([1, 0, 0, 0]).bool()
     found = evaluate.summary(clean, robust, torch.tensor([0, 0, 1, 2]), ["a", "b", "c"], ["b", "c"])
-    pairs = {k: (v["clean"]["accuracy"], v["robust"]["accuracy"], v["clean"]["n"]) for k, v in found.items()
-             if k != "classes"}
+    pairs = {k: (v["clean"]["accuracy"], v["robust"]["accuracy"], v["clean"]["n"])
+             for k, v in found.items() if k != "classes"}
     assert pairs == {"all": (0.75, 0.25, 4), "A_val": (0.5, 0.0, 2), "B_val": (1.0, 0.5, 2)}
-    assert found["classes"]["a"]["robust"]["accuracy"] == 0.5 and found["classes"]["b"]["clean"]["accuracy"] == 0
+    assert (found["classes"]["a"]["robust"]["accuracy"] == 0.5
+            and found["classes"]["b"]["clean"]["accuracy"] == 0)
     assert set(evaluate.summary(clean, robust, torch.zeros(4), ["a"])) == {"all", "classes"}
 
 
@@ -53,15 +54,15 @@ def test_tables_into_a_file(tmp_path):
 
 def test_picture_of_A_and_B(pipeline, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(picture.figures, "perturbations", lambda path, title, rows,
-                        magnify: seen.append((path, title, rows)))
+    monkeypatch.setattr(picture.figures, "perturbations",
+                        lambda path, title, rows, magnify: seen.append((path, title, rows)))
     picture.main([str(pipeline / "digits0-4" / "b" / "best.pt"), "--out", str(tmp_path / "p.png")])
     (path, title, rows), = seen
     in_A = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())["A_classes"]
     assert rows["A"]["class"] in in_A and rows["B"]["class"] not in in_A and "l2 eps 0.5" in title
     for r in rows.values():
-        assert r["before"][0] == r["class"] and torch.equal(r["x"] + r["delta"],
-                                                            r["adv"]) and 0.4 < r["delta"].norm() <= 0.5 + 1e-6
+        assert (r["before"][0] == r["class"] and torch.equal(r["x"] + r["delta"], r["adv"])
+                and 0.4 < r["delta"].norm() <= 0.5 + 1e-6)
     picture.main([str(pipeline / "digits0-4" / "none" / "best.pt"), "--out", str(tmp_path / "p.png")])
     assert list(seen[1][2]) == ["B"]
     monkeypatch.undo()
@@ -80,8 +81,8 @@ def test_help_shows_units_and_defaults():
 
 
 def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
-    """Runs every kind of step once, in float32 and in bf16: the table's shape and the model's numbers, never
-    a duration."""
+    """Runs every kind of step once, in float32 and in bf16: the table's shape and the model's numbers,
+    never a duration."""
     class PGDL2:
         """torchattacks' interface."""
         def __init__(self, model, eps, alpha, steps, random_start):
@@ -91,16 +92,15 @@ def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
             return self.attack(x, y)
 
     monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(PGDL2=PGDL2))
-    bench.main(["--side", "8", "--batch-size", "8", "--repeats", "1", "--fractions", "0.5", "1", "--amp",
-                "bf16", "--threads", "1",
-                "--json", str(tmp_path / "bench" / "b.json")])
+    bench.main(["--side", "8", "--batch-size", "8", "--repeats", "1", "--fractions", "0.5", "1",
+                "--amp", "bf16", "--threads", "1", "--json", str(tmp_path / "bench" / "b.json")])
     found = json.loads((tmp_path / "bench" / "b.json").read_text())
     expected = {"|A|/N = 0.5": 10 / 17, "|A|/N = 1": 1, bench.NAIVE: 24 / 17, bench.PEER: 1}
     model = {(r["step"], r["precision"]): r["model"] for r in found["steps"]}
     assert model == {(step, p): pytest.approx(v) for step, v in expected.items() for p in ("float32", "bf16")}
     for r in found["steps"]:
-        assert set(r["faster_than"]) == {bench.NAIVE,
-                                         bench.PEER} and r["images_per_s"] == pytest.approx(8 / r["seconds"])
+        assert (set(r["faster_than"]) == {bench.NAIVE, bench.PEER}
+                and r["images_per_s"] == pytest.approx(8 / r["seconds"]))
     one = {r["step"]: r for r in found["steps"] if r["precision"] == "float32"}
     assert one["|A|/N = 1"]["time_to_full"] == one[bench.NAIVE]["faster_than"][bench.NAIVE] == 1
     assert one[bench.NAIVE]["time_to_full"] == pytest.approx(one["|A|/N = 1"]["faster_than"][bench.NAIVE])
@@ -121,25 +121,23 @@ def counts(right):
 
 
 SETTING = {"arch": "preactresnet18", "epochs": 200, "eps": 0.5, "norm": "l2", "N": 50000, "n": 100,
-           "labels": "l",
-           "eval_attacks": ["apgd-ce", "apgd-t", "fab-t", "square"]}
+           "labels": "l", "eval_attacks": ["apgd-ce", "apgd-t", "fab-t", "square"]}
 
 
 def run(split, right, clean=None, A=5000, A_classes=(), seed=0, **made):
-    """A Run of CIFAR-10 with ten classes of equal size whose test examples are robust, and clean, where
-    `right` and `clean` are."""
-    both = {"robust": np.asarray(right), "clean": np.ones(len(right), bool)
-            if clean is None else np.asarray(clean)}
+    """A Run of CIFAR-10 with ten classes of equal size whose test examples are robust, and clean,
+    where `right` and `clean` are."""
+    both = {"robust": np.asarray(right),
+            "clean": np.ones(len(right), bool) if clean is None else np.asarray(clean)}
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     of = lambda part: {kind: counts(r.reshape(10, -1)[part].ravel()) for kind, r in both.items()}
     accuracy = {"all": of(slice(None)), "classes": {c: of(i) for i, c in enumerate(names)}}
     if A_classes and not made.get("transfer"):
-        accuracy["A_val"], accuracy["B_val"] = (of([(c in A_classes) == inside for c in names])
-                                                for inside in (True, False))
+        accuracy["A_val"], accuracy["B_val"] = (
+            of([(c in A_classes) == inside for c in names]) for inside in (True, False))
     plain = {"path": f"{split}-{A}-{seed}", "data": "cifar10", "transfer": False, "setting": SETTING,
-             "precision": "float32", "order": "hardest",
-             "metric": "entropy", "weight": "vanilla", "attack": "pgd", "N": 50000, "w_A": 1.0,
-             "n_classes": 10, "cost": A, "ranking": "",
+             "precision": "float32", "order": "hardest", "metric": "entropy", "weight": "vanilla",
+             "attack": "pgd", "N": 50000, "w_A": 1.0, "n_classes": 10, "cost": A, "ranking": "",
              "weights": f"{split}{A}{seed}", "group": "g"}
     return results.Run(split=split, A=A, A_classes=list(A_classes), seed=seed, accuracy=accuracy,
                        **{**plain, **made})
@@ -157,26 +155,28 @@ def test_right_reads_what_evaluate_wrote():
     one = run("full", first(0.5))
     one.accuracy = evaluate.summary(clean, robust, y, ["a", "b", "c"])
     for i, c in enumerate("abc"):
-        assert one.right("clean", c).tolist() == clean[y == i].tolist() and one.right("robust",
-                                                                                      c).tolist() == robust[y == i].tolist()
+        assert (one.right("clean", c).tolist() == clean[y == i].tolist()
+                and one.right("robust", c).tolist() == robust[y == i].tolist())
     del one.accuracy["classes"]["a"]["clean"]["right"]
     assert one.right("clean", "a") is None
 
 
 def test_contrast_by_hand():
-    """Two single runs: the paired interval from the differences example by example; of parts, a difference of
-    two means."""
+    """Two single runs: the paired interval from the differences example by example;
+    of parts, a difference of two means."""
     rng = np.random.default_rng(0)
     a, b = rng.random(100) < 0.6, rng.random(100) < 0.4
     none = results.noise([])
     value, low, high = results.contrast([(1, [run("full", a)], None), (-1, [run("none", b)], None)], none)
     d = a.astype(float) - b
-    assert value == pytest.approx(100 * d.mean()) and (high - low) / 2 == pytest.approx(100 * 1.98422 * d.std(ddof=1) / 10, rel=1e-3)
+    assert (value == pytest.approx(100 * d.mean())
+            and (high - low) / 2 == pytest.approx(100 * 1.98422 * d.std(ddof=1) / 10, rel=1e-3))
     # The same runs on B_val of a class: only those examples count.
     others = [c for c in run("full", a).accuracy["classes"] if c != "cat"]
     value, low, high = results.contrast([(1, [run("full", a)], others), (-1, [run("none", b)], others)], none)
     kept = np.delete(d.reshape(10, 10), 3, 0)
-    assert value == pytest.approx(100 * kept.mean()) and (high - low) / 2 == pytest.approx(100 * 1.984 * kept.std() / math.sqrt(90), rel=0.02)
+    assert (value == pytest.approx(100 * kept.mean())
+            and (high - low) / 2 == pytest.approx(100 * 1.984 * kept.std() / math.sqrt(90), rel=0.02))
     # Training noise: three seeds each, all of it between seeds, none between examples.
     seeds = [run("full", first(s), seed=i) for i, s in enumerate((0.4, 0.5, 0.6))]
     found = results.noise(seeds)
@@ -190,9 +190,9 @@ def test_contrast_by_hand():
 
 @pytest.mark.parametrize("truth,least,most", [(0.0, 0, 50), (0.10, 800, 1000)])
 def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, least, most):
-    """1,000 draws of nine settings with three seeds, test noise and training noise of 1.5 points: "holds"
-    comes up in at most 5 % of them where the true difference is 0, and in at least 80 % where it is 10
-    points."""
+    """1,000 draws of nine settings with three seeds, test noise and training noise of 1.5 points:
+    "holds" comes up in at most 5 % of them where the true difference is 0, and in at least 80 %
+    where it is 10 points."""
     rng, holds, n = np.random.default_rng(1), 0, 300
     for _ in range(1000):
         easy = rng.beta(0.6, 0.8, n)  # how often an example is robust, over trainings
@@ -211,9 +211,8 @@ def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, least, most):
 def test_verdict_rules():
     two = [[1, 2], [1, 2]]
     cases = {("above", 1, 0.1, 2): "holds", ("above", 0, -1, 1): "open",
-             ("above", -1, -2, -0.1): "contradicted",
-             ("within", 0, -2.9, 2.9): "holds", ("within", 2, 1, 3.1): "open",
-             ("within", 5, 3.1, 7): "contradicted",
+             ("above", -1, -2, -0.1): "contradicted", ("within", 0, -2.9, 2.9): "holds",
+             ("within", 2, 1, 3.1): "open", ("within", 5, 3.1, 7): "contradicted",
              ("within", -5, -7, -3.1): "contradicted", ("not below", 9, -2.9, 20): "holds",
              ("not below", -4, -5, -3.1): "contradicted"}
     for (rule, *interval), expected in cases.items():
@@ -230,14 +229,14 @@ def everything():
                  run("full", fixed(0.60), clean=fixed(0.85), seed=seed, A=50000)]
         for share, hard, easy, chance in ((0.1, 0.45, 0.20, 0.45), (0.5, 0.59, 0.50, 0.58)):
             for order, robust in (("hardest", hard), ("easiest", easy), ("random", chance)):
-                runs.append(run("esat", fixed(robust), clean=fixed(0.9), seed=seed, A=int(share * 50000),
-                                order=order))
+                runs.append(run("esat", fixed(robust), clean=fixed(0.9), seed=seed,
+                                A=int(share * 50000), order=order))
         for c, robust in (("cat", 0.38), ("automobile", 0.17)):
             runs.append(run("csat", fixed(robust), seed=seed, A_classes=[c], order="named"))
         to = {"transfer": True, "data": "cifar100->cifar10", "n_classes": 100, "seed": seed}
         for weight, robust in (("vanilla", 0.1), ("balanced", 0.3), ("emphasis", 0.37)):
-            runs.append(run("csat", fixed(robust), A_classes=[f"c{i}" for i in range(10)], weight=weight,
-                            **to))
+            runs.append(run("csat", fixed(robust), A_classes=[f"c{i}" for i in range(10)],
+                            weight=weight, **to))
         runs += [run("full", fixed(0.42), A=50000, **to),
                  run("esat", fixed(0.42), A=15000, weight="emphasis", **to)]
     return runs
@@ -247,12 +246,12 @@ def test_claims_get_the_verdict_of_their_interval():
     tables = claims.claims(everything(), [])
     (rows, seeds), (transferred, _) = tables["cifar10", "g"], tables["cifar100->cifar10", "g"]
     verdicts = {row[0][:3] + " " + row[0].split()[-1]: row[3] for row in [*rows, *transferred]}
-    assert verdicts == {"(a) classes)": "holds: 2 classes", "(b) (automobile)": "holds",
-                        "(c) robustness": "holds", "(d) easiest": "holds",
-                        "(d) hardest": "holds", "(h) 0.5)": "holds", "(e) clean)": "holds",
-                        "(f) balanced": "holds", "(f) vanilla": "holds",
-                        "(g) less)": "holds"}
-    assert seeds.df == 20 and seeds.variance == pytest.approx(1) and "37.8, 17.1: +20.7" in rows[1][1] and "66.4 of 69.0: 96 %" in rows[2][1]
+    assert verdicts == {
+        "(a) classes)": "holds: 2 classes", "(b) (automobile)": "holds", "(c) robustness": "holds",
+        "(d) easiest": "holds", "(d) hardest": "holds", "(h) 0.5)": "holds", "(e) clean)": "holds",
+        "(f) balanced": "holds", "(f) vanilla": "holds", "(g) less)": "holds"}
+    assert (seeds.df == 20 and seeds.variance == pytest.approx(1) and "37.8, 17.1: +20.7" in rows[1][1]
+            and "66.4 of 69.0: 96 %" in rows[2][1])
     one = [r for r in everything() if r.seed == 0]
     (rows, seeds), _ = claims.claims(one, []).values()
     assert {row[3] for row in rows} == {"open (one seed)", "open (one seed): 2 classes"} and seeds.df == 0
@@ -264,50 +263,46 @@ def test_claims_get_the_verdict_of_their_interval():
 
 
 def test_bf16_against_float32():
-    runs = [run("full", first(0.5 + 0.01 * s, 1000), seed=s, precision=p, A=50000) for s in range(3)
-            for p in ("float32", "bf16")]
+    runs = [run("full", first(0.5 + 0.01 * s, 1000), seed=s, precision=p, A=50000)
+            for s in range(3) for p in ("float32", "bf16")]
     ((data, _), rows), = claims.precisions([*runs, run("none", first(0.1))]).items()
-    assert data == "cifar10" and [row[:5] for row in rows] == [("AT", "3 and 3", "robust", "51.0", "51.0"),
-                                                               ("AT", "3 and 3", "clean", "100.0", "100.0")]
+    assert data == "cifar10" and [row[:5] for row in rows] == [
+        ("AT", "3 and 3", "robust", "51.0", "51.0"), ("AT", "3 and 3", "clean", "100.0", "100.0")]
     assert rows[0][5].startswith("+0.0 [-")
     assert {r.precision for r in results.shown(runs)} == {"float32"}, "the others are repeats, not seeds"
     for r in runs[:3]:
         r.precision = "bf16"
     mixed = results.shown([runs[0], runs[2], runs[4]])
-    assert {r.group for r in mixed} == {results.described(runs[0]) + ", 2 of 3 runs trained in bf16"}, "pooled, and said"
+    assert {r.group for r in mixed} == {results.described(runs[0]) + ", 2 of 3 runs trained in bf16"}, \
+        "pooled, and said"
 
 
 def test_the_papers_numbers():
     value = results.theirs
-    assert value("fig6", "cifar10", "hardest", 0.5, "robust") == 66.4 and value("fig6", "cifar10", "random",
-                                                                                0.1, "clean") == 92.9
-    assert value("fig6", "cifar10", "AT", 1.0, "robust") == 69.0 and value("fig6", "cifar10", "hardest", 0.55,
-                                                                           "robust") is None
-    assert value("fig8", "cifar100->cifar10", "easiest", 0.3, "robust") == 29.0 and value("fig8",
-                                                                                          "cifar100->svhn",
-                                                                                          "hardest", 0.3,
-                                                                                          "robust") == 22
-    assert value("fig16", "imagenet200->flowers102", "fgsm-rs", 0.1, "robust") == 34.9 and value("fig12",
-                                                                                                 "cifar100",
-                                                                                                 "vog", 0.1,
-                                                                                                 "robust") == 21.9
-    assert value("fig7", "cifar100->cifar10", "vanilla", 0.1, "robust") == 8 and value("fig7",
-                                                                                       "cifar100->cifar10",
-                                                                                       "vanilla", 0.2,
-                                                                                       "robust") is None
-    assert value("fig5", "digits", "hardest", 0.5, "robust") is None and value("fig5", "cifar10", "no AT",
-                                                                               0.0, "robust") == 0
+    assert (value("fig6", "cifar10", "hardest", 0.5, "robust") == 66.4
+            and value("fig6", "cifar10", "random", 0.1, "clean") == 92.9)
+    assert (value("fig6", "cifar10", "AT", 1.0, "robust") == 69.0
+            and value("fig6", "cifar10", "hardest", 0.55, "robust") is None)
+    assert (value("fig8", "cifar100->cifar10", "easiest", 0.3, "robust") == 29.0
+            and value("fig8", "cifar100->svhn", "hardest", 0.3, "robust") == 22)
+    assert (value("fig16", "imagenet200->flowers102", "fgsm-rs", 0.1, "robust") == 34.9
+            and value("fig12", "cifar100", "vog", 0.1, "robust") == 21.9)
+    assert (value("fig7", "cifar100->cifar10", "vanilla", 0.1, "robust") == 8
+            and value("fig7", "cifar100->cifar10", "vanilla", 0.2, "robust") is None)
+    assert (value("fig5", "digits", "hardest", 0.5, "robust") is None
+            and value("fig5", "cifar10", "no AT", 0.0, "robust") == 0)
 
 
 def test_every_setting_that_is_not_the_papers_is_named():
     theirs = results.papers_setting("cifar100->cifar10")
     ours = {**{k: v for k, v in theirs.items()}, "N": 50000}
-    assert results.not_the_papers("cifar100->cifar10", ours) == "" and results.not_the_papers("digits",
-                                                                                              ours) == ""
+    assert (results.not_the_papers("cifar100->cifar10", ours) == ""
+            and results.not_the_papers("digits", ours) == "")
     for key, value in (("norm", "linf"), ("steps", 10), ("step_size", 0.2), ("augment", "crop"),
                        ("lr_decays", [10]), ("target's epochs", 3)):
-        assert f"{key.replace('_', ' ')} {' '.join(map(str, value)) if isinstance(value, list) else value} (" in \
-            results.not_the_papers("cifar100->cifar10", {**ours, key: value})
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
+        assert (f"{key.replace('_', ' ')} {shown} ("
+                in results.not_the_papers("cifar100->cifar10", {**ours, key: value}))
     assert "N 5,000 (50,000)" in results.not_the_papers("cifar10", {"N": 5000})
 
 
@@ -326,15 +321,20 @@ def test_report(pipeline):
     result = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
     robust = result["accuracy"]["B_val"]["robust"]
     row, = [r for r in table(text, "## Fig. 4 and 5", "## Fig. 13") if r["order"] == "hardest"]
-    assert row["robust B_val %"] == f"{100 * robust['accuracy']:.1f} [{100 * robust['low']:.1f}, {100 * robust['high']:.1f}]"
-    assert row["A"] == "2 classes" and row["A/N"] == "0.40" and result["ranking"]["scores"] in \
-        json.loads((pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "rank.json").read_text())["scores"].values()
-    assert "Missing runs (gaps in the figure): the baseline AT." in text and "runs of these tables used it." in text
+    assert row["robust B_val %"] == (f"{100 * robust['accuracy']:.1f} "
+                                     f"[{100 * robust['low']:.1f}, {100 * robust['high']:.1f}]")
+    ranked = json.loads((pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "rank.json").read_text())
+    assert (row["A"] == "2 classes" and row["A/N"] == "0.40"
+            and result["ranking"]["scores"] in ranked["scores"].values())
+    assert ("Missing runs (gaps in the figure): the baseline AT." in text
+            and "runs of these tables used it." in text)
     assert "digits0-4->digits5-9" in text and "AutoAttack's apgd-ce, n = 24" in text
     evals = table(text, "## Evaluations under other settings", "\n## ")
-    assert evals and evals[0]["run"].startswith("digits0-4/") and evals[0]["threat model"].startswith("l2 eps")
+    assert (evals and evals[0]["run"].startswith("digits0-4/")
+            and evals[0]["threat model"].startswith("l2 eps"))
     for name in ("fig3", "fig5", "fig8", "fig13"):
-        assert (pipeline / "figures" / f"{name}.png").stat().st_size > 5000 and (pipeline / "figures" / f"{name}.svg").exists()
+        assert ((pipeline / "figures" / f"{name}.png").stat().st_size > 5000
+                and (pipeline / "figures" / f"{name}.svg").exists())
     assert not (pipeline / "figures" / "fig2.png").exists() and "## Fig. 2" in text
 
 
@@ -368,10 +368,13 @@ def test_tables_of_curves(tmp_path):
             run("esat", first(0.4), A=25000, order="random"),
             run("esat", first(0.6), A=25000, order="random", seed=1), run("esat", first(0.5))]
     text = "\n".join(report.curve_section(runs, tmp_path, *next(c for c in report.CURVES if c[0] == "fig6")))
-    assert "| hardest | 25,000 | 0.50 | 1 | 1 | 60.0 [50.2, 69.1] | 100.0 [96.3, 100.0] | 66.4 | -6.4 | 89.3 | +10.7 |" in text
-    assert "| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 | 64.5 | -14.5 | 91.0 | +9.0 |" in text
+    assert ("| hardest | 25,000 | 0.50 | 1 | 1 | 60.0 [50.2, 69.1] | 100.0 [96.3, 100.0] "
+            "| 66.4 | -6.4 | 89.3 | +10.7 |") in text
+    assert ("| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 "
+            "| 64.5 | -14.5 | 91.0 | +9.0 |") in text
     assert "| AT | 50,000 | 1.00 | 1 | 1 | 70.0 [60.4, 78.1] |" in text and "| no AT | no run yet |" in text
-    assert "Missing runs (gaps in the figure): random at |A| = 5,000, the baseline no AT." in text and "Not the paper's setting" not in text
+    assert ("Missing runs (gaps in the figure): random at |A| = 5,000, the baseline no AT." in text
+            and "Not the paper's setting" not in text)
     assert (tmp_path / "fig6.png").stat().st_size > 5000
 
 
@@ -384,7 +387,8 @@ def test_readme_is_made_from_the_published_results(tmp_path):
     shutil.copytree(published, tmp_path / "r")
     shutil.copy(HERE / "README.md", tmp_path / "README.md")
     report.main(["--results", str(tmp_path / "r"), "--into", str(tmp_path / "README.md")])
-    assert (tmp_path / "README.md").read_text() == (HERE / "README.md").read_text(), "report.py --results results-published --into README.md"
+    assert (tmp_path / "README.md").read_text() == (HERE / "README.md").read_text(), \
+        "report.py --results results-published --into README.md"
     assert (tmp_path / "r" / "tables.md").read_text() == (published / "tables.md").read_text()
     text = (HERE / "README.md").read_text()
     assert "| (a) CSAT on a single class" in text and "torchattacks PGDL2" in text
@@ -394,8 +398,8 @@ def test_readme_is_made_from_the_published_results(tmp_path):
 
 def test_a_report_needs_no_torch():
     code = "import sys, report; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=HERE).stdout == "False\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.stdout == "False\n"
 
 
 def test_groups_of_other_settings_have_other_names():
@@ -405,13 +409,17 @@ def test_groups_of_other_settings_have_other_names():
 
 
 def test_transfers_keep_the_seeds_of_source_and_target_apart():
-    made = {"args": {"split": "full", "classes": None, "order": "hardest", "metric": "entropy", "attack": "pgd", "weight": "vanilla", "weight_factor": None,
-                     "seed": 1, "arch": "a", "epochs": 1}, "N": 9, "A": 9, "w_A": 1, "A_classes": None, "fingerprint": {"classes": ["a"], "labels": "l"},
+    made = {"args": {"split": "full", "classes": None, "order": "hardest", "metric": "entropy",
+                     "attack": "pgd", "weight": "vanilla", "weight_factor": None, "seed": 1,
+                     "arch": "a", "epochs": 1},
+            "N": 9, "A": 9, "w_A": 1, "A_classes": None, "fingerprint": {"classes": ["a"], "labels": "l"},
             "cost": {"forward_equivalents": 1}, "weights": "w", "dataset": "cifar100"}
     accuracy = run("full", first(0.5)).accuracy
-    result = {"source": made, "settings": {"attacks": ["apgd-ce"], "norm": "l2", "eps": 0.5}, "fingerprint": {"labels": "l"}, "accuracy": accuracy}
+    result = {"source": made, "settings": {"attacks": ["apgd-ce"], "norm": "l2", "eps": 0.5},
+              "fingerprint": {"labels": "l"}, "accuracy": accuracy}
     seeds = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    found = [results.run_of(Path("x"), {**result, "args": {"dataset": "mine", "seed": t}, "source": {**made, "args": {**made["args"], "seed": s}}})
+    found = [results.run_of(Path("x"), {**result, "args": {"dataset": "mine", "seed": t},
+                                        "source": {**made, "args": {**made["args"], "seed": s}}})
              for s, t in seeds]
     assert len({r.seed for r in found}) == 4 and len(results.shown(found)) == 4
     assert results.not_the_papers("cifar100->mine", found[0].setting) == "", "a target that the paper lacks"

@@ -1,5 +1,7 @@
-"""Runs as processes: stopped, killed, resumed, several at once, and the list of all runs.    python -m pytest
--q test_runs.py"""
+"""Runs as processes: stopped, killed, resumed, several at once, and the list of all runs.
+
+    python -m pytest -q test_runs.py
+"""
 import copy
 import functools
 import math
@@ -41,7 +43,8 @@ def test_best_is_mended_when_stopped_before_it_was_written(tmp_path, monkeypatch
         m.setattr(common, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             sat.main(argv)
-    assert (tmp_path / "digits" / "r" / "last.pt").exists() and not (tmp_path / "digits" / "r" / "best.pt").exists()
+    assert ((tmp_path / "digits" / "r" / "last.pt").exists()
+            and not (tmp_path / "digits" / "r" / "best.pt").exists())
     sat.main(argv)
     assert common.load(tmp_path / "digits" / "r" / "best.pt")["epoch"] == 2
 
@@ -52,35 +55,37 @@ from torch import nn
 torch.set_num_threads(1)
 out, w_A, start, epochs, *flags = sys.argv[1:]
 def main():
-  args = sat.command_line(["--split", "none", "--epochs", epochs, "--lr-decays", "1", "--batch-size", "63", "--steps", "2", *flags])
-  device = common.set_up(args)
-  digits = data.get("digits", "data")
-  digits.train = data.Split(digits.train.x[:300], digits.train.y[:300])
-  torch.manual_seed(0)
-  model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))  # no batch norm
-  model.frozen = False
-  A = torch.arange(300) % 29 == 0  # so few that batches of a process often hold none
-  state = common.load(start) if start != "-" else None
-  for state in sat.train(model, digits.train, A, float(w_A), args, device, state):
-      pass
-  if common.rank() == 0:
-      torch.save(state, out)
+    args = sat.command_line(["--split", "none", "--epochs", epochs, "--lr-decays", "1", "--batch-size", "63",
+                             "--steps", "2", *flags])
+    device = common.set_up(args)
+    digits = data.get("digits", "data")
+    digits.train = data.Split(digits.train.x[:300], digits.train.y[:300])
+    torch.manual_seed(0)
+    # no batch norm
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    model.frozen = False
+    A = torch.arange(300) % 29 == 0  # so few that batches of a process often hold none
+    state = common.load(start) if start != "-" else None
+    for state in sat.train(model, digits.train, A, float(w_A), args, device, state):
+        pass
+    if common.rank() == 0:
+        torch.save(state, out)
 common.script(main)
 """
 
 
 def processes(n, *command):
     """Runs a Python script with n processes under torchrun, or alone."""
-    launch = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
-                                "--"]
+    launch = [] if n == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                "--nproc-per-node", str(n), "--"]
     return subprocess.run([sys.executable, *launch, *map(str, command)], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize("w_A,flags_", [(5.0, []), (1.0, ["--random-start"])])
 def test_two_processes_equal_one(tmp_path, w_A, flags_):
-    """The same weights (so the same gradients), loss and counts from 1 process, from 2, and from 2 that
-    become 1 after an epoch."""
+    """The same weights (so the same gradients), loss and counts from 1 process, from 2,
+    and from 2 that become 1 after an epoch."""
     (tmp_path / "two.py").write_text(TWO)
     for name, n, start, epochs in (("one", 1, "-", 2), ("two", 2, "-", 2), ("half", 2, "-", 1),
                                    ("rest", 1, tmp_path / "half", 2)):
@@ -99,16 +104,17 @@ STAGES = """
 import sys, common, evaluate, sat
 results, other = sys.argv[1:]
 def main():
-    sat.main(["--dataset", "digits0-4", "--epochs", "2", "--lr-decays", "--eval-attacks", "apgd-ce", "--eval-n", "24", "--select-attacks", "apgd-ce",
-              "--select-n", "8", "--split", "esat", "--frac", "0.3", "--run", "n", "--results", results])
+    sat.main(["--dataset", "digits0-4", "--epochs", "2", "--lr-decays", "--eval-attacks", "apgd-ce",
+              "--eval-n", "24", "--select-attacks", "apgd-ce", "--select-n", "8",
+              "--split", "esat", "--frac", "0.3", "--run", "n", "--results", results])
     evaluate.main([other, "--eval-batch", "7"])
 common.script(main)
 """
 
 
 def test_stages_with_two_processes(pipeline, tmp_path):
-    """Given the same scores.pt: the same A, n and keys from sat.py; the same flags of one checkpoint from
-    evaluate.py."""
+    """Given the same scores.pt: the same A, n and keys from sat.py;
+    the same flags of one checkpoint from evaluate.py."""
     (tmp_path / "stages.py").write_text(STAGES)
     for n in (1, 2):
         scores = tmp_path / f"{n}" / "digits0-4" / "rank-preactresnet8-seed0"
@@ -122,23 +128,24 @@ def test_stages_with_two_processes(pipeline, tmp_path):
     masks = [common.load(tmp_path / f"{n}" / "digits0-4" / "n" / "last.pt")["A"] for n in (1, 2)]
     assert masks[0] == masks[1], "the hash of A"
     shape = lambda v: {k: shape(w) for k, w in v.items()} if isinstance(v, dict) else None
-    assert shape(one) == shape(two) and {k: v["clean"]["n"] for k, v in one["accuracy"].items()
-                                         if k != "classes"} == {"all": 24}
+    evaluated = {k: v["clean"]["n"] for k, v in one["accuracy"].items() if k != "classes"}
+    assert shape(one) == shape(two) and evaluated == {"all": 24}
     assert one["cost"]["attacked"] == two["cost"]["attacked"] > 0 and one["ranking"] == two["ranking"]
     evals = [common.read_json(*(tmp_path / f"b{n}").glob("eval-*.json")) for n in (1, 2)]
     assert evals[0] == evals[1], "AutoAttack in chunks of 7, dealt to two"
 
 
 def test_a_process_that_dies_ends_the_job(undisturbed, tmp_path):
-    """Rank 1 is killed in the second epoch: the job ends with a message, and one process takes the run to its
-    end."""
+    """Rank 1 is killed in the second epoch: the job ends with a message,
+    and one process takes the run to its end."""
     stage, argv, _ = CHAIN[0]
     command = [f"{tmp_path}/marker", "epoch", str(undisturbed[1]["rank"]["epoch"] // 2), stage, *argv,
                "--results", str(tmp_path)]
-    (tmp_path / "killer.py").write_text(KILLER.replace("if where == phase",
-                                                       "if common.rank() == 1 and where == phase"))
+    (tmp_path / "killer.py").write_text(
+        KILLER.replace("if where == phase", "if common.rank() == 1 and where == phase"))
     done = processes(2, tmp_path / "killer.py", *command)
-    assert done.returncode != 0 and "exitcode  : -9" in done.stderr and "[rank0]: Traceback" not in done.stderr
+    assert (done.returncode != 0 and "exitcode  : -9" in done.stderr
+            and "[rank0]: Traceback" not in done.stderr)
     folder = tmp_path / "digits0-4" / "rank-preactresnet8-seed0"
     assert common.load(folder / "last.pt")["epoch"] == 1 and not (folder / "scores.pt").exists()
     done, _ = run_stage(tmp_path, stage, argv)
@@ -161,25 +168,24 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, m
 
 def test_run_names():
     name = lambda *argv: sat.run_folder(sat.command_line([*argv]))[0].as_posix()
-    assert name("--split", "esat", "--frac", "0.5", "--order",
-                "hardest") == "results/digits/esat-hardest-0.5-seed0"
-    assert name("--split", "csat", "--classes", "3", "1", "--weight", "emphasis", "--seed",
-                "2") == "results/digits/csat-1-3-emphasis-seed2"
-    assert name("--split", "full", "--eps", "1", "--results",
-                "r") == "results/digits/full-eps=1.0-seed0".replace("results", "r")
+    assert (name("--split", "esat", "--frac", "0.5", "--order", "hardest")
+            == "results/digits/esat-hardest-0.5-seed0")
+    assert (name("--split", "csat", "--classes", "3", "1", "--weight", "emphasis", "--seed", "2")
+            == "results/digits/csat-1-3-emphasis-seed2")
+    assert (name("--split", "full", "--eps", "1", "--results", "r")
+            == "results/digits/full-eps=1.0-seed0".replace("results", "r"))
     escape = sat.run_folder(sat.command_line(["--split", "csat", "--classes", "../../../x"]))[0]
     assert escape.parent == Path("results/digits") and ".." not in escape.parts
 
 
 def dry_run(*argv, **env):
-    """The commands of ./run_all.sh --dry-run as [(script, argv)], and its summary {figure: [runs, transfers,
-    new]}."""
+    """The commands of ./run_all.sh --dry-run as [(script, argv)], and its summary
+    {figure: [runs, transfers, new]}."""
     out = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True,
-                         check=True,
-                         env={**os.environ, **env}).stdout
+                         check=True, env={**os.environ, **env}).stdout
     lines = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
-    counts = [line[2:].rsplit(maxsplit=4) for line in out.splitlines() if line.startswith("# ")
-              and ":" in line.split("(")[0]]
+    counts = [line[2:].rsplit(maxsplit=4) for line in out.splitlines()
+              if line.startswith("# ") and ":" in line.split("(")[0]]
     return [(Path(w[1]).name, w[2:]) for w in lines], {c[0].strip(): [int(v) for v in c[1:4]] for c in counts}
 
 
@@ -224,7 +230,8 @@ def test_run_all_lists_every_run_of_the_paper(monkeypatch):
         how = (r.dataset, r.split, "named" if r.classes else r.order, r.metric, r.weight, r.attack)
         kinds.setdefault(how, set()).add((r.frac or r.size, r.seed))
         folder = sat.run_folder(r)[0].name
-        assert r.run is None and folder.endswith(f"-seed{r.seed}") and (r.weight == "emphasis") == ("-emphasis" in folder)
+        assert (r.run is None and folder.endswith(f"-seed{r.seed}")
+                and (r.weight == "emphasis") == ("-emphasis" in folder))
     tenths = [k / 10 for k in range(1, 10)]
     for dataset, seeds, sizes in (("cifar10", 10, range(1, 10)), ("cifar100", 5, range(10, 100, 10)),
                                   ("imagenet200", 3, range(20, 200, 20))):
@@ -232,16 +239,16 @@ def test_run_all_lists_every_run_of_the_paper(monkeypatch):
             for weight in ("vanilla",) if dataset == "cifar10" else ("vanilla", "emphasis"):
                 assert kinds[dataset, split, "hardest", "entropy", weight, "pgd"] == {(s, 0) for s in steps}
                 assert kinds[dataset, split, "easiest", "entropy", weight, "pgd"] == {(s, 0) for s in steps}
-                assert kinds[dataset, split, "random", "entropy", weight,
-                             "pgd"] == {(s, k) for s in steps for k in range(seeds)}
+                assert kinds[dataset, split, "random", "entropy", weight, "pgd"] == {
+                    (s, k) for s in steps for k in range(seeds)}
         if dataset != "cifar10":
-            assert kinds[dataset, "esat", "hardest", "entropy", "emphasis",
-                         "fgsm-rs"] == {(s, 0) for s in tenths}
-    assert kinds["cifar100", "csat", "hardest", "entropy", "balanced",
-                 "pgd"] == {(s, 0) for s in range(10, 100, 10)}
+            assert kinds[dataset, "esat", "hardest", "entropy", "emphasis", "fgsm-rs"] == {
+                (s, 0) for s in tenths}
+    assert kinds["cifar100", "csat", "hardest", "entropy", "balanced", "pgd"] == {
+        (s, 0) for s in range(10, 100, 10)}
     assert kinds["cifar100", "esat", "hardest", "vog", "vanilla", "pgd"] == {(s, 0) for s in tenths}
-    assert sorted(c for r in runs if r.classes
-                  for c in r.classes) == sorted("airplane automobile bird cat deer dog frog horse ship truck".split())
+    assert sorted(c for r in runs if r.classes for c in r.classes) == sorted(
+        "airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
 def test_every_command_of_run_all_parses_in_order(monkeypatch):
@@ -255,17 +262,17 @@ def test_every_command_of_run_all_parses_in_order(monkeypatch):
         elif name == "sat.py":
             args = sat.command_line(argv)
             made.add((sat.run_folder(args)[0] / "best.pt").as_posix())
-            assert (args.dataset, args.arch) in made or args.split in ("none",
-                                                                       "full") or args.classes, "the ranking comes first"
+            assert ((args.dataset, args.arch) in made or args.split in ("none", "full")
+                    or args.classes), "the ranking comes first"
         elif name == "transfer.py":
             args = transfer.command_line(argv)
             assert args.checkpoint.as_posix() in made, "its source was trained before"
-    source = lambda target: {Path(argv[0]).parent.name for name, argv in commands if name == "transfer.py"
-                             and f"{target}.yaml" in " ".join(argv)}
-    assert source("svhn") == {r for r in source("cifar10") if r.startswith(("none", "full", "esat"))
-                              and "fgsm" not in r}
-    assert all("emphasis" in r for r in source("caltech256")
-               if not r.startswith(("none", "full"))) and source("caltech256") == source("flowers102")
+    source = lambda target: {Path(argv[0]).parent.name for name, argv in commands
+                             if name == "transfer.py" and f"{target}.yaml" in " ".join(argv)}
+    assert source("svhn") == {r for r in source("cifar10")
+                              if r.startswith(("none", "full", "esat")) and "fgsm" not in r}
+    assert (all("emphasis" in r for r in source("caltech256") if not r.startswith(("none", "full")))
+            and source("caltech256") == source("flowers102"))
 
 
 def test_run_all_with_torchrun_and_a_wrong_section():
@@ -280,11 +287,12 @@ def test_run_all_with_torchrun_and_a_wrong_section():
         args = torchrun(words[3:])  # torchrun's own parser
         assert args.nproc_per_node == "4" and Path(args.training_script).name == "sat.py"
         assert sat.command_line(args.training_script_args).run.startswith("quick-")
-    assert "cifar10-cpu" in subprocess.run([str(HERE / "run_all.sh"), "--help"], capture_output=True,
-                                           text=True, check=True).stdout
+    done = subprocess.run([str(HERE / "run_all.sh"), "--help"], capture_output=True, text=True, check=True)
+    assert "cifar10-cpu" in done.stdout
     for argv in (["mnist"], ["digits", "fig99"], []):
         done = subprocess.run([str(HERE / "run_all.sh"), *argv], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "cifar10" in done.stderr
+        assert (done.returncode == 2 and done.stderr.startswith("error: ")
+                and done.stderr.count("\n") == 1 and "cifar10" in done.stderr)
 
 
 def test_folders_that_run_all_expects_are_those_that_the_scripts_make(monkeypatch):
@@ -301,8 +309,8 @@ def test_folders_that_run_all_expects_are_those_that_the_scripts_make(monkeypatc
 
 
 def stub(tmp_path, body):
-    """A Python that notes its calls in tmp_path/calls and runs `body` in place of a script; how to start
-    run_all with it."""
+    """A Python that notes its calls in tmp_path/calls and runs `body` in place of a script;
+    how to start run_all with it."""
     python = tmp_path / "python"
     python.write_text(f"""#!{sys.executable}
 import sys, time
@@ -318,9 +326,9 @@ with open("{tmp_path}/calls", "a") as f:
 """)
     python.chmod(0o755)
     env = {"PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
-    return lambda *argv, start=subprocess.run, **more: start([sys.executable, str(HERE / "run_all.py"),
-                                                              *argv], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **env, **more})
+    return lambda *argv, start=subprocess.run, **more: start(
+        [sys.executable, str(HERE / "run_all.py"), *argv], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, **env, **more})
 
 
 MAKES = """
@@ -342,7 +350,8 @@ if "csat-2-seed0" in name:
     done, calls = go("digits", "fig2"), (tmp_path / "calls").read_text()
     assert "csat-0-seed0" not in calls and "csat-9-seed0" in calls and "report.py" in calls
     assert done.returncode == 1 and "1 missing" in done.stderr and "digits/quick-csat-2-seed0" in done.stderr
-    assert "no such luck" in (tmp_path / "results" / "logs" / "digits_quick-csat-2-seed0.log").read_text() and "no such luck" in done.stdout
+    log = tmp_path / "results" / "logs" / "digits_quick-csat-2-seed0.log"
+    assert "no such luck" in log.read_text() and "no such luck" in done.stdout
 
 
 def test_two_run_alls_at_once(tmp_path):
@@ -356,8 +365,8 @@ def test_two_run_alls_at_once(tmp_path):
 
 
 def test_run_all_that_was_killed_is_taken_over_at_once(tmp_path):
-    """Killed with -9, its run going on: a second copy waits for that run, does not start it again, and makes
-    the rest."""
+    """Killed with -9, its run going on: a second copy waits for that run, does not start it again,
+    and makes the rest."""
     go = stub(tmp_path, 'if "csat-3-seed0" in name: time.sleep(3)' + MAKES)
     first = go("digits", "fig2", start=subprocess.Popen)
     while not (tmp_path / "calls").exists() or "csat-3-seed0" not in (tmp_path / "calls").read_text():
@@ -370,10 +379,12 @@ def test_run_all_that_was_killed_is_taken_over_at_once(tmp_path):
 
 def test_extra_flags_reach_the_scripts_that_have_them(tmp_path):
     go = stub(tmp_path, MAKES)
-    assert go("digits", "fig8", "fig6", EXTRA="--epochs 2 --eval-n 20 --no-compile --order easiest").returncode == 0
+    assert go("digits", "fig8", "fig6",
+              EXTRA="--epochs 2 --eval-n 20 --no-compile --order easiest").returncode == 0
     for line in (tmp_path / "calls").read_text().splitlines()[:-1]:
         assert "--epochs 2" in line and "--no-compile" in line
-        assert ("--eval-n 20" in line) == ("rank.py" not in line) and line.count("--order easiest") >= ("sat.py" in line)
+        assert (("--eval-n 20" in line) == ("rank.py" not in line)
+                and line.count("--order easiest") >= ("sat.py" in line))
 
 
 def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
@@ -425,16 +436,38 @@ def test_killed_at_any_moment_ends_with_the_same_result(undisturbed, tmp_path, s
 def test_sigterm_and_ctrl_c(undisturbed, tmp_path, name, code):
     stage, argv, _ = CHAIN[0]
     done, marker = run_stage(tmp_path, stage, argv, "epoch", undisturbed[1]["rank"]["epoch"] // 2, WITH=name)
-    assert done.returncode == code and marker and done.stderr.splitlines()[-1].startswith("stopped: the same command, without --force, goes on")
-    assert "Traceback" not in done.stderr and len(common.load(tmp_path / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt")["log"]) == 1
+    assert done.returncode == code and marker
+    assert done.stderr.splitlines()[-1].startswith("stopped: the same command, without --force, goes on")
+    kept = common.load(tmp_path / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt")
+    assert "Traceback" not in done.stderr and len(kept["log"]) == 1
     done, _ = run_stage(tmp_path, stage, argv)
     assert "going on after epoch 1" in done.stdout
     assert all(undisturbed[0][path] == value for path, value in contents(tmp_path).items())
 
 
+def test_torchrun_users_mistake_is_one_line_of_ours(tmp_path):
+    """torchrun adds a report of its own, which a worker cannot prevent."""
+    done = processes(2, HERE / "sat.py", "--order", "hardst", "--results", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("error: argument --order: invalid choice: 'hardst'") == 1
+    assert "sat.py\", line" not in done.stderr, "no traceback through our files"
+
+
+@pytest.mark.parametrize("command", [["sat.py", "--split", "none", "--results"],
+                                     ["run_all.py", "digits", "fig3"]])
+def test_results_that_cannot_be_written(tmp_path, command):
+    """A results folder below a file stands for a read-only one."""
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "r"
+    env = {"RESULTS": str(folder)} if command[0] == "run_all.py" else {}
+    done = script(*command, *([] if env else [folder]), env=env)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert ("RESULTS=" if env else "--results") in done.stderr, "says what to do"
+
+
 def test_full_disk(undisturbed, tmp_path):
-    """A file-size limit stands for a full disk: one line, no half-written file, and the run goes on when
-    there is room."""
+    """A file-size limit stands for a full disk: one line, no half-written file,
+    and the run goes on when there is room."""
     stage, argv, _ = CHAIN[0]
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
     folder = tmp_path / "r"
@@ -442,13 +475,11 @@ def test_full_disk(undisturbed, tmp_path):
                "--results", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "last.pt: File too large (finished work is kept" in done.stderr, done.stderr
+    assert (done.returncode == 2 and done.stderr.count("\n") == 1
+            and "last.pt: File too large (finished work is kept" in done.stderr), done.stderr
     left = {p.name for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts}
     assert left == {"args.json", "log.jsonl"}
     assert run_stage(folder, stage, argv)[0].returncode == 0
-    (tmp_path / "file").write_text("")
-    done = script("rank.py", *argv, "--results", tmp_path / "file" / "r")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 # --- one run, one folder ------------------------------------------------------------------------------------
@@ -459,8 +490,9 @@ def test_force_keeps_the_old_run_until_the_new_one_is_whole(tmp_path, monkeypatc
     folder, old = tmp_path / "digits" / "r", tmp_path / "digits" / ".old-r"
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     real = common.save
-    monkeypatch.setattr(common, "save", lambda path,
-                        value: (_ for _ in ()).throw(UserError(f"cannot write {path}: the disk is full")))
+    def full_disk(path, value):
+        raise UserError(f"cannot write {path}: the disk is full")
+    monkeypatch.setattr(common, "save", full_disk)
     with pytest.raises(UserError, match="disk is full"):
         sat.main([*argv, "--force"])
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before and not (folder / "result.json").exists()
@@ -477,7 +509,9 @@ def test_two_equal_commands_at_once_make_one_run(tmp_path):
     said = [p.communicate(timeout=300) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     out = "".join(o for o, _ in said)
-    assert out.count("epoch 2:") == 1 and out.count("is being made by another process: waiting for it") == 1 and out.count("is finished") == 1
+    assert (out.count("epoch 2:") == 1
+            and out.count("is being made by another process: waiting for it") == 1
+            and out.count("is finished") == 1)
 
 
 def test_a_checkpoint_of_other_flags_is_not_continued(tmp_path, monkeypatch):
@@ -493,7 +527,7 @@ def test_a_checkpoint_of_other_flags_is_not_continued(tmp_path, monkeypatch):
         shutil.copy(tmp_path / "digits" / run / "last.pt", tmp_path / "digits" / "a" / "last.pt")
         with pytest.raises(UserError, match=differs):
             sat.main([*argv, "--run", "a"])
-    
+
 
 def test_folders_of_names_in_other_scripts_stay_distinct():
     folder = lambda name: sat.run_folder(sat.command_line(["--split", "csat", "--classes", name]))[0].name
@@ -509,7 +543,7 @@ def test_a_loss_that_is_not_finite_names_the_flags_that_differ(tmp_path):
         with pytest.raises(UserError, match="not finite") as e:
             sat.main(["--split", "full", *QUICK, "--results", str(tmp_path), "--run", "r", "--force", *how])
         assert f"Suspect {suspect}; give the mended run another name with --run, or --force" in str(e.value)
-    
+
 
 def test_a_lone_ranking_is_reported(tmp_path):
     rank.main([*QUICK[:3], "--results", str(tmp_path)])
@@ -519,10 +553,12 @@ def test_a_lone_ranking_is_reported(tmp_path):
 
 def test_sat_py_asks_for_its_ranking_in_rank_pys_words():
     """Every flag that differs from the config is handed on, switches too."""
-    args = sat.command_line(["--compile", "--epochs", "3", "--lr-decays", "1", "2", "--run", "x", "--seed", "5"])
+    args = sat.command_line(["--compile", "--epochs", "3", "--lr-decays", "1", "2",
+                             "--run", "x", "--seed", "5"])
     made = rank.command_line(subset.rank_command(args))
     assert (made.compile, made.epochs, made.lr_decays, made.run, made.seed) == (True, 3, [1, 2], None, 0)
-    assert not rank.command_line(subset.rank_command(sat.command_line(["--no-compile", "--random-start"]))).compile
+    plain = sat.command_line(["--no-compile", "--random-start"])
+    assert not rank.command_line(subset.rank_command(plain)).compile
 
 
 def test_extra_flags_do_not_change_the_names_that_run_all_waits_for(monkeypatch, capsys):
@@ -531,13 +567,15 @@ def test_extra_flags_do_not_change_the_names_that_run_all_waits_for(monkeypatch,
     for line in capsys.readouterr().out.splitlines():
         if "sat.py" in line:
             words = shlex.split(line)[2:]
-            assert sat.run_folder(sat.command_line(words))[0].name in ("none-seed0", "full-seed0") or "-seed0" in words[words.index("--run") + 1]
-            assert "epochs=40" not in sat.run_folder(sat.command_line(words))[0].name
+            folder = sat.run_folder(sat.command_line(words))[0].name
+            assert folder in ("none-seed0", "full-seed0") or "-seed0" in words[words.index("--run") + 1]
+            assert "epochs=40" not in folder
 
 
 def test_a_resumed_redrawn_run_is_the_run_that_was_never_stopped():
     data = datasets.get("digits", "data")
-    split, args = datasets.Split(data.train.x[:192], data.train.y[:192]), sat.command_line([*QUICK, "--epochs", "3", "--order", "redrawn", "--steps", "1"])
+    split = datasets.Split(data.train.x[:192], data.train.y[:192])
+    args = sat.command_line([*QUICK, "--epochs", "3", "--order", "redrawn", "--steps", "1"])
     A, cpu = sat.choose_A("esat", split.y, data.classes, amount=48, order="redrawn"), torch.device("cpu")
     model = lambda: (torch.manual_seed(0), models.build("preactresnet8", 10, [0.3], [0.35]))[1]
     whole = list(sat.train(model(), split, A, 1.0, args, cpu))[-1]
@@ -545,12 +583,14 @@ def test_a_resumed_redrawn_run_is_the_run_that_was_never_stopped():
     next(stopped)
     state = copy.deepcopy(next(stopped))
     *_, resumed = sat.train(model(), split, A, 1.0, args, cpu, state)
-    assert resumed["epoch"] == 3 and all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items())
+    assert (resumed["epoch"] == 3
+            and all(torch.equal(v, resumed["model"][k]) for k, v in whole["model"].items()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_ctrl_c_while_torch_is_loading(tmp_path):
-    process = subprocess.Popen([sys.executable, str(HERE / "sat.py"), "--split", "none"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, str(HERE / "sat.py"), "--split", "none"], cwd=tmp_path,
+                               stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.005)
@@ -560,6 +600,7 @@ def test_ctrl_c_while_torch_is_loading(tmp_path):
 
 
 def test_closed_stderr_changes_nothing(tmp_path):
-    command = shlex.join([sys.executable, str(HERE / "sat.py"), "--split", "none", *QUICK, "--epochs", "1", "--results", str(tmp_path)])
+    command = shlex.join([sys.executable, str(HERE / "sat.py"), "--split", "none", *QUICK, "--epochs", "1",
+                          "--results", str(tmp_path)])
     done = subprocess.run(["bash", "-c", f"{command} 2>&-"], stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0 and "wrote" in done.stdout

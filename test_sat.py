@@ -1,5 +1,7 @@
-"""The method against oracles that are written out here: attacks, Eq. 2, rankings.    python -m pytest -q
-test_sat.py"""
+"""The method against oracles that are written out here: attacks, Eq. 2, rankings.
+
+    python -m pytest -q test_sat.py
+"""
 import functools
 import json
 import math
@@ -125,9 +127,10 @@ def test_attacks_leave_the_model_as_it_was(kind):
         attacks.autoattack(model, x, y, eps=0.3, attacks=["apgd-ce", "fab-t"])
     else:
         run_attack(model, x, y, "l2", 0.5, kind)
-    assert [m.training for m in model.modules()] == modes and [p.requires_grad
-                                                               for p in model.parameters()] == wants
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "batch-norm statistics included"
+    assert ([m.training for m in model.modules()] == modes
+            and [p.requires_grad for p in model.parameters()] == wants)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), \
+        "batch-norm statistics included"
     assert all(p.grad is None if g is None else torch.equal(p.grad, g)
                for p, g in zip(model.parameters(), grads))
 
@@ -139,40 +142,45 @@ def test_an_examples_perturbation_does_not_depend_on_its_batch():
                                atol=1e-5, rtol=0)
 
 
-def test_autoattack_agrees_with_the_package(trained):
+def test_autoattack_agrees_with_the_package(trained, monkeypatch):
     from pyautoattack import AutoAttack
+    real = AutoAttack._set_version
+
+    def set_version(self, version):  # standard AutoAttack with fewer iterations, to be quick
+        real(self, version)
+        self.square.n_queries, self.fab.n_iter = 200, 20
+    monkeypatch.setattr(AutoAttack, "_set_version", set_version)
     model, data = trained
     x, y = data.test.pixels(torch.arange(12), "cpu"), data.test.y[:12]
     clean, robust = attacks.autoattack(model, x, y, eps=0.25, batch_size=12, seed=3)
-    x_adv, _ = AutoAttack(model, norm="L2", eps=0.25, version="standard", seed=3).run_standard_evaluation(x,
-                                                                                                          y,
-                                                                                                          batch_size=12)
+    package = AutoAttack(model, norm="L2", eps=0.25, version="standard", seed=3)
+    x_adv, _ = package.run_standard_evaluation(x, y, batch_size=12)
     with torch.no_grad():
-        assert torch.equal(clean, model(x).argmax(1) == y) and torch.equal(robust,
-                                                                           model(x_adv).argmax(1) == y)
+        assert (torch.equal(clean, model(x).argmax(1) == y)
+                and torch.equal(robust, model(x_adv).argmax(1) == y))
     assert 0 < robust.sum() < clean.sum(), "both kinds occur, else this test says little"
 
 
 def test_autoattack_chunks_resume_and_ranks(trained, tmp_path, monkeypatch):
     model, data = trained
     x, y = data.test.pixels(torch.arange(20), "cpu"), data.test.y[:20]
-    how = {"eps": 0.25, "attacks": ["apgd-ce"], "batch_size": 6}
-    whole, calls, real = attacks.autoattack(model, x, y, folder=tmp_path, **how), [], attacks.attack_chunk
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"chunk0000{c}.pt" for c in range(4)]
-    (tmp_path / "chunk00002.pt").unlink()
-    monkeypatch.setattr(attacks, "attack_chunk", lambda m, x, *a,
-                        **k: calls.append(len(x)) or real(m, x, *a, **k))
-    seen = []
-    again = attacks.autoattack(model, x, y, folder=tmp_path, progress=lambda done, robust,
-                               text: seen.append(done), **how)
-    assert calls == [6] and seen[-1] == 20 and all(map(torch.equal, whole, again))
-    parts = [attacks.autoattack(model, x, y, rank=r, world=3, **how) for r in range(3)]
-    assert all(torch.equal(sum(p[k].int() for p in parts).bool(), whole[k]) for k in (0, 1))
+    setting = {"norm": "l2", "eps": 0.25, "attacks": ["apgd-ce"], "n": 20, "batch_size": 6, "seed": 0}
+    evaluation = lambda: evaluate.attack(model, data, torch.arange(20), setting, tmp_path)
+    whole, calls, real = evaluation(), [], attacks.attack_batch
+    alone = attacks.autoattack(model, x, y, eps=0.25, attacks=["apgd-ce"], batch_size=6)
+    assert all(map(torch.equal, whole, alone)), "kept in chunks, or all in one call"
+    assert sorted(p.name for p in tmp_path.glob("*/*")) == [f"chunk0000{c}.pt" for c in range(4)]
+    next(tmp_path.glob("*/chunk00002.pt")).unlink()
+    monkeypatch.setattr(attacks, "attack_batch",
+                        lambda m, x, *a, **k: calls.append(len(x)) or real(m, x, *a, **k))
+    assert all(map(torch.equal, whole, evaluation())) and calls == [6], "only what is missing"
+    setting["eps"] = 0.2
+    evaluation()
+    assert calls[1:] == [6, 6, 6, 2], "another setting shares nothing"
 
 
-@pytest.mark.parametrize("n_classes,expected",
-                         [(2, ["apgd-ce", "fab-t", "square"]), (3, ["apgd-ce", "fab-t", "square"]),
-                                                (5, list(attacks.STANDARD))])
+@pytest.mark.parametrize("n_classes,expected", [
+    (2, ["apgd-ce", "fab-t", "square"]), (3, ["apgd-ce", "fab-t", "square"]), (5, list(attacks.STANDARD))])
 def test_autoattack_with_fewer_than_ten_classes(n_classes, expected):
     assert attacks.usable(attacks.STANDARD, n_classes) == expected
     model, (x, y) = net(n_classes).eval(), images(4, n_classes=n_classes)
@@ -200,8 +208,8 @@ def test_autoattack_is_not_believed_blindly(lie, message, monkeypatch):
     model, (x, y) = net(), images()
     with torch.no_grad():
         y = torch.where(torch.arange(6) == 0, (model.eval()(x).argmax(1) + 1) % 10, y)  # one is wrong before
-    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", lambda self, x, y,
-                        batch_size: lie(x, y))
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation",
+                        lambda self, x, y, batch_size: lie(x, y))
     with pytest.raises(ArithmeticError, match=message):
         attacks.autoattack(model, x, y, eps=0.1)
 
@@ -222,8 +230,8 @@ def test_autoattacks_warnings_are_shown_once():
 def test_choose_A():
     y, classes = torch.tensor([0, 1, 2, 0, 1, 2, 0]), ["a", "b", "c"]
     scores = torch.tensor([0.5, 0.1, 0.9, 0.5, 0.2, 0.9, 0.5])
-    pick = lambda split, **how: sat.choose_A(split, y, classes, scores=scores,
-                                             **how).nonzero().flatten().tolist()
+    pick = lambda split, **how: sat.choose_A(
+        split, y, classes, scores=scores, **how).nonzero().flatten().tolist()
     assert pick("none") == [] and pick("full") == list(range(7))
     assert pick("esat", amount=3) == [0, 2, 5], "of three equal scores the lowest index"
     assert pick("esat", amount=3, order="easiest") == [0, 1, 4], "ties by index here too"
@@ -256,8 +264,8 @@ def test_random_A_is_spread_over_the_batches():
 def test_class_order_is_by_mean_not_sum():
     y, scores = torch.tensor([0, 0, 0, 1]), torch.tensor([0.4, 0.4, 0.4, 0.5])
     assert subset.class_means(scores, y, 2).tolist() == pytest.approx([0.4, 0.5])
-    assert sat.choose_A("csat", y, ["a", "b"], amount=1, scores=scores).tolist() == [False, False, False,
-                                                                                     True]
+    A = sat.choose_A("csat", y, ["a", "b"], amount=1, scores=scores)
+    assert A.tolist() == [False, False, False, True]
 
 
 def test_weights_of_the_paper():
@@ -270,8 +278,8 @@ def test_weights_of_the_paper():
 
 
 def test_loss_by_hand():
-    logits, y, w = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]), torch.tensor([0, 0]), torch.tensor([4.0,
-                                                                                                       1.0])
+    logits, y = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]), torch.tensor([0, 0])
+    w = torch.tensor([4.0, 1.0])
     expected = (4 * math.log(2) + 1 * math.log(4 / 3)) / 5
     assert sat.sat_loss(logits, y, w / w.sum()).item() == pytest.approx(expected)
     halves = [sat.sat_loss(logits[i:i + 1], y[i:i + 1], w[i:i + 1] / 5).item() for i in (0, 1)]
@@ -281,8 +289,8 @@ def test_loss_by_hand():
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_epoch_plan(processes, monkeypatch):
     """Positions and weights of every process's part of each batch, against a loop over the batches."""
-    A, order = torch.arange(40) % 7 == 0, torch.randperm(40,
-                                                         generator=torch.Generator().manual_seed(0))[:32].view(4, 8)
+    A = torch.arange(40) % 7 == 0
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:32].view(4, 8)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     parts = []
     for r in range(processes):
@@ -293,13 +301,13 @@ def test_epoch_plan(processes, monkeypatch):
         torch.testing.assert_close(torch.cat([part[step][1] for part in parts]), processes * w / w.sum())
         for part, index in zip(parts, batch.tensor_split(processes)):
             assert part[step][0].tolist() == [i for i, e in enumerate(index) if A[e]]
-    assert any(len(part[step][0]) == 0 for part in parts
-               for step in range(4)) or processes == 1, "a process without A in a batch"
+    assert (any(len(part[step][0]) == 0 for part in parts for step in range(4))
+            or processes == 1), "a process without A in a batch"
 
 
 def test_a_step_on_a_notebooks_own_tensors():
-    """README's example: Eq. 2 on a network, a batch and a subset of one's own, against autograd on the loss
-    written out."""
+    """README's example: Eq. 2 on a network, a batch and a subset of one's own,
+    against autograd on the loss written out."""
     model, other = (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10)) for _ in range(2))
     other.load_state_dict(model.state_dict())
     (x, y), in_A = images(8), torch.tensor([True, False, True, False, False, False, False, False])
@@ -311,20 +319,19 @@ def test_a_step_on_a_notebooks_own_tensors():
                                 in_A.nonzero().squeeze(1), w / w.sum(), attack)
     expected = (w * F.cross_entropy(other(x_adv), y, reduction="none")).sum() / w.sum()
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and logits.shape == (8,
-                                                                                        10) and torch.equal(x,
-                                                                                                            before)
+    assert (loss.item() == pytest.approx(expected.item(), rel=1e-5) and logits.shape == (8, 10)
+            and torch.equal(x, before))
     for p, q in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(p, q - 0.1 * q.grad)
 
 
 def test_the_step_keeps_channels_last():
-    """Convolutions are slower on another layout, and compiled twice: index_copy alone would return
-    another."""
+    """Convolutions are slower on another layout, and compiled twice:
+    index_copy alone would return another."""
     seen, x = [], images(4, channels=3)[0].contiguous(memory_format=torch.channels_last)
     model = net(channels=3)
-    model.features.register_forward_pre_hook(lambda _,
-                                             inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    model.features.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
     attack = functools.partial(attacks.pgd, model, eps=0.5, step_size=0.1, steps=2)
     optimizer = sat.sgd(model, 0.1, 0.0, torch.device("cpu"))
     sat.sat_step(model, optimizer, x, torch.zeros(4, dtype=torch.int64), torch.tensor([1, 2]),
@@ -335,8 +342,8 @@ def test_the_step_keeps_channels_last():
 def test_amp_auto_asks_the_hardware(monkeypatch):
     """bf16 where the CPU has units for it, float32 elsewhere and where ONEDNN_MAX_CPU_ISA forbids them."""
     cpu = torch.device("cpu")
-    for avx512, amx, onednn, expected in ((0, 0, 1, "float32"), (1, 0, 1, "bf16"), (0, 1, 1, "bf16"),
-                                          (1, 1, 0, "float32")):
+    for avx512, amx, onednn, expected in (
+            (0, 0, 1, "float32"), (1, 0, 1, "bf16"), (0, 1, 1, "bf16"), (1, 1, 0, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bool(onednn))
@@ -363,12 +370,10 @@ def oracle_training(model, data, args, attack):
             for _ in range(args.steps if attack else 0):
                 z = (x + delta).requires_grad_()
                 g, = torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)
-                delta = delta + args.step_size * g / g.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None,
-                                                                                               None]
-                delta = delta * (args.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-12)).clamp_max(1)[:,
-                                                                                                        None,
-                                                                                                        None,
-                                                                                                        None]
+                norm = g.flatten(1).norm(dim=1).clamp_min(1e-12)
+                delta = delta + args.step_size * g / norm[:, None, None, None]
+                factor = (args.eps / delta.flatten(1).norm(dim=1).clamp_min(1e-12)).clamp_max(1)
+                delta = delta * factor[:, None, None, None]
                 delta = (x + delta).clamp(0, 1) - x
             model.train()
             model.zero_grad()
@@ -386,37 +391,38 @@ def test_empty_A_is_vanilla_training_and_full_A_is_AT(everything):
     data = datasets.get("digits", "data")
     data.train = datasets.Split(data.train.x[:192], data.train.y[:192])
     mine, other, opposite = net(), net(), net()
-    rows = [s["row"] for s in sat.train(mine, data.train, torch.full((192,), everything), 9.0, args,
-                                        torch.device("cpu"))]
+    rows = [s["row"] for s in sat.train(mine, data.train, torch.full((192,), everything), 9.0,
+                                        args, torch.device("cpu"))]
     oracle_training(other, data, args, attack=everything)
     oracle_training(opposite, data, args, attack=not everything)
     for (k, a), b in zip(mine.state_dict().items(), other.state_dict().values()):
         # One rounding at a kink of ReLU, which differs from CPU to CPU, grows to 1e-4 in six steps.
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4, msg=k)
-    assert (opposite.features[0].weight - mine.features[0].weight).abs().max() > 3e-3, "AT is not vanilla training"
+    assert (opposite.features[0].weight - mine.features[0].weight).abs().max() > 3e-3, \
+        "AT is not vanilla training"
     assert (mine.head.weight - net().head.weight).abs().max() > 1e-2, "it did train"
     n_attacked = 192 * everything
-    assert [(r["attacked"], r["forward_equivalents"])
-            for r in rows] == [(n_attacked, 3 * 192 + 2 * 3 * n_attacked)] * 2
+    assert ([(r["attacked"], r["forward_equivalents"]) for r in rows]
+            == [(n_attacked, 3 * 192 + 2 * 3 * n_attacked)] * 2)
     assert [r["lr"] for r in rows] == pytest.approx([0.05, 0.005])
 
 
 def short_training(device, compile=False, amp="off", attack=True):
-    """Four steps of SAT on digits with A = every third example: the change of all weights as one vector, and
-    the log's row."""
+    """Four steps of SAT on digits with A = every third example: the change of all weights as one vector,
+    and the log's row."""
     torch.backends.cudnn.allow_tf32 = False  # as common.set_up has it
     args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--batch-size", "40", "--steps", "3",
-                             "--step-size", "0.5", "--eps", "1.5",
-                             "--lr", "0.05", "--amp", amp, "--compile" if compile else "--no-compile"])
+                             "--step-size", "0.5", "--eps", "1.5", "--lr", "0.05", "--amp", amp,
+                             "--compile" if compile else "--no-compile"])
     data = datasets.get("digits", "data", device)
     torch.manual_seed(0)
     model = models.Classifier(models.preactresnet(1, (8, 8), 1), nn.Linear(8, 10), [0.3], [0.35]).to(device)
     before = [p.detach().clone() for p in model.parameters()]
     split, A = datasets.Split(data.train.x[:160], data.train.y[:160]), torch.arange(160) % 3 == 0
-    row, = [s["row"] for s in sat.train(model, split, A & attack, 2.0 if attack else 1.0, args,
-                                        torch.device(device))]
-    assert not [k for k in model.state_dict()
-                if "_orig_mod" in k], "a checkpoint of a compiled network is like any other"
+    row, = [s["row"] for s in sat.train(model, split, A & attack, 2.0 if attack else 1.0,
+                                        args, torch.device(device))]
+    assert not [k for k in model.state_dict() if "_orig_mod" in k], \
+        "a checkpoint of a compiled network is like any other"
     return torch.cat([(p - q).flatten().cpu() for p, q in zip(model.parameters(), before)]), row
 
 
@@ -428,27 +434,28 @@ def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compil
     change of the weights, which training without the attack does not give."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    (plain, row), (fast, row2), (other, _) = short_training("cpu"), short_training(device, compile,
-                                                                                   amp), short_training("cpu",
-                                                                                                        attack=False)
-    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2) == compile, "a graph of the step, one or two of the attack"
+    (plain, row), (fast, row2) = short_training("cpu"), short_training(device, compile, amp)
+    other, _ = short_training("cpu", attack=False)
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2) == compile, \
+        "a graph of the step, one or two of the attack"
     assert row2["attacked"] == row["attacked"] == 54 and row2["loss"] == pytest.approx(row["loss"], rel=0.02)
     same = F.cosine_similarity(fast, plain, dim=0)
-    assert same > alike > F.cosine_similarity(other, plain,
-                                              dim=0) and (fast.norm() / plain.norm()).item() == pytest.approx(1, abs=0.02)
+    assert (same > alike > F.cosine_similarity(other, plain, dim=0)
+            and (fast.norm() / plain.norm()).item() == pytest.approx(1, abs=0.02))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_the_gpu(request):
-    args, device = sat.command_line(["--split", "none", *QUICK, "--augment", "full", "--batch-size", "64",
-                                     "--random-start"]), torch.device("cuda")
+    device = torch.device("cuda")
+    args = sat.command_line(["--split", "none", *QUICK, "--augment", "full",
+                             "--batch-size", "64", "--random-start"])
     g = torch.Generator().manual_seed(0)
     split = datasets.Split(torch.randint(0, 256, (256, 3, 32, 32), generator=g, dtype=torch.uint8),
                            torch.randint(0, 10, (256,), generator=g)).to(device)
     model, generator = net(channels=3).to(device).train(), torch.Generator(device)
     optimizer, attack = sat.sgd(model, 0.1, 0.0, device), sat.training_attack(model, args, device)
-    plan = list(zip(*sat.epoch_plan(datasets.epoch_order(256, 64, 0, 0)[0], torch.arange(256) % 2 == 0, 2.0,
-                                    device)))
+    plan = list(zip(*sat.epoch_plan(datasets.epoch_order(256, 64, 0, 0)[0],
+                                    torch.arange(256) % 2 == 0, 2.0, device)))
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     for i, (x, y, _) in enumerate(datasets.batches(split, 64, 0, 0, "full", device)):
         a, w = plan[i]
@@ -477,16 +484,15 @@ def test_the_attack_under_bf16_keeps_images_and_projection_in_float32(trained, d
 
 def test_filling_A_up_to_16_changes_nothing(trained):
     model, data = trained
-    x, y, args = data.train.pixels(torch.arange(64),
-                                   "cpu"), data.train.y[:64], vars(sat.command_line(["--split", "none"]))
+    x, y = data.train.pixels(torch.arange(64), "cpu"), data.train.y[:64]
+    args = vars(sat.command_line(["--split", "none"]))
     for n_A, flags in ((1, {}), (16, {}), (21, {"random_start": True}), (64, {"attack": "fgsm-rs"})):
         seen, a = [], torch.randperm(64, generator=torch.Generator().manual_seed(n_A))[:n_A]
         watched = lambda z: seen.append(len(z)) or model(z)
         watched.modules, watched.parameters, watched.eval = model.modules, model.parameters, model.eval
         how = SimpleNamespace(**{**args, "batch_size": 64, **flags})
-        attack, start = sat.training_attack(watched, how, torch.device("cpu")), sat.random_starts(how, x, a,
-                                                                                                  0,
-                                                                                                  torch.Generator())
+        attack = sat.training_attack(watched, how, torch.device("cpu"))
+        start = sat.random_starts(how, x, a, 0, torch.Generator())
         plain, filled = (f(x[a], y[a], start=start) for f in (attack, sat.filled(attack)))
         torch.testing.assert_close(plain, filled, atol=1e-5, rtol=0)
         assert set(seen) == {n_A, -(-n_A // 16) * 16}
@@ -496,9 +502,8 @@ def test_only_A_is_attacked(trained):
     model, data = trained
     args = sat.command_line(["--split", "none", *QUICK])
     x, y = data.train.pixels(torch.arange(64), "cpu"), data.train.y[:64]
-    in_A, optimizer, w = torch.arange(64) % 3 == 0, torch.optim.SGD(model.parameters(), 0.0), torch.full((64,
-                                                                                                         ),
-                                                                                                         1 / 64)
+    in_A, w = torch.arange(64) % 3 == 0, torch.full((64,), 1 / 64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
     for flags in ({}, {"random_start": True}, {"attack": "fgsm-rs"}):
         how, seen = SimpleNamespace(**{**vars(args), "batch_size": 64, **flags}), []
         attack = sat.training_attack(model, how, torch.device("cpu"))
@@ -516,8 +521,8 @@ def test_train_uses_w_A():
     """One SGD step with weights, against autograd on the weighted loss written out."""
     data = datasets.get("digits", "data")
     split = datasets.Split(data.train.x[:64], data.train.y[:64])
-    args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--eps", "0", "--augment", "none",
-                             "--weight-decay", "0"])
+    args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--eps", "0",
+                             "--augment", "none", "--weight-decay", "0"])
     A, model, other = torch.arange(64) < 16, *(net().to(memory_format=torch.channels_last) for _ in range(2))
     for _ in sat.train(model, split, A, 5.0, args, torch.device("cpu")):
         pass
@@ -532,8 +537,8 @@ def test_train_uses_w_A():
 
 def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, monkeypatch):
     scripted = {2: (5, 3), 3: (7, 4), 5: (6, 4), 6: (7, 4), 7: (8, 3)}  # epochs done: (clean, robust) of ten
-    argv = ["--split", "none", *QUICK, "--epochs", "7", "--lr-decays", "1", "2", "4", "5", "--select-n", "10",
-            "--results", str(tmp_path), "--run", "r"]
+    argv = ["--split", "none", *QUICK, "--epochs", "7", "--lr-decays", "1", "2", "4", "5",
+            "--select-n", "10", "--results", str(tmp_path), "--run", "r"]
     seen, epochs = [], iter([*scripted, "final"])
     def attack(model, data, index, setting, folder):
         at = next(epochs)
@@ -542,33 +547,33 @@ def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, mon
         return torch.arange(len(index)) < clean, torch.arange(len(index)) < robust
     monkeypatch.setattr(evaluate, "attack", attack)
     sat.main(argv)
-    result, best = common.read_json(tmp_path / "digits" / "r" / "result.json"), common.load(tmp_path / "digits" / "r" / "best.pt")
-    rows = [json.loads(r) for r in open(tmp_path / "digits" / "r" / "log.jsonl")]
-    assert [r["epoch"] for r in rows if "selection" in r] == list(scripted), "one epoch after each decay, and at the end"
+    folder = tmp_path / "digits" / "r"
+    result, best = common.read_json(folder / "result.json"), common.load(folder / "best.pt")
+    rows = [json.loads(r) for r in open(folder / "log.jsonl")]
+    assert [r["epoch"] for r in rows if "selection" in r] == list(scripted), \
+        "one epoch after each decay, and at the end"
     assert result["epoch"] == best["epoch"] == 6, "robust 4 twice, then clean 7 twice, then the later"
-    assert all(torch.equal(v, seen[3][2][k])
-               for k, v in best["model"].items()) and all(torch.equal(v, seen[-1][2][k])
-                                                          for k, v in best["model"].items())
+    assert (all(torch.equal(v, seen[3][2][k]) for k, v in best["model"].items())
+            and all(torch.equal(v, seen[-1][2][k]) for k, v in best["model"].items()))
     assert not set(seen[0][1].tolist()) & set(seen[-1][1].tolist())
 
 
 def test_logits_that_are_not_finite_stop_although_the_loss_is_finite():
-    data, args = datasets.get("digits", "data"), sat.command_line(["--split", "none", *QUICK, "--batch-size",
-                                                                   "64"])
+    data = datasets.get("digits", "data")
+    args = sat.command_line(["--split", "none", *QUICK, "--batch-size", "64"])
     split, model = datasets.Split(data.train.x[data.train.y > 0], data.train.y[data.train.y > 0]), net()
     with torch.no_grad():
         model.head.bias[0] = -math.inf  # of a class that never occurs: each example's loss is finite
         assert F.cross_entropy(model(split.pixels(torch.arange(64), "cpu")), split.y[:64]).isfinite()
     with pytest.raises(UserError, match="the logits are not finite in epoch 1, step 1"):
-        list(sat.train(model, split, torch.zeros(len(split), dtype=torch.bool), 1.0, args,
-                       torch.device("cpu")))
+        list(sat.train(model, split, torch.zeros(len(split), dtype=torch.bool), 1.0,
+                       args, torch.device("cpu")))
 
 
 def test_entropy_by_hand():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(2), 0.0, 0.0, -1e4], [1e4, 0.0, 0.0, 0.0]])
-    assert rank.entropy(logits).tolist() == pytest.approx([math.log(4),
-                                                           0.5 * math.log(2) + 2 * 0.25 * math.log(4), 0.0],
-                                                           abs=1e-6)
+    assert rank.entropy(logits).tolist() == pytest.approx(
+        [math.log(4), 0.5 * math.log(2) + 2 * 0.25 * math.log(4), 0.0], abs=1e-6)
 
 
 def test_svar_by_hand():
@@ -578,12 +583,11 @@ def test_svar_by_hand():
 
 
 def test_vog_by_hand():
-    """A linear network whose weights change by epoch: the gradient of the true class's logit is that class's
-    weight row."""
+    """A linear network whose weights change by epoch: the gradient of the true class's logit is
+    that class's weight row."""
     split = datasets.Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0]))
-    rows, vog = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0)), rank.Vog((3, 1, 2, 2),
-                                                                                           torch.arange(3),
-                                                                                           "cpu")
+    rows = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+    vog = rank.Vog((3, 1, 2, 2), torch.arange(3), "cpu")
     for w in rows:
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
         model[1].weight.data = w.clone()
@@ -598,41 +602,42 @@ def test_vog_orders_within_classes_and_averages_raw():
     y, scores = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1.0, 2, 3, 10, 20, 60])
     z = subset.within_class(scores, y)
     assert z[:3].tolist() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
-    assert z[3:].mean().item() == pytest.approx(0,
-                                                abs=1e-9) and z[3:].var(unbiased=False).item() == pytest.approx(1)
+    assert (z[3:].mean().item() == pytest.approx(0, abs=1e-9)
+            and z[3:].var(unbiased=False).item() == pytest.approx(1))
 
 
 def test_class_order_is_compared_with_the_papers():
     theirs = ["cat", "dog", "bird", "airplane", "deer", "frog", "horse", "ship", "truck", "automobile"]
     assert rank.with_paper("cifar10", theirs) == {"rho": pytest.approx(1), "n": 10}
     assert rank.with_paper("cifar10", theirs[::-1])["rho"] == pytest.approx(-1)
-    assert rank.with_paper("cifar100", ["road", "otter", "none such",
-                                        "bee"])["n"] == 3 and rank.with_paper("digits",
-                                                                              ["0", "1", "2"]) is None
+    assert (rank.with_paper("cifar100", ["road", "otter", "none such", "bee"])["n"] == 3
+            and rank.with_paper("digits", ["0", "1", "2"]) is None)
 
 
 def test_pipeline_ranking(pipeline):
     folder = pipeline / "digits0-4" / "rank-preactresnet8-seed0"
     scores, ranked = common.load(folder / "scores.pt"), json.loads((folder / "rank.json").read_text())
     y = datasets.get("digits0-4", "data").train.y
-    assert scores["entropy"].shape == y.shape and 0 < scores["entropy"].min() and scores["entropy"].max() <= math.log(5)
+    assert (scores["entropy"].shape == y.shape and 0 < scores["entropy"].min()
+            and scores["entropy"].max() <= math.log(5))
     hardest = ranked["classes_hardest_first"]
     for row in hardest:
-        assert row["entropy"] == pytest.approx(scores["entropy"][y == int(row["class"])].double().mean().item(), abs=1e-6)
+        mean = scores["entropy"][y == int(row["class"])].double().mean().item()
+        assert row["entropy"] == pytest.approx(mean, abs=1e-6)
     assert [r["entropy"] for r in hardest] == sorted((r["entropy"] for r in hardest), reverse=True)
     b = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
     assert sorted(b["A_classes"]) == sorted(r["class"] for r in hardest[:2])
 
 
 def test_ranking_averages_the_epochs(tmp_path):
-    """Eq. 3 from the definition: train again, and average the entropy of every epoch's eval-mode
-    predictions."""
+    """Eq. 3 from the definition: train again, and average the entropy
+    of every epoch's eval-mode predictions."""
     rank.main([*QUICK[:3], "--results", str(tmp_path)])
     data, args = datasets.get("digits", "data"), rank.command_line([*QUICK[:3]])
     torch.manual_seed(0)
     model, total = models.build("preactresnet8", 10, *data.mean_std()), 0
-    for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0, args,
-                       torch.device("cpu")):
+    for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0,
+                       args, torch.device("cpu")):
         model.eval()
         with torch.no_grad():
             p = model(data.train.pixels(torch.arange(1297), "cpu")).softmax(1).double()
@@ -646,7 +651,8 @@ def test_evaluate_repeats_the_runs_own_numbers(pipeline):
     own = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
     found, = (pipeline / "digits0-4" / "b").glob("eval-*.json")
     again = json.loads(found.read_text())
-    assert again["accuracy"] == own["accuracy"] and again["settings"] == own["settings"] and again["weights"] == own["weights"]
+    assert (again["accuracy"] == own["accuracy"] and again["settings"] == own["settings"]
+            and again["weights"] == own["weights"])
 
 
 def test_transfer_leaves_the_backbone_unchanged(pipeline):
@@ -655,33 +661,35 @@ def test_transfer_leaves_the_backbone_unchanged(pipeline):
     shared = [k for k in source["model"] if not k.startswith("head")]
     assert shared and all(torch.equal(source["model"][k], target["model"][k]) for k in shared)
     assert any("running_mean" in k for k in shared)
-    assert [tuple(target["model"][f"head.{k}"].shape) for k in ("0.weight", "2.weight")] == [(64, 64),
-                                                                                             (5, 64)]
+    assert ([tuple(target["model"][f"head.{k}"].shape) for k in ("0.weight", "2.weight")]
+            == [(64, 64), (5, 64)])
     result = json.loads((folder / "result.json").read_text())
-    assert result["A"] == 0 and result["source"]["run"] == "a" and result["source"]["A"] == 324 and result["source"]["dataset"] == "digits0-4"
+    assert (result["A"] == 0 and result["source"]["run"] == "a" and result["source"]["A"] == 324
+            and result["source"]["dataset"] == "digits0-4")
 
 
 # --- what later work may want -------------------------------------------------------------------------------
 
 def test_redrawn_attacks_other_examples_every_epoch(monkeypatch):
-    """The control at equal cost: as many examples as a fixed random A, others in each epoch, the same in a
-    repeat."""
+    """The control at equal cost: as many examples as a fixed random A, others in each epoch,
+    the same in a repeat."""
     plans, real = [], sat.epoch_plan
-    monkeypatch.setattr(sat, "epoch_plan", lambda order, A,
-                        *a: plans.append(set(order.flatten()[A[order.flatten()]].tolist()))
-                        or real(order, A, *a))
+    def watched(order, A, *a):
+        plans.append(set(order.flatten()[A[order.flatten()]].tolist()))
+        return real(order, A, *a)
+    monkeypatch.setattr(sat, "epoch_plan", watched)
     data = datasets.get("digits", "data")
-    split, args = datasets.Split(data.train.x[:192],
-                                 data.train.y[:192]), sat.command_line([*QUICK, "--order", "redrawn",
-                                                                        "--steps", "1"])
+    split = datasets.Split(data.train.x[:192], data.train.y[:192])
+    args = sat.command_line([*QUICK, "--order", "redrawn", "--steps", "1"])
     A = sat.choose_A("esat", split.y, data.classes, amount=48, order="redrawn")
     rows = [[s["row"]["attacked"] for s in sat.train(net(), split, A, 1.0, args, torch.device("cpu"))]
             for _ in range(2)]
-    assert rows == [[48, 48], [48, 48]] and plans[0] != plans[1] and plans[:2] == plans[2:] and len(plans[0] & plans[1]) < 24
+    assert (rows == [[48, 48], [48, 48]] and plans[0] != plans[1] and plans[:2] == plans[2:]
+            and len(plans[0] & plans[1]) < 24)
 
 
-@pytest.mark.parametrize("arch,parameters,flop",
-                         [("preactresnet18", 11.17e6, 1.11e9), ("preactresnet18-authors", 21.33e6, 3.64e9)])
+@pytest.mark.parametrize("arch,parameters,flop", [
+    ("preactresnet18", 11.17e6, 1.11e9), ("preactresnet18-authors", 21.33e6, 3.64e9)])
 def test_networks_have_the_sizes_that_the_authors_and_the_field_report(arch, parameters, flop):
     from torch.utils.flop_counter import FlopCounterMode
     model = net(channels=3, arch=arch).eval()

@@ -1,14 +1,14 @@
-"""S-SAT: freezes the features of a trained checkpoint and trains a new 1-hidden-layer head on clean images of
-a target.
+"""Transfers a network to a target data set (S-SAT): freezes its features and trains a new head with one
+hidden layer on clean images of the target.
 
 Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked on the target's test images.
     python transfer.py results/digits0-4/<run>/best.pt --config configs/transfer/digits5-9.yaml
 Files in: a checkpoint of sat.py, the target's data. Files out, in results/<target>/<source data set>-<source
-run>-seed<seed>/: those of sat.py. The network is the checkpoint's, whatever --arch says.
+run>-seed<seed>/: those of sat.py. The network is the one in the checkpoint, whatever --arch says.
 """
 from pathlib import Path
 
-import common  # first: Ctrl-C while torch loads ends in one line
+import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 
 import data as datasets
@@ -17,12 +17,12 @@ import flags
 from common import UserError, say
 from sat import fit
 
-# what is told of the source run
+# What a result repeats from the result.json of its source run.
 SOURCE = ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint", "weights")
 
 
 def command_line(argv=None):
-    """The command line."""
+    """Parses the command line and the config."""
     usage = "python transfer.py CHECKPOINT --config YAML [--flag VALUE ...]"
     parser = flags.Parser(prog="transfer.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt of the source run")
@@ -31,8 +31,8 @@ def command_line(argv=None):
 
 
 def source_of(ckpt, path):
-    """What the target's result says of its source run: names, weights, and the source's |A| and w_A from its
-    result.json."""
+    """What the target's result says about its source run: data set, name, weights, ranking, and what SOURCE
+    lists. UserError if there is no result.json of these weights beside the checkpoint `path`."""
     about = path.parent / "result.json"
     result = common.read_json(about, SOURCE) if about.exists() else {}
     if result.get("weights") != evaluate.digest(ckpt["model"]):
@@ -43,9 +43,9 @@ def source_of(ckpt, path):
 
 
 def main(argv=None):
-    """Loads the source, trains the head, writes and prints the result."""
+    """Loads the source, trains the head, and writes and prints the result."""
     args = command_line(argv)
-    path, args.checkpoint = args.checkpoint.resolve(), None
+    path, args.checkpoint = args.checkpoint.resolve(), None  # source and source_weights identify it instead
     model, ckpt = evaluate.load_model(path)
     if model.frozen:
         raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")
@@ -58,20 +58,19 @@ def main(argv=None):
     device = common.set_up(args)
     data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
     datasets.check_batch(data, args.batch_size)
-    evaluate.settings(args, data), evaluate.settings(args, data, "select")  # before the work
+    evaluate.settings(args, data)  # so that an error in the flags comes before the work
+    evaluate.settings(args, data, "select")
     if data.train.x.shape[1] != ckpt["model"]["mean"].shape[1]:
         raise UserError(f"{path} takes images of {ckpt['model']['mean'].shape[1]} channels, {data.name} has "
                         f"{data.train.x.shape[1]}")
     say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> "
-        f"{data.name} "
-        f"({len(data.train):,} training images, {len(data.classes)} classes): features frozen, new head; "
-        f"{args.arch} on "
-        f"{common.device_name(device)}, seed {args.seed} -> {run}")
+        f"{data.name} ({len(data.train):,} training images, {len(data.classes)} classes): features frozen, "
+        f"new head; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {run}")
     if common.start_run(run, args):
         return say(evaluate.finished(run))
     torch.manual_seed(args.seed)
     model = model.transfer(len(data.classes)).to(device)
-    # the head is trained on clean images; the target is not split
+    # A = {}: the head is trained on clean images, and the target is not split into A and B.
     nobody = torch.zeros(len(data.train), dtype=torch.bool)
     result = fit(run, model, data, nobody, 1.0, args, device, source=source)
     say(f"{evaluate.head_line(result)}\nwrote {run}/result.json")
