@@ -50,12 +50,14 @@ DATASETS = {
     # Three seeds where a verdict depends on it, decided before the first run.
     "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "baselines": 3,
                     "esat": {0.1: 3, 0.5: 3, 0.3: 1},
-                    "single": {"cat": 3, "automobile": 3, **{c: 1 for c in TEN if c not in "cat automobile"}}},
+                    "single": {c: 3 if c in ("cat", "automobile") else 1
+                               for c in ["cat", "automobile", *TEN]}},
     "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "metrics": "entropy",
                      "csat": {10: 3, 30: 3}, "esat": {0.3: 1, 0.1: 1}},
     # Another threat model, Linf 8/255, which the paper leaves open; one seed.
     "cifar10-cpu-linf": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.5: 1},
-                         "prefix": "cpu-linf-", "flags": "--norm linf --eps 0.031372549 --step-size 0.0078431373"},
+                         "prefix": "cpu-linf-",
+                         "flags": "--norm linf --eps 0.031372549 --step-size 0.0078431373"},
 }
 # Forward passes of a transfer: images times epochs.
 TARGETS = {"cifar10": 50000 * 40, "svhn": 73257 * 40, "caltech256": 24485 * 100, "flowers102": 1020 * 100,
@@ -177,8 +179,8 @@ class Stage:
         self.log = Path(results, "logs", str(Path(folder).relative_to(results)).replace("/", "_") + ".log")
 
     def make(self, wait=False):
-        """Runs the command unless the stage is finished. If another copy makes this stage or its source, waits
-        for it if told to `wait`, else returns False. Rankings are always waited for: what follows needs them."""
+        """Runs the command unless the stage is finished. If another copy makes this stage or its source: waits
+        for that copy, or returns False without `wait`. Waits always for rankings, which the rest needs."""
         if self.source and not self.source.exists() and not wait:
             return False
         wait = wait or self.done.name == "rank.json"
