@@ -279,27 +279,33 @@ def cost_section(runs, ranks, out):
 
 
 def speed_section(folder):
-    """What bench.py measured: medians over the runs of a setting, the ratios also with their range."""
+    """What bench.py measured: medians over the runs of a setting, the ratios also with their range. Ordinary
+    training, and others' steps in float32, with which the rest is compared, have no row."""
     groups, text = {}, ["## The cost of a training step"]
     for path in sorted(folder.glob("bench/*.json")):
         r = common.read_json(path)
         if not isinstance(r, dict) or not {"setting", "steps"} <= set(r):
             raise UserError(f"{path} was not written by bench.py --json: move it away")
         steps = {(s["step"], s["precision"], s["compile"]): s for s in r["steps"]}
-        groups.setdefault(r["setting"], []).append(steps)
-    spread = lambda v: f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})"
-    of = lambda v: spread(v) if v else "-"
-    for setting, found in groups.items():
+        arch, batch, shared = r["setting"].split(", ", 2)
+        groups.setdefault(shared, {}).setdefault(f"{arch}, {batch}", []).append(steps)
+    spread = lambda v: f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "-"
+    for shared, settings in groups.items():
         rows = []
-        for (step, precision, compile), first in found[0].items():
-            same = [r[step, precision, compile] for r in found if (step, precision, compile) in r]
-            rate = statistics.median(s["images_per_s"] for s in same)
-            faster = [of([s["faster_than"][p] for s in same if p in s["faster_than"]]) for p in SPEED_PEERS]
-            rows.append([f"{step}{', --compile' * compile}".replace("|", "\\|"), precision, f"{rate:.1f}",
-                         of([s["time_to_full"] for s in same]), f"{first['model']:.2f}", *faster])
-        head = ["step", "arithmetic", "images/s", "time, of \\|A\\|/N = 1", "cost model",
+        for setting, found in settings.items():
+            for (step, precision, compile), first in found[0].items():
+                if first["passes"] <= 3 or step in SPEED_PEERS and precision == "float32":
+                    continue
+                same = [r[step, precision, compile] for r in found if (step, precision, compile) in r]
+                rate = statistics.median(s["images_per_s"] for s in same)
+                faster = [spread([s["faster_than"][p] for s in same if p in s["faster_than"]])
+                          for p in SPEED_PEERS]
+                name = f"{step}{', --compile' * compile}, {precision}".replace("|", "\\|")
+                rows.append([f"{setting} (runs: {len(found)})", name, f"{rate:.1f}",
+                             spread([s["time_to_full"] for s in same]), f"{first['model']:.2f}", *faster])
+        head = ["network", "step", "images/s", "time, of \\|A\\|/N = 1", "cost model",
                 *(f"times as fast as {p} in float32" for p in SPEED_PEERS)]
-        text += [f"### {setting}; {len(found)} run{'s' * (len(found) > 1)}", markdown(head, rows)]
+        text += [f"### {shared}", markdown(head, rows)]
     return text if len(text) > 1 else []
 
 

@@ -22,7 +22,7 @@ from common import HERE, UserError, say
 SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor",
           "attack", "seed"}
 # Flags that are not compared when runs are sorted into tables.
-NOT_SETTING = {"dataset", "eval_batch", "side", "source", "source_weights", "checkpoint", "seed"}
+NOT_SETTING = {"dataset", "eval_batch", "source", "source_weights", "checkpoint", "seed"}
 DESCRIBED = {"norm", "eps", "eval_attacks", "arch", "epochs", "N", "n"}  # in the name of every group
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
 
@@ -190,13 +190,14 @@ def shown(runs):
     """The runs to show. Runs with the same flags and seed would count as several seeds: only one of them is
     kept, a float32 run if there is one, and a note is printed. Sets each run's group name, and adds to each
     transfer the accuracies of its source, as parts "source ..."."""
-    kept = {}
+    kept, repeats = {}, []
     for r in sorted(runs, key=lambda r: r.precision != "float32"):
         key = json.dumps([r.kind, r.setting, r.seed], sort_keys=True)
-        if key in kept:
-            say(f"note: {r.path} ({r.precision}) repeats {kept[key].path} ({kept[key].precision}), "
-                "which is shown")
-        kept.setdefault(key, r)
+        if kept.setdefault(key, r) is not r:
+            repeats.append(f"{r.path} ({r.precision}) repeats {kept[key].path} ({kept[key].precision})")
+    if repeats:
+        say(f"note: {len(repeats)} runs have the flags and seed of another and are left out; the first: "
+            f"{repeats[0]}")
     runs = [r for r in runs if any(r is k for k in kept.values())]
     for same in grouped(runs, "data").values():
         name_groups(same)

@@ -106,7 +106,8 @@ def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
     assert one[bench.NAIVE]["time_to_full"] == pytest.approx(one["|A|/N = 1"]["faster_than"][bench.NAIVE])
     assert "|A|/N = 0.5, bf16" in capsys.readouterr().out
     _, setting, rows = report.speed_section(tmp_path)
-    assert setting.startswith("### preactresnet8, batch 8, 8x8, PGD-7") and len(rows.splitlines()) == 2 + 8
+    assert setting.startswith("### 8x8, PGD-7") and len(rows.splitlines()) == 2 + 6
+    assert all(row.startswith("| preactresnet8, batch 8 (runs: 1) |") for row in rows.splitlines()[2:])
     with pytest.raises(UserError, match="lacks 1"):
         bench.main(["--fractions", "0.5"])
 
@@ -270,6 +271,7 @@ def test_bf16_against_float32():
         ("AT", "3 and 3", "robust", "51.0", "51.0"), ("AT", "3 and 3", "clean", "100.0", "100.0")]
     assert rows[0][5].startswith("+0.0 [-")
     assert {r.precision for r in results.shown(runs)} == {"float32"}, "the others are repeats, not seeds"
+    assert claims.claims(results.shown(runs), []) == {}, "AT and no AT alone are no study of SAT"
     for r in runs[:3]:
         r.precision = "bf16"
     mixed = results.shown([runs[0], runs[2], runs[4]])
