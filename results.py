@@ -169,9 +169,12 @@ def run_of(path, result):
 
 
 def found(results, name):
-    """The files below the folder that match the pattern `name`, except those that --force put aside."""
-    return [p for p in sorted(Path(results).glob(f"**/{name}"))
-            if not any(part.startswith(".old-") for part in p.parts)]
+    """The files below the folder that match the pattern `name`, except those that --force put aside and those
+    in a folder with a tables.md of its own, which is another report."""
+    root = Path(results)
+    others = {path.parent for path in root.glob("*/**/tables.md")}
+    return [path for path in sorted(root.glob(f"**/{name}"))
+            if not others & set(path.parents) and not any(part.startswith(".old-") for part in path.parts)]
 
 
 def read(results):

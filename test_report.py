@@ -398,6 +398,16 @@ def test_readme_is_made_from_the_published_results(tmp_path):
         assert (HERE / image).stat().st_size < 1_000_000
 
 
+def test_a_folder_with_tables_of_its_own_is_another_report(tmp_path):
+    for name in ("cifar10/a", ".old-a", "precision/cifar10/a", "precision/bf16/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "result.json").write_text("{}")
+    (tmp_path / "tables.md").write_text("")
+    (tmp_path / "precision" / "tables.md").write_text("")
+    assert results.found(tmp_path, "result.json") == [tmp_path / "cifar10/a/result.json"]
+    assert len(results.found(tmp_path / "precision", "result.json")) == 2
+
+
 def test_a_report_needs_no_torch():
     code = "import sys, report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
