@@ -155,7 +155,6 @@ def train(model, split, A, w_A, args, device, state=None):
     net = compiled(model, device) if args.compile else model
     if world() > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    generator, amp = torch.Generator(device), autocast(args.amp, device)
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         began, lr = time.perf_counter(), args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
         for group in optimizer.param_groups:
@@ -164,35 +163,40 @@ def train(model, split, A, w_A, args, device, state=None):
         now = A
         if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
             now = A[torch.randperm(len(A), generator=generator_of_A)]
-        plan, steps = zip(*epoch_plan(order, now, w_A, device)), len(order)
-        todo = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
-        todo = common.progress(zip(todo, plan), total=steps, desc=f"epoch {epoch + 1}/{args.epochs}",
-                               unit="step")
-        sums = torch.zeros(2, device=device)  # loss and hits
-        bad = torch.full((), steps, device=device)  # the first step that is not finite, kept on the device
+        plan = zip(*epoch_plan(order, now, w_A, device))
+        batches = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
         model.train()
-        for step, ((x, y, _), (a, w)) in enumerate(todo):
-            draw = ((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63
-            on_a = attack
-            if len(a):
-                on_a = functools.partial(attack, start=random_starts(args, x, a, draw, generator))
-            with amp:
-                loss, logits = sat_step(net, optimizer, x, y, a, w, on_a)
-            sums += torch.stack([loss / world(), (logits.argmax(1) == y).sum()])
-            bad = torch.where((bad == steps) & ~(loss.isfinite() & logits.isfinite().all()), step, bad)
-        loss, hits = all_sum(sums).tolist()
-        if (first := int(all_sum(bad, "MIN"))) < steps:
-            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: "
-                            f"stopped; the last good checkpoint is kept. {suspects(args)}")
+        loss, hits = train_epoch(net, optimizer, attack, zip(batches, plan), len(order), args, epoch, device)
         if world() > 1:
             for buffer in model.buffers():  # each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
-        row = {"epoch": epoch + 1, "precision": precision(args.amp, device), "lr": lr, "loss": loss / steps,
+        row = {"epoch": epoch + 1, "precision": precision(args.amp, device), "lr": lr, "loss": loss,
                "train_accuracy": hits / order.numel(),
                **cost(args, order.numel(), int(now[order].sum()), model.frozen),
                "seconds": time.perf_counter() - began}
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                "row": row}
+
+
+def train_epoch(net, optimizer, attack, todo, steps, args, epoch, device):
+    """The steps of an epoch, on `todo`: ((x, y, index), (positions of A's examples, weights)) for each batch.
+    Returns the mean loss and the number of training examples classified correctly, over all processes."""
+    generator, amp = torch.Generator(device), autocast(args.amp, device)
+    sums = torch.zeros(2, device=device)  # loss and hits
+    bad = torch.full((), steps, device=device)  # the first step that is not finite, kept on the device
+    todo = common.progress(todo, total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")
+    for step, ((x, y, _), (a, w)) in enumerate(todo):
+        draw = ((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63
+        on_a = attack and functools.partial(attack, start=random_starts(args, x, a, draw, generator))
+        with amp:
+            loss, logits = sat_step(net, optimizer, x, y, a, w, on_a)
+        sums += torch.stack([loss / world(), (logits.argmax(1) == y).sum()])
+        bad = torch.where((bad == steps) & ~(loss.isfinite() & logits.isfinite().all()), step, bad)
+    loss, hits = all_sum(sums).tolist()
+    if (first := int(all_sum(bad, "MIN"))) < steps:
+        raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step {first + 1}: "
+                        f"stopped; the last good checkpoint is kept. {suspects(args)}")
+    return loss / steps, hits
 
 
 def suspects(args):
