@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -190,12 +191,14 @@ def command_line(argv):
     flags.add_flags(parser, *flags.SCRIPTS["evaluate.py"])
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=Path, default=Path("data"),
-                        help="folder that holds the data sets (data)")
-    ckpt = checkpoint(parser.parse_args(argv).checkpoint)
-    valid = {a.dest for a in parser._actions}
-    theirs = {k: v for k, v in ckpt["args"].items() if k in valid}
+                        help="folder that holds the data sets")
+    words, theirs = sys.argv[1:] if argv is None else argv, {}
+    told = [word for word in words if word not in ("-h", "--help")]
+    if told or not words:  # --help beside a checkpoint shows the checkpoint's values
+        ckpt, valid = checkpoint(parser.parse_args(told).checkpoint), {a.dest for a in parser._actions}
+        theirs = {k: v for k, v in ckpt["args"].items() if k in valid}
     parser.set_defaults(**theirs)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if args.norm != theirs.get("norm", args.norm) and not flags.given(argv, "eps"):
         raise UserError(f"--norm {args.norm} needs an --eps of its own: the checkpoint's {theirs['eps']} is "
                         f"in {theirs['norm']} (linf: 0.0314 is 8/255)")

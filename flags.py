@@ -91,11 +91,13 @@ count, positive = number(int, 1), number(float, 0, open_low=True)
 # {group: [(flag, default, kind, help)]}. kind: a type, a tuple of choices, or bool for a switch; a tuple that
 # ends in "+" or "*" takes a list, of a type or of choices.
 FLAGS = {
-    "data and network": [
+    "network": [
+        ("--arch", "preactresnet8", ARCHS, "network (README, Deviations, on preactresnet18-authors)"),
+    ],
+    "data": [
         ("--dataset", "digits", plain_name,
          "one of the paper's, digits, digits0-4, digits5-9, or a folder in --data-dir"),
         ("--data-dir", Path("data"), folder, "folder that holds (or receives) the data sets"),
-        ("--arch", "preactresnet8", ARCHS, "network (README, Deviations, on preactresnet18-authors)"),
         ("--side", 224, number(int, 32),
          "side of the images of streamed sets, in pixels; small images keep theirs"),
         ("--augment", "full", ("none", "crop", "full"),
@@ -169,8 +171,8 @@ FLAGS = {
 
 SCRIPTS = {  # script: the groups whose flags it has
     "sat.py": [group for group in FLAGS if group != "ranking"],
-    "rank.py": ["data and network", "training", "machine", "the run", "ranking"],
-    "transfer.py": ["data and network", "threat model", "training", "evaluation (AutoAttack)",
+    "rank.py": ["network", "data", "training", "machine", "the run", "ranking"],
+    "transfer.py": ["data", "threat model", "training", "evaluation (AutoAttack)",
                     "selection of the checkpoint", "machine", "the run"],
     "evaluate.py": ["threat model", "evaluation (AutoAttack)", "machine"],
 }

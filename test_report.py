@@ -22,6 +22,7 @@ import figures
 import picture
 import report
 import results
+import transfer
 from common import UserError
 from conftest import HERE, script
 
@@ -75,9 +76,18 @@ def test_picture_of_A_and_B(pipeline, tmp_path, monkeypatch):
             picture.main([str(path)])
 
 
-def test_help_shows_units_and_defaults():
+def test_help_shows_units_and_defaults(pipeline, capsys):
     done = script("sat.py", "--help")
     assert done.returncode == 0 and "default: 0.5" in done.stdout and "pixels in [0, 1]" in done.stdout
+    for argv, expected in ((["--help"], "(default: 0)"),
+                           ([str(pipeline / "digits0-4" / "b" / "best.pt"), "--help"], "(default: 24)")):
+        with pytest.raises(SystemExit, match="0"):
+            evaluate.main(argv)
+        line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  --eval-n"))
+        assert line.endswith(expected), "the checkpoint's own value, where there is a checkpoint"
+    with pytest.raises(SystemExit):
+        transfer.main(["--help"])
+    assert "--arch" not in capsys.readouterr().out, "the network is the source's"
 
 
 def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):

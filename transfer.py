@@ -4,7 +4,7 @@ hidden layer on clean images of the target.
 Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked on the target's test images.
     python transfer.py results/digits0-4/<run>/best.pt --config configs/transfer/digits5-9.yaml
 Files in: a checkpoint of sat.py, the target's data. Files out, in results/<target>/<source data set>-<source
-run>-seed<seed>/: those of sat.py. The network is the one in the checkpoint, whatever --arch says.
+run>-seed<seed>/: those of sat.py. The network is the checkpoint's.
 """
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def main(argv=None):
     if model.frozen:
         raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")
     source = source_of(ckpt, path)
-    args.arch, args.base["arch"] = ckpt["arch"], ckpt["arch"]
+    args.arch = args.base["arch"] = ckpt["arch"]
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
     run, finished = common.run_dir(args, [source["dataset"], source["run"]], {"source", "source_weights"})
     if finished:
