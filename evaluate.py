@@ -117,8 +117,8 @@ def show(bar, text):
     bar.set_postfix_str(text[:60])
     after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
     if bar.disable and after:
-        say(f"  AutoAttack {bar.n}/{bar.total}: {after[1]} done, {float(after[2]):.1f} % robust in this "
-            "batch")
+        say(f"  AutoAttack, {bar.n} of {bar.total} examples done; the next batch after {after[1]}: "
+            f"{float(after[2]):.1f} % robust")
 
 
 def head_line(result):

@@ -24,6 +24,7 @@ LOOKS = {  # line: (colour, line style, marker)
     "vanilla": ("tab:blue", "-", "o"), "balanced": ("tab:green", ":", "s"),
     "emphasis": ("tab:purple", "--", "P"), "pgd": ("tab:blue", "-", "o"), "fgsm-rs": ("tab:green", ":", "s"),
 }
+OTHERS = [("tab:brown", "-", "x"), ("tab:olive", "--", "^"), ("black", ":", "v"), ("tab:pink", "-.", "<")]
 BASELINES = {"AT": "dimgrey", "no AT": "tab:orange"}
 
 
@@ -98,13 +99,18 @@ def draw_baselines(axis, none, full, part, kind):
                 axis.axhline(found[0], color=BASELINES[label], linewidth=1, label=label)
 
 
+def look(line):
+    """Colour, line style and marker of a line. One that LOOKS lacks gets the next of OTHERS, and keeps it."""
+    return LOOKS.setdefault(line, OTHERS[len(LOOKS) % len(OTHERS)])
+
+
 def draw_line(axis, line, sizes, part, kind):
     """Draws one of our lines, with a band of one standard deviation over seeds."""
     found = [(runs[0].share, *m) for runs in sizes.values() if (m := mean(runs, part, kind))]
     if found:
         x, y, std = zip(*found)
-        colour, style, marker = LOOKS.get(line, ("tab:brown", "-", "x"))
-        axis.plot(x, y, linestyle=style, marker=marker, color=colour, label=line)
+        colour, style, marker = look(line)
+        axis.plot(x, y, linestyle=style, marker=marker, color=colour, label=line, clip_on=False)
         low, high = ([m + sign * s for m, s in zip(y, std)] for sign in (-1, 1))
         if any(std):
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -117,7 +123,7 @@ def draw_papers(axis, name, data, line, part, kind):
     tenths = [k / 10 for k in range(1, 10)] if part == "all" else []
     found = [(f, v) for f in tenths if (v := results.theirs(name, data, line, f, kind)) is not None]
     if found:
-        colour, style, marker = LOOKS.get(line, ("tab:brown", "-", "x"))
+        colour, style, marker = look(line)
         axis.plot(*zip(*found), linestyle=style, marker=marker if len(found) == 1 else "", color=colour,
                   alpha=0.45, linewidth=0.8)
         axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label="the paper's (thin)")

@@ -17,6 +17,9 @@ from common import HERE, UserError
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 METRICS = ("entropy", "svar", "vog")
 ORDERS = ("hardest", "easiest", "random", "redrawn")
+# The attacks of training (--attack), with their gradient steps on an example (None: --steps), by which costs
+# are counted.
+ATTACK_STEPS = {"pgd": None, "fgsm-rs": 1}
 ARCHS = ("preactresnet8", "preactresnet18", "preactresnet18-authors", "resnet50")
 
 
@@ -124,7 +127,7 @@ FLAGS = {
         ("--eps", 0.5, number(float, 0), "its radius, pixels in [0, 1]"),
     ],
     "attack in training": [
-        ("--attack", "pgd", ("pgd", "fgsm-rs"),
+        ("--attack", "pgd", tuple(ATTACK_STEPS),
          "attack on A; fgsm-rs: one step of 1.25 eps from a random start"),
         ("--steps", 7, count, "PGD steps"),
         ("--step-size", 0.1, number(float, 0), "PGD step, in the units of --eps"),

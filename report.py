@@ -80,8 +80,6 @@ def beside(runs, part, kind, told):
 # --- sections: each is a list of paragraphs, of which the first is the heading ------------------------------
 
 
-# --- sections: lists of paragraphs, of which the first is the heading ---------------------------------------
-
 def curve_table(name, data, group, vary, panels):
     """The table of one data set in a figure of curves: our accuracies, and the paper's with the difference
     where the paper has a number."""
@@ -232,8 +230,7 @@ def claims_section(runs, ranks):
                       f"{len(seeds.deviations)} settings ({seeds.df} degrees of freedom; "
                       f"{min(seeds.deviations):.2f} to {max(seeds.deviations):.2f}; Bartlett's test of equal "
                       f"variances p = {seeds.p:.2f}).")
-        text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), spread,
-                 results.not_the_papers(data, pick(runs, data=data, group=group)[0].setting)]
+        text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), spread]
     return text if len(text) > 1 else []
 
 
@@ -303,7 +300,7 @@ def speed_section(folder):
                 name = f"{step}{', --compile' * compile}, {precision}".replace("|", "\\|")
                 rows.append([f"{setting} (runs: {len(found)})", name, f"{rate:.1f}",
                              spread([s["time_to_full"] for s in same]), f"{first['model']:.2f}", *faster])
-        head = ["network", "step", "images/s", "time, of \\|A\\|/N = 1", "cost model",
+        head = ["network", "step", "images/s", "time relative to \\|A\\|/N = 1", "cost model",
                 *(f"times as fast as {p} in float32" for p in SPEED_PEERS)]
         text += [f"### {shared}", markdown(head, rows)]
     return text if len(text) > 1 else []
@@ -331,8 +328,8 @@ def main(argv=None):
     usage = "python report.py [--results DIR] [--into FILE]"
     parser = flags.Parser(prog="report.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
-    parser.add_argument("--into", type=Path, metavar="FILE",
-                        help="also put tables into this Markdown file, where it has <!-- table: TITLE -->")
+    parser.add_argument("--into", type=Path, metavar="FILE", nargs="+", default=[],
+                        help="also put tables into these Markdown files, at their <!-- table: TITLE -->")
     args = parser.parse_args(argv)
     found, ranks, out = results.read(args.results), results.rankings(args.results), args.results / "figures"
     if not found and not ranks:
@@ -350,8 +347,8 @@ def main(argv=None):
             "attack, n, network or epochs are in tables of their own."]
     text += [t for section in sections for t in section if t]
     common.atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(text) + "\n").encode()))
-    if args.into:
-        into(args.into, sections)
+    for path in args.into:
+        into(path, sections)
     say(f"{len(runs)} runs -> {args.results / 'tables.md'} and {out}/")
 
 

@@ -47,7 +47,7 @@ DATASETS = {
     "digits": {**DIGITS, "n": 1297, "n_classes": 10, "metrics": "entropy svar vog",
                "csat": {3: 1, 5: 1, 7: 1}, "single": {str(c): 1 for c in range(10)}},
     "digits0-4": {**DIGITS, "n": 649, "n_classes": 5, "csat": {1: 1, 2: 1, 3: 1}},
-    # Three seeds where a verdict depends on it, decided before the first run.
+    # Three seeds where a verdict depends on them.
     "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "baselines": 3,
                     "esat": {0.1: 3, 0.5: 3, 0.3: 1},
                     "single": {c: 3 if c in ("cat", "automobile") else 1
@@ -107,7 +107,7 @@ def runs_of(d, name):
                 for seed in range(max(seeds, d["random"]) if order == "random" else seeds):
                     words = ["--split", split, sized, str(amount), "--order", order, "--seed", str(seed)]
                     words += [word for flag, value in told.items() for word in (f"--{flag}", value)]
-                    passes = 2 if how["attack"] == "fgsm-rs" else 14
+                    passes = 2 * (flags.ATTACK_STEPS[how["attack"]] or 7)
                     rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share, passes, words))
     return rows
 
@@ -179,8 +179,8 @@ class Stage:
         self.log = Path(results, "logs", str(Path(folder).relative_to(results)).replace("/", "_") + ".log")
 
     def make(self, wait=False):
-        """Runs the command unless the stage is finished. If another copy makes this stage or its source: waits
-        for that copy, or returns False without `wait`. Waits always for rankings, which the rest needs."""
+        """Runs the command unless the stage is finished. When another copy makes this stage or its source, it
+        waits for that copy if told to `wait`, else returns False. It always waits for rankings."""
         if self.source and not self.source.exists() and not wait:
             return False
         wait = wait or self.done.name == "rank.json"
@@ -205,6 +205,12 @@ class Stage:
         return True
 
 
+def mistake(text):
+    """Ends the script with one line on a user's mistake."""
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
 def command_line(argv):
     """Parses the words: (sections, figures, whether it only prints). Exits with one line on a mistake."""
     words = [w for w in argv if w != "--dry-run"]
@@ -216,10 +222,12 @@ def command_line(argv):
         sys.exit(0)
     if unknown or not sections:
         wrong = f"there is no section or figure {unknown[0]!r}" if unknown else "name a section"
-        figures = " ".join(sorted([*FIGURES, *SAME], key=lambda f: int(f[3:])))
-        print(f"error: {wrong}; valid: {' '.join(SECTIONS)} all, then {figures}, and --dry-run",
-              file=sys.stderr)
-        sys.exit(2)
+        figures = " ".join([*FIGURES, *SAME])
+        mistake(f"{wrong}; valid: {' '.join(SECTIONS)} all, then {figures}, and --dry-run")
+    for figure in (w for w in words if w in FIGURES or w in SAME):
+        having = [name for name, parts in SECTIONS.items() if any(figure in p[2].split() for p in parts)]
+        if not set(having) & set(sections):
+            mistake(f"{' '.join(sections)} has no {figure}; it is in: {' '.join(having)}")
     return list(dict.fromkeys(sections)), [w for w in words if w in FIGURES or w in SAME], "--dry-run" in argv
 
 
@@ -228,9 +236,14 @@ def main(argv):
     sections, wanted, dry = command_line(argv)
     results, data = os.environ.get("RESULTS", "results"), os.environ.get("DATA", "data")
     python, nproc = os.environ.get("PYTHON", sys.executable), os.environ.get("NPROC", "1")
+    listed, extra = list(stages(sections, wanted, results)), os.environ.get("EXTRA", "").split()
+    for word in extra:
+        if word.startswith("--") and not any(flags.known([word], script) for script in flags.SCRIPTS):
+            mistake(f"EXTRA: no script has the flag {word} (python sat.py --help lists them)")
+    if not re.fullmatch("[1-9][0-9]*", nproc):
+        mistake(f"NPROC={nproc}: give the number of processes, 1 or more")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
     torchrun = [] if nproc == "1" else torchrun
-    listed, extra = list(stages(sections, wanted, results)), os.environ.get("EXTRA", "").split()
     todo = {}
     for _, script, folder, done, _, how in listed:  # each once, where it is first needed
         how = [*how, *flags.known(extra, script)]

@@ -26,13 +26,13 @@ from common import UserError, all_sum, rank, say, world
 from subset import choose_A, weight_A
 
 
-# The accuracies and the epoch of the selected checkpoint, which is the largest of these tuples (Sec. 4).
+# A checkpoint's accuracies on the selection examples, and its epoch. The largest tuple is selected (Sec. 4).
 Best = collections.namedtuple("Best", "robust clean epoch")
 
 
 def sat_loss(logits, y, w):
     """Eq. 2 on a batch: the sum of w_i loss_i. The weights w (b,) are w_A for examples of A and 1 for those
-    of B, divided by their sum."""
+    of B, divided by their sum (under torchrun as in epoch_plan)."""
     if w.shape != y.shape:
         raise ValueError(f"the weights are {tuple(w.shape)}, the labels {tuple(y.shape)}: they must agree")
     return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum()
@@ -42,8 +42,8 @@ def sat_step(net, optimizer, x, y, a, w, attack):
     """One SGD step on Eq. 2. Returns (loss, logits), detached.
 
     x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64,
-    perhaps none; w (b,): the weights, which sum to 1 (epoch_plan). attack(x, y) returns adversarial examples,
-    for instance functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1).
+    perhaps none; w (b,): the weights, which sum to 1 (under torchrun: see epoch_plan). attack(x, y) returns
+    adversarial examples, for instance functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1).
     """
     optimizer.zero_grad(set_to_none=True)  # before the attack, so that it can use the memory
     if len(a):
@@ -78,14 +78,15 @@ def training_attack(model, args, device):
         attack = functools.partial(attacks.fgsm_rs, model, **how)
     else:
         attack = functools.partial(attacks.pgd, model, step_size=args.step_size, steps=args.steps, **how)
-    # CUDA graphs are recorded for each size of A; on CPUs one graph serves all sizes.
+    # On CPUs one graph serves all sizes of A.
     return filled(attack) if args.compile and device.type == "cuda" else attack
 
 
 def filled(attack, multiple=16):
-    """`attack`, which then sees batches of few sizes: copies of the first example fill them up to 16 n."""
+    """Pads the batches of `attack` to a multiple of 16 with copies of their first example, so that CUDA
+    graphs are recorded for few sizes."""
     def padded(x, y, start=None):
-        """attack(x, y, start) without what was added."""
+        """Attacks the padded batch, returns the first n."""
         n = len(x)
         more = lambda t: None if t is None else torch.cat([t, t[:1].expand(-n % multiple, *t.shape[1:])])
         return attack(more(x), more(y), start=more(start))[:n]
@@ -106,8 +107,8 @@ def random_starts(args, x, a, draw, generator):
 
 
 def compiled(function, device):
-    """Compiles a function or network, on GPUs to CUDA graphs. Their output is copied, since the next call
-    overwrites it."""
+    """Compiles a function or network, on GPUs to CUDA graphs. A function's output is copied, since the next
+    call overwrites it; a network's is used before that."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
     if device.type != "cuda":
         return torch.compile(function, fullgraph=True)
@@ -143,10 +144,14 @@ def autocast(amp, device):
 def train(model, split, A, w_A, args, device, state=None):
     """Minimises Eq. 2 by SGD. Yields after each epoch {"epoch": epochs done, "model", "optimizer", "row"}.
 
-    A: bool (N,). All False, it makes this ordinary training; all True, adversarial training. `state`: an
-    earlier yield, from which training goes on. "row": the epoch's line of the log. Raises UserError when the
-    loss or the logits are not finite.
+    model: a models.Classifier, which the attack uses directly, not compiled or distributed. A: bool (N,). All
+    False, it makes this ordinary training; all True, adversarial training. `state`: an earlier yield, from
+    which training goes on. "row": the epoch's line of the log. Raises UserError when the loss or the logits
+    are not finite.
     """
+    if args.lr_decays and min(args.lr_decays) >= args.epochs:
+        say(f"note: the learning rate does not fall within {args.epochs} epochs (--lr-decays "
+            f"{' '.join(map(str, args.lr_decays))})")
     optimizer = sgd(model, args.lr, args.weight_decay, device)
     if state:
         model.load_state_dict(state["model"])
@@ -182,7 +187,7 @@ def train_epoch(net, optimizer, attack, todo, steps, args, epoch, device):
     """The steps of an epoch, on `todo`: ((x, y, index), (positions of A's examples, weights)) for each batch.
     Returns the mean loss and the number of training examples classified correctly, over all processes."""
     generator, amp = torch.Generator(device), autocast(args.amp, device)
-    sums = torch.zeros(2, device=device)  # loss and hits
+    sums = torch.zeros(2, device=device)  # of the loss, and of right predictions
     bad = torch.full((), steps, device=device)  # the first step that is not finite, kept on the device
     todo = common.progress(todo, total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")
     for step, ((x, y, _), (a, w)) in enumerate(todo):
@@ -212,7 +217,7 @@ def cost(args, seen, attacked, frozen):
     """The cost of an epoch that saw `seen` examples and attacked `attacked`: forward and backward passes, and
     both in units of a forward pass. An attack step costs 2; a training step 3, or 1 on frozen features, whose
     head costs next to nothing."""
-    steps = 0 if attacked == 0 else 1 if args.attack == "fgsm-rs" else args.steps
+    steps = flags.ATTACK_STEPS[args.attack] or args.steps if attacked else 0
     trained = 0 if frozen else seen
     return {"attacked": attacked, "forward": seen + steps * attacked, "backward": trained + steps * attacked,
             "forward_equivalents": seen + 2 * trained + 2 * steps * attacked}
@@ -226,7 +231,7 @@ def checkpoint(model, data, args, epoch, A_classes=None, **more):
 
 
 def go_on(run, args, mark):
-    """Where a stopped run goes on: (its last.pt, log, Best), or (None, [], none) where there is no last.pt.
+    """Where a stopped run goes on: (its last.pt, log, Best), or (None, [], Best(-1, -1, 0)) without one.
     Raises UserError if last.pt belongs to another A, other data or other flags."""
     path = run / "last.pt"
     if not path.exists():
@@ -316,6 +321,13 @@ def command_line(argv=None):
         raise UserError(f"--split {args.split} takes one of --frac, --size{classes}; given: {given}")
     if parted and not sized:
         args.frac = 0.5
+    typed = [f for f in ("weight", "metric", "steps", "step_size") if flags.given(argv, f)]
+    for flag, other, conflict in (("weight", "--weight-factor", args.weight_factor),
+                                  ("metric", f"--order {args.order}", args.order in ("random", "redrawn")),
+                                  ("steps", "--attack fgsm-rs", args.attack == "fgsm-rs"),
+                                  ("step_size", "--attack fgsm-rs", args.attack == "fgsm-rs")):
+        if flag in typed and conflict:
+            raise UserError(f"--{flag.replace('_', '-')} has no effect with {other}: leave one of them out")
     if args.order == "redrawn" and args.split == "csat":
         raise UserError("--order redrawn draws single examples: it goes with --split esat")
     if args.scores and (args.classes or args.order not in ("hardest", "easiest")):

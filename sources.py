@@ -139,9 +139,10 @@ def image_folder(root, wanted=None, titles=None):
             raise UserError(f"{root} lacks {'train/' if part == parts[0] else 'test/ or val/'}: an image "
                             f"folder is {root.name}/train/<class>/* and {root.name}/test/<class>/* (or val/)")
         missing = sorted(set(wanted or names[0]) - set(found))
-        if missing or not found:
-            raise UserError(f"{part} lacks {len(missing)} class folders: "
-                            f"{', '.join(missing[:10]) or 'it has none'}")
+        if not found:
+            raise UserError(f"{part} has no class folders: put images into {part}/<class>/")
+        if missing:
+            raise UserError(f"{part} lacks {len(missing)} class folders: {', '.join(missing[:10])}")
     if not wanted and names[0] != names[1]:
         raise UserError(f"{parts[1]} has class folders that {parts[0]} lacks: "
                         f"{', '.join(sorted(set(names[1]) - set(names[0]))[:10])}")

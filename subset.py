@@ -40,7 +40,8 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
     if names:
         unknown = sorted(set(names) - set(classes))
         if unknown:
-            raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)}")
+            raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)} "
+                            "(classes of another data set need --dataset or --config)")
         return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
     n = len(classes) if split == "csat" else len(y)
     k = how_many(amount, n, "classes" if split == "csat" else "examples")
@@ -58,10 +59,11 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
 
 
 def check_scores(scores, n, what="the scores"):
-    """UserError unless scores are n finite numbers."""
-    if not isinstance(scores, torch.Tensor) or scores.shape != (n,) or not scores.double().isfinite().all():
-        raise UserError(f"{what} must be a tensor of {n:,} finite numbers, one a training example, higher = "
-                        "harder")
+    """Raises UserError unless scores are n finite numbers."""
+    finite = scores.double().isfinite() if isinstance(scores, torch.Tensor) else torch.zeros(0)
+    if finite.shape != (n,) or not finite.all():
+        raise UserError(f"{what}: {int(finite.sum()):,} finite numbers in shape {tuple(finite.shape)}; there "
+                        f"must be one for each of the {n:,} training examples, higher = harder")
 
 
 def class_means(scores, y, n_classes):

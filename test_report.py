@@ -398,12 +398,14 @@ def test_readme_is_made_from_the_published_results(tmp_path):
     published = HERE / "results-published"
     shutil.copytree(published, tmp_path / "r")
     shutil.copy(HERE / "README.md", tmp_path / "README.md")
-    report.main(["--results", str(tmp_path / "r"), "--into", str(tmp_path / "README.md")])
-    assert (tmp_path / "README.md").read_text() == (HERE / "README.md").read_text(), \
-        "report.py --results results-published --into README.md"
+    copies = [tmp_path / "README.md", tmp_path / "r" / "README.md"]
+    report.main(["--results", str(tmp_path / "r"), "--into", *map(str, copies)])
+    for copy, path in zip(copies, (HERE / "README.md", published / "README.md")):
+        assert copy.read_text() == path.read_text(), \
+            "report.py --results results-published --into README.md results-published/README.md"
     assert (tmp_path / "r" / "tables.md").read_text() == (published / "tables.md").read_text()
     text = (HERE / "README.md").read_text()
-    assert "| (a) CSAT on a single class" in text and "torchattacks PGDL2" in text
+    assert "| (a) CSAT on a single class" in text and "torchattacks PGDL2" in copies[1].read_text()
     for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         assert (HERE / image).stat().st_size < 1_000_000
 

@@ -286,10 +286,15 @@ def test_run_all_with_torchrun_and_a_wrong_section():
         assert sat.command_line(args.training_script_args).run.startswith("quick-")
     done = subprocess.run([str(HERE / "run_all.sh"), "--help"], capture_output=True, text=True, check=True)
     assert "cifar10-cpu" in done.stdout
-    for argv in (["mnist"], ["digits", "fig99"], []):
-        done = subprocess.run([str(HERE / "run_all.sh"), *argv], capture_output=True, text=True)
-        assert (done.returncode == 2 and done.stderr.startswith("error: ")
-                and done.stderr.count("\n") == 1 and "cifar10" in done.stderr)
+    for argv, env, told in ((["mnist"], {}, "no section or figure 'mnist'; valid: cifar10"),
+                            (["digits", "fig99"], {}, "'fig99'; valid: cifar10"), ([], {}, "name a section"),
+                            (["cifar10", "fig7"], {}, "cifar10 has no fig7; it is in: transfer cifar10-cpu"),
+                            (["digits"], {"EXTRA": "--epoch 2"}, "no script has the flag --epoch "),
+                            (["digits"], {"NPROC": "0"}, "NPROC=0: give the number of processes")):
+        done = subprocess.run([str(HERE / "run_all.sh"), *argv, "--dry-run"], capture_output=True, text=True,
+                              env={**os.environ, **env})
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_folders_that_run_all_expects_are_those_that_the_scripts_make(monkeypatch):

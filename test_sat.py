@@ -227,6 +227,26 @@ def test_autoattacks_warnings_are_shown_once():
     assert sum("probability distribution" in w for w in warnings) == 1
 
 
+def test_cost_of_an_epoch():
+    """By ATTACK_STEPS, of which an attack that is not in it has no cost; frozen features are not trained."""
+    count = lambda flags_, attacked, frozen=False: sat.cost(sat.command_line(flags_), 100, attacked, frozen)
+    assert count([], 0) == {"attacked": 0, "forward": 100, "backward": 100, "forward_equivalents": 300}
+    assert count([], 50)["forward_equivalents"] == 300 + 50 * 14
+    assert count(["--attack", "fgsm-rs"], 50)["forward_equivalents"] == 300 + 50 * 2
+    assert count([], 0, frozen=True)["forward_equivalents"] == 100
+    with pytest.raises(KeyError):
+        sat.cost(SimpleNamespace(attack="mine", steps=7), 100, 50, False)
+
+
+def test_a_learning_rate_that_never_falls_is_said(capsys):
+    data = datasets.get("digits", "data")
+    for epochs, said in (("1", True), ("16", False)):  # the config's first decay is after epoch 15
+        args = sat.command_line(["--split", "none", "--epochs", epochs])
+        nobody = torch.zeros(1297, dtype=torch.bool)
+        next(sat.train(net(), data.train, nobody, 1.0, args, torch.device("cpu")))
+        assert ("does not fall within 1 epochs (--lr-decays 15 25)" in capsys.readouterr().out) == said
+
+
 def test_choose_A():
     y, classes = torch.tensor([0, 1, 2, 0, 1, 2, 0]), ["a", "b", "c"]
     scores = torch.tensor([0.5, 0.1, 0.9, 0.5, 0.2, 0.9, 0.5])
