@@ -31,7 +31,7 @@ BASELINES = {"AT": "dimgrey", "no AT": "tab:orange"}
 def canvas(rows, columns, width, height, **how):
     """A grid of panels of `width` x `height` inches each: (figure, axes (rows, columns))."""
     pyplot.rcParams.update(STYLE)
-    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False,
+    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows + 0.5), squeeze=False,
                            layout="constrained", **how)
 
 
@@ -59,7 +59,7 @@ def legend_below(fig, axes):
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
     if found:
-        columns = max(1, min(len(found), round(fig.get_figwidth() / 1.6)))
+        columns = max(1, min(len(found), round(fig.get_figwidth() / 1.15)))
         fig.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False)
 
 
@@ -115,7 +115,7 @@ def draw_line(axis, line, sizes, part, kind):
         if any(std):
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             axis.fill_between([], [], [], color="grey", alpha=0.3, linewidth=0,
-                              label="±1 standard deviation (seeds)")
+                              label="±1 deviation of seeds")
 
 
 def draw_papers(axis, name, data, line, part, kind):

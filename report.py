@@ -120,9 +120,10 @@ def curve_section(runs, out, name, title, same, vary, panels):
     mine = [r for r in mine if r.order != "named" and r.split not in BASELINES.values()]
     bases = [r for r in pick(runs, transfer=same["transfer"], attack="pgd") if r.split in BASELINES.values()]
     groups = {k: [r for r in bases if (r.data, r.group) == k] + found
-              for k, found in grouped(mine, "data", "group").items()}
+              for k, found in grouped(mine, "data", "group").items()
+              if vary == "order" or len(lines_of(found, vary)) > 1}  # one metric, say, is no comparison
     if not groups:
-        return [f"## {title}", "No runs yet."]
+        return [f"## {title}", "No runs yet." if vary == "order" else "No runs yet that compare them."]
     drawn = {k: (pick(g, split="none"), pick(g, split="full"), lines_of(g, vary)) for k, g in groups.items()}
     figures.curves(out / name, title, name, drawn, panels)
     text = [f"## {title}", f"![{title}](figures/{name}.png)"]
