@@ -5,6 +5,7 @@ not used for selecting a checkpoint (Sec. 4, "Training and evaluation details").
 
 Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json beside the checkpoint.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -84,15 +85,15 @@ def attack(model, data, index, setting, folder):
     folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     chunks = list(enumerate(index.split(setting["batch_size"])))[rank()::world()]
-    device, warn = next(model.parameters()).device, functools.cache(say)  # each warning once
+    device, warn = next(model.parameters()).device, once()
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
     with common.progress(None, total=sum(len(part) for _, part in chunks), unit="example",
                          desc=f"AutoAttack ({' '.join(setting['attacks'])})") as bar:
         for c, part in chunks:
-            kept = folder / f"chunk{c:05d}.pt"
-            if kept.exists():
+            kept, found = folder / f"chunk{c:05d}.pt", None
+            with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
                 found = common.load(kept)
-            else:
+            if not isinstance(found, torch.Tensor) or found.shape != (2, len(part)):
                 found = attack_chunk(model, data.test, part, setting, c, functools.partial(show, bar), warn)
                 common.save(kept, found)
             at = c * setting["batch_size"]
@@ -110,6 +111,19 @@ def attack_chunk(model, test, part, setting, c, progress, warn):
             progress=lambda done, robust, text: progress(text), warn=warn))
     except ArithmeticError as e:  # FloatingPointError too
         raise UserError(str(e)) from None
+
+
+def once():
+    """A function that prints a text, unless it has printed one that differs at most in its numbers."""
+    printed = set()
+
+    def warn(text):
+        """Prints the text the first time."""
+        kind = re.sub("[0-9]+", "", text)
+        if kind not in printed:
+            printed.add(kind)
+            say(text)
+    return warn
 
 
 def show(bar, text):
@@ -194,9 +208,12 @@ def command_line(argv):
                         help="folder that holds the data sets")
     words, theirs = sys.argv[1:] if argv is None else argv, {}
     told = [word for word in words if word not in ("-h", "--help")]
-    if told or not words:  # --help beside a checkpoint shows the checkpoint's values
+    try:
         ckpt, valid = checkpoint(parser.parse_args(told).checkpoint), {a.dest for a in parser._actions}
         theirs = {k: v for k, v in ckpt["args"].items() if k in valid}
+    except UserError:
+        if told == words:
+            raise  # else --help shows the defaults without a checkpoint
     parser.set_defaults(**theirs)
     args = parser.parse_args(words)
     if args.norm != theirs.get("norm", args.norm) and not flags.given(argv, "eps"):

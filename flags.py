@@ -168,7 +168,7 @@ FLAGS = {
          "start, then faster (README, Speed)"),
         ("--results", Path("results"), folder, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
-        ("--force", False, bool, "repeat a finished run, overwriting it"),
+        ("--force", False, bool, "repeat a finished run; the old one is kept until the new one is whole"),
     ],
 }
 

@@ -37,6 +37,8 @@ CURVES = [
     ("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", {**SSAT, "split": "esat", "order": "hardest"},
      "attack", [ROBUST, CLEAN]),
 ]
+# What a figure does not show alone: these runs are in Fig. 6, 8 or 15.
+ALONE = {"metric": {"entropy"}, "attack": {"pgd"}, "weight": {"emphasis"}}
 BASELINES = {"no AT": "none", "AT": "full"}  # line: --split
 SPEED_PEERS = ("naive", "torchattacks PGDL2")  # the steps that bench.py times beside ours
 
@@ -121,7 +123,7 @@ def curve_section(runs, out, name, title, same, vary, panels):
     bases = [r for r in pick(runs, transfer=same["transfer"], attack="pgd") if r.split in BASELINES.values()]
     groups = {k: [r for r in bases if (r.data, r.group) == k] + found
               for k, found in grouped(mine, "data", "group").items()
-              if vary == "order" or len(lines_of(found, vary)) > 1}  # one metric, say, is no comparison
+              if set(lines_of(found, vary)) - ALONE.get(vary, set())}
     if not groups:
         return [f"## {title}", "No runs yet." if vary == "order" else "No runs yet that compare them."]
     drawn = {k: (pick(g, split="none"), pick(g, split="full"), lines_of(g, vary)) for k, g in groups.items()}
@@ -282,10 +284,11 @@ def speed_section(folder):
     groups, text = {}, ["## The cost of a training step"]
     for path in sorted(folder.glob("bench/*.json")):
         r = common.read_json(path)
-        if not isinstance(r, dict) or not {"setting", "steps"} <= set(r):
-            raise UserError(f"{path} was not written by bench.py --json: move it away")
-        steps = {(s["step"], s["precision"], s["compile"]): s for s in r["steps"]}
-        arch, batch, shared = r["setting"].split(", ", 2)
+        try:
+            steps = {(s["step"], s["precision"], s["compile"]): s for s in r["steps"] if s["passes"]}
+            arch, batch, shared = r["setting"].split(", ", 2)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{path} was not written by bench.py --json: move it away") from None
         groups.setdefault(shared, {}).setdefault(f"{arch}, {batch}", []).append(steps)
     spread = lambda v: f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" if v else "-"
     for shared, settings in groups.items():

@@ -170,9 +170,9 @@ def run_of(path, result):
 
 def found(results, name):
     """The files below the folder that match the pattern `name`, except those that --force put aside and those
-    in a folder with a tables.md of its own, which is another report."""
+    in a folder with a file .separate, which is a report of its own (results-published/precision)."""
     root = Path(results)
-    others = {path.parent for path in root.glob("*/**/tables.md")}
+    others = {path.parent for path in root.glob("*/**/.separate")}
     return [path for path in sorted(root.glob(f"**/{name}"))
             if not others & set(path.parents) and not any(part.startswith(".old-") for part in path.parts)]
 

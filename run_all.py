@@ -107,7 +107,8 @@ def runs_of(d, name):
                 for seed in range(max(seeds, d["random"]) if order == "random" else seeds):
                     words = ["--split", split, sized, str(amount), "--order", order, "--seed", str(seed)]
                     words += [word for flag, value in told.items() for word in (f"--{flag}", value)]
-                    passes = 2 * (flags.ATTACK_STEPS[how["attack"]] or 7)
+                    steps = flags.ATTACK_STEPS[how["attack"]]
+                    passes = 2 * (7 if steps is None else steps)
                     rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share, passes, words))
     return rows
 
@@ -240,7 +241,7 @@ def main(argv):
     for word in extra:
         if word.startswith("--") and not any(flags.known([word], script) for script in flags.SCRIPTS):
             mistake(f"EXTRA: no script has the flag {word} (python sat.py --help lists them)")
-    if not re.fullmatch("[1-9][0-9]*", nproc):
+    if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
         mistake(f"NPROC={nproc}: give the number of processes, 1 or more")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
     torchrun = [] if nproc == "1" else torchrun
@@ -280,5 +281,5 @@ if __name__ == "__main__":
         print("stopped; started again, it goes on from here", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
-        print(f"error: {e}; RESULTS=FOLDER names another folder for the results", file=sys.stderr)
+        print(f"error: {e} (RESULTS=FOLDER names another folder for the results)", file=sys.stderr)
         sys.exit(2)

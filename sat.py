@@ -217,7 +217,8 @@ def cost(args, seen, attacked, frozen):
     """The cost of an epoch that saw `seen` examples and attacked `attacked`: forward and backward passes, and
     both in units of a forward pass. An attack step costs 2; a training step 3, or 1 on frozen features, whose
     head costs next to nothing."""
-    steps = flags.ATTACK_STEPS[args.attack] or args.steps if attacked else 0
+    steps = flags.ATTACK_STEPS[args.attack] if attacked else 0
+    steps = args.steps if steps is None else steps
     trained = 0 if frozen else seen
     return {"attacked": attacked, "forward": seen + steps * attacked, "backward": trained + steps * attacked,
             "forward_equivalents": seen + 2 * trained + 2 * steps * attacked}
@@ -242,7 +243,9 @@ def go_on(run, args, mark):
         raise UserError(f"{path} was trained with another A, other data or other flags "
                         f"({differ or 'the same'}): name this run with --run, or --force")
     say(f"going on after epoch {state['epoch']} of {path}")
-    log, best = state.pop("log"), Best(*state.pop("best"))
+    log, best = state.pop("log"), Best(*(state.pop("best") or (-1, -1, 0)))
+    if 0 < best.epoch < state["epoch"] and not (run / "best.pt").exists():
+        raise UserError(f"{run / 'best.pt'}, of epoch {best.epoch}, is missing: --force repeats the run")
     if best.epoch == state["epoch"] and rank() == 0:  # it may have stopped between last.pt and best.pt
         common.save(run / "best.pt", {k: v for k, v in state.items() if k != "optimizer"})
     return state, log, best
@@ -321,13 +324,15 @@ def command_line(argv=None):
         raise UserError(f"--split {args.split} takes one of --frac, --size{classes}; given: {given}")
     if parted and not sized:
         args.frac = 0.5
-    typed = [f for f in ("weight", "metric", "steps", "step_size") if flags.given(argv, f)]
-    for flag, other, conflict in (("weight", "--weight-factor", args.weight_factor),
-                                  ("metric", f"--order {args.order}", args.order in ("random", "redrawn")),
-                                  ("steps", "--attack fgsm-rs", args.attack == "fgsm-rs"),
-                                  ("step_size", "--attack fgsm-rs", args.attack == "fgsm-rs")):
-        if flag in typed and conflict:
-            raise UserError(f"--{flag.replace('_', '-')} has no effect with {other}: leave one of them out")
+    if args.order in ("random", "redrawn"):
+        args.metric = args.base["metric"]  # it orders nothing
+    one_step = flags.ATTACK_STEPS[args.attack] is not None
+    for flag, other, idle in (("--weight", "--weight-factor", args.weight_factor),
+                              ("--metric", f"--order {args.order}", args.order in ("random", "redrawn")),
+                              ("--steps", f"--attack {args.attack}", one_step),
+                              ("--step-size", f"--attack {args.attack}", one_step)):
+        if idle and flags.given(argv, flag[2:].replace("-", "_")):
+            say(f"note: {flag} has no effect with {other}")
     if args.order == "redrawn" and args.split == "csat":
         raise UserError("--order redrawn draws single examples: it goes with --split esat")
     if args.scores and (args.classes or args.order not in ("hardest", "easiest")):

@@ -410,12 +410,27 @@ def test_readme_is_made_from_the_published_results(tmp_path):
         assert (HERE / image).stat().st_size < 1_000_000
 
 
-def test_a_folder_with_tables_of_its_own_is_another_report(tmp_path):
+def test_a_line_alone_is_shown_where_no_other_figure_shows_it(tmp_path):
+    figure = next(c for c in report.CURVES if c[0] == "fig12")
+    shown = lambda metric: report.curve_section([run("esat", first(0.5), metric=metric)], tmp_path, *figure)
+    assert shown("entropy")[1] == "No runs yet that compare them." and "| svar |" in "\n".join(shown("svar"))
+    assert "| own 0f25 |" in "\n".join(shown("own 0f25"))
+
+
+def test_a_foreign_bench_file(tmp_path):
+    (tmp_path / "bench").mkdir()
+    for text in ("[]", '{"setting": "x", "steps": []}', '{"setting": "a, b, c", "steps": [{"step": 1}]}'):
+        (tmp_path / "bench" / "b.json").write_text(text)
+        with pytest.raises(UserError, match="not written by bench.py"):
+            report.speed_section(tmp_path)
+
+
+def test_a_separate_folder_is_another_report(tmp_path):
     for name in ("cifar10/a", ".old-a", "precision/cifar10/a", "precision/bf16/a"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "result.json").write_text("{}")
-    (tmp_path / "tables.md").write_text("")
-    (tmp_path / "precision" / "tables.md").write_text("")
+    (tmp_path / "cifar10" / "tables.md").write_text("")  # a report on a part separates nothing
+    (tmp_path / "precision" / ".separate").write_text("")
     assert results.found(tmp_path, "result.json") == [tmp_path / "cifar10/a/result.json"]
     assert len(results.found(tmp_path / "precision", "result.json")) == 2
 

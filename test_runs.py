@@ -49,6 +49,19 @@ def test_best_is_mended_when_stopped_before_it_was_written(tmp_path, monkeypatch
     assert common.load(tmp_path / "digits" / "r" / "best.pt")["epoch"] == 2
 
 
+def test_going_on_without_a_best_checkpoint(tmp_path):
+    """Before the first selection there is none (None in files of an earlier version);
+    a lost one is noticed before the rest is trained."""
+    args, mark = sat.command_line([]), {"A": "a", "fingerprint": {}}
+    state = {**mark, "args": common.identity(args), "optimizer": {}, "log": [], "epoch": 2}
+    for best in (None, [-1, -1, 0]):
+        common.save(tmp_path / "last.pt", {**state, "best": best})
+        assert sat.go_on(tmp_path, args, mark)[2] == (-1, -1, 0)
+    common.save(tmp_path / "last.pt", {**state, "best": [0.5, 0.5, 1]})
+    with pytest.raises(UserError, match="best.pt, of epoch 1, is missing: --force repeats the run"):
+        sat.go_on(tmp_path, args, mark)
+
+
 TWO = """
 import sys, torch, common, data, sat
 from torch import nn

@@ -247,6 +247,13 @@ def test_a_learning_rate_that_never_falls_is_said(capsys):
         assert ("does not fall within 1 epochs (--lr-decays 15 25)" in capsys.readouterr().out) == said
 
 
+def test_a_warning_is_printed_once(capsys):
+    warn = evaluate.once()
+    for text in ("3 points with zero gradient", "5 points with zero gradient", "other"):
+        warn(text)
+    assert capsys.readouterr().out == "3 points with zero gradient\nother\n"
+
+
 def test_choose_A():
     y, classes = torch.tensor([0, 1, 2, 0, 1, 2, 0]), ["a", "b", "c"]
     scores = torch.tensor([0.5, 0.1, 0.9, 0.5, 0.2, 0.9, 0.5])
