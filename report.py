@@ -268,7 +268,8 @@ def cost_section(runs, ranks, out):
     """Robust accuracy against the cost of training, for all runs of a data set: what SAT saves."""
     title = "Robust accuracy against the cost of training"
     price = {h: r["cost"] for r in ranks.values() for h in r.get("scores", {}).values()}
-    groups = {k: g for k, g in grouped(pick(runs, transfer=False), "data", "group").items() if len(g) > 2}
+    groups = {k: g for k, g in grouped(pick(runs, transfer=False), "data", "group").items()
+              if len({r.split for r in g}) > 1}
     if not groups:
         return [f"## {title}", "No runs yet."]
     figures.cost(out / "cost", title, groups, price)
