@@ -18,7 +18,7 @@ from common import HERE, UserError, say, world
 def how_many(amount, n, unit):
     """|A| from a fraction (float) of n, or a number (int). Raises UserError outside 1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
-    if not 1 <= k <= n:
+    if not isinstance(k, int) or not 1 <= k <= n:
         raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
     return k
 

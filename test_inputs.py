@@ -615,7 +615,7 @@ def test_attacks_refuse_what_they_would_misread():
 def test_choosing_A_refuses_what_it_would_misread():
     y, good = torch.arange(6) % 2, torch.rand(6)
     for how in ({"split": "ESAT"}, {"order": "hard"}, {"scores": good[:5]}, {"scores": good * math.nan},
-                {"scores": good / 0}, {"scores": None}):
+                {"scores": good / 0}, {"scores": None}, {"amount": None}, {"amount": "2"}):
         with pytest.raises(ValueError):
             subset.choose_A(**{"split": "esat", "y": y, "classes": ["a", "b"], "amount": 2,
                                "scores": good, **how})
