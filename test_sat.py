@@ -148,7 +148,8 @@ def test_autoattack_agrees_with_the_package(trained, monkeypatch):
 
     def set_version(self, version):  # standard AutoAttack with fewer iterations, to be quick
         real(self, version)
-        self.square.n_queries, self.fab.n_iter = 200, 20
+        self.square.n_queries = 100
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 10
     monkeypatch.setattr(AutoAttack, "_set_version", set_version)
     model, data = trained
     x, y = data.test.pixels(torch.arange(12), "cpu"), data.test.y[:12]
