@@ -131,7 +131,7 @@ def show(bar, text):
     bar.set_postfix_str(text[:60])
     after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
     if bar.disable and after:
-        say(f"  AutoAttack, {bar.n} of {bar.total} examples done; the next batch after {after[1]}: "
+        say(f"  AutoAttack, {bar.n} of {bar.total} examples done; this batch after {after[1]}: "
             f"{float(after[2]):.1f} % robust")
 
 
