@@ -117,22 +117,32 @@ def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd
                values=False)
 
 
+def once(warn):
+    """`warn`, which then gets a text only if it differs from all earlier ones in more than its numbers."""
+    known = set()
+
+    def first(text):
+        """Passes on a text of a new kind."""
+        kind = "".join(c for c in text if not c.isdigit())
+        if kind not in known:
+            known.add(kind)
+            warn(text)
+    return first
+
+
 class Watch(logging.Handler):
-    """Passes on what pyautoattack logs: debug lines to `progress`, each kind of warning once to `warn`."""
+    """Passes on what pyautoattack logs: debug lines to `progress`, warnings to `warn`."""
 
     def __init__(self, progress, warn):
         super().__init__()
-        self.progress, self.warn, self.warned = progress, warn, set()
+        self.progress, self.warn = progress, warn
 
     def emit(self, record):
         """Called by logging with every record of the package."""
-        text = record.getMessage()
-        kind = "".join(c for c in text if not c.isdigit())
         if record.levelno < logging.WARNING:
-            self.progress(text)
-        elif kind not in self.warned:
-            self.warned.add(kind)
-            self.warn(f"AutoAttack warns: {text}")
+            self.progress(record.getMessage())
+        else:
+            self.warn(f"AutoAttack warns: {record.getMessage()}")
 
 
 def usable(attacks, n_classes):
@@ -161,7 +171,7 @@ def check(x, y, norm, eps, values=True):
 
 
 def attack_batch(model, x, y, *, eps, norm, attacks, seed):
-    """AutoAttack on one batch. Returns (x_adv, clean, robust), the latter two bool (N,).
+    """AutoAttack on one batch. Returns (clean, robust), bool (N,) each.
 
     Raises FloatingPointError for logits that are not finite, which the package would count as robust, and
     ArithmeticError if an adversarial example lies outside the ball or [0, 1], or if more examples are right
@@ -189,7 +199,7 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed):
         raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
                               f"{int(clean.sum())} that were right before: the network does not give the "
                               "same logits twice")
-    return x_adv, clean, clean & right
+    return clean, clean & right
 
 
 @contextlib.contextmanager
@@ -214,18 +224,18 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     (N,) on the CPU.
 
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
-    they change the result. `progress(examples done, robust ones, text)` and `warn(text)` are called with what
-    the package logs. Raises what attack_batch does.
+    they change the result. `progress(examples done, robust ones, text)` is called with what the package logs,
+    `warn(text)` with each kind of its warnings once. Raises what attack_batch does.
     """
     clean, robust = (torch.zeros(len(y), dtype=torch.bool) for _ in range(2))
     device, done = next(model.parameters()).device, 0
-    watch = Watch(lambda text: progress(done, int(robust.sum()), text), warn)
+    watch = Watch(lambda text: progress(done, int(robust.sum()), text), once(warn))
     with listening(watch), fixed_weights(model), eval_mode(model):
         for b, i in enumerate(range(0, len(y), batch_size)):
             part = slice(i, i + batch_size)
-            _, clean_b, robust_b = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device),
-                                                eps=eps, norm=norm, attacks=attacks, seed=seed + b)
-            clean[part], robust[part] = clean_b.cpu(), robust_b.cpu()
+            found = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device), eps=eps,
+                                 norm=norm, attacks=attacks, seed=seed + b)
+            clean[part], robust[part] = (right.cpu() for right in found)
             done += len(y[part])
             progress(done, int(robust.sum()), "batch done")
     return clean, robust

@@ -14,7 +14,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import common  # first: Ctrl-C while torch loads ends in one line
+import common  # first, so that Ctrl-C while torch loads ends in one line
 import numpy
 import torch
 
@@ -85,7 +85,7 @@ def attack(model, data, index, setting, folder):
     folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     chunks = list(enumerate(index.split(setting["batch_size"])))[rank()::world()]
-    device, warn = next(model.parameters()).device, once()
+    device, warn = next(model.parameters()).device, attacks.once(say)
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
     with common.progress(None, total=sum(len(part) for _, part in chunks), unit="example",
                          desc=f"AutoAttack ({' '.join(setting['attacks'])})") as bar:
@@ -111,19 +111,6 @@ def attack_chunk(model, test, part, setting, c, progress, warn):
             progress=lambda done, robust, text: progress(text), warn=warn))
     except ArithmeticError as e:  # FloatingPointError too
         raise UserError(str(e)) from None
-
-
-def once():
-    """A function that prints a text, unless it has printed one that differs at most in its numbers."""
-    printed = set()
-
-    def warn(text):
-        """Prints the text the first time."""
-        kind = re.sub("[0-9]+", "", text)
-        if kind not in printed:
-            printed.add(kind)
-            say(text)
-    return warn
 
 
 def show(bar, text):
@@ -216,7 +203,7 @@ def command_line(argv):
             raise  # else --help shows the defaults without a checkpoint
     parser.set_defaults(**theirs)
     args = parser.parse_args(words)
-    if args.norm != theirs.get("norm", args.norm) and not flags.given(argv, "eps"):
+    if args.norm != theirs.get("norm", args.norm) and not flags.given(argv, "--eps"):
         raise UserError(f"--norm {args.norm} needs an --eps of its own: the checkpoint's {theirs['eps']} is "
                         f"in {theirs['norm']} (linf: 0.0314 is 8/255)")
     return args

@@ -279,9 +279,8 @@ def parse(parser, argv=None):
     return args
 
 
-def given(argv, dest):
-    """Whether the command line has the flag whose value is stored as `dest`."""
-    flag = f"--{dest.replace('_', '-')}"
+def given(argv, flag):
+    """Whether the command line has the flag."""
     words = sys.argv[1:] if argv is None else argv
     return any(word == flag or word.startswith(f"{flag}=") for word in words)
 
@@ -289,7 +288,7 @@ def given(argv, dest):
 def check_norm(args, argv, values):
     """UserError if a norm is chosen without an eps and a step size, because their values for another norm
     mean something else."""
-    typed = {d for d in ("norm", "eps", "step_size") if given(argv, d)}
+    typed = {d for d in ("norm", "eps", "step_size") if given(argv, f"--{d.replace('_', '-')}")}
     if not hasattr(args, "norm"):
         return
     if "norm" in typed and args.norm != args.base["norm"]:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import time
 
-import common  # first: Ctrl-C while torch loads ends in one line
+import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 from torch.nn import functional as F
 
@@ -24,7 +24,6 @@ import results
 import subset
 from common import UserError, all_sum, rank, say, world
 from subset import choose_A, weight_A
-
 
 # A checkpoint's accuracies on the selection examples, and its epoch. The largest tuple is selected (Sec. 4).
 Best = collections.namedtuple("Best", "robust clean epoch")
@@ -331,7 +330,7 @@ def command_line(argv=None):
                               ("--metric", f"--order {args.order}", args.order in ("random", "redrawn")),
                               ("--steps", f"--attack {args.attack}", one_step),
                               ("--step-size", f"--attack {args.attack}", one_step)):
-        if idle and flags.given(argv, flag[2:].replace("-", "_")):
+        if idle and flags.given(argv, flag):
             say(f"note: {flag} has no effect with {other}")
     if args.order == "redrawn" and args.split == "csat":
         raise UserError("--order redrawn draws single examples: it goes with --split esat")

@@ -281,7 +281,6 @@ def test_bf16_against_float32():
         ("AT", "3 and 3", "robust", "51.0", "51.0"), ("AT", "3 and 3", "clean", "100.0", "100.0")]
     assert rows[0][5].startswith("+0.0 [-")
     assert {r.precision for r in results.shown(runs)} == {"float32"}, "the others are repeats, not seeds"
-    assert claims.claims(results.shown(runs), []) == {}, "AT and no AT alone are no study of SAT"
     for r in runs[:3]:
         r.precision = "bf16"
     mixed = results.shown([runs[0], runs[2], runs[4]])
