@@ -66,15 +66,15 @@ class Steps:
         self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device).train()
         # The others' code leaves its network in the default memory format.
         self.plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
-        self.optimizer = sat.sgd(self.model, 0.01, 5e-4, device)
-        self.plain_optimizer = sat.sgd(self.plain, 0.01, 5e-4, device)
+        self.optimizer = models.sgd(self.model, 0.01, 5e-4, device)
+        self.plain_optimizer = models.sgd(self.plain, 0.01, 5e-4, device)
         self.todo, self.epoch = iter(()), 0
         how = {"attack": "pgd", "eps": 0.5, "step_size": 0.1, "steps": args.steps, "norm": "l2"}
         attack = lambda compile: sat.training_attack(
             self.model, argparse.Namespace(**how, compile=compile), device)
         # {compile: (the network that is trained, its attack)}; nothing is compiled before its first call.
         self.kinds = {False: (self.model, attack(False)),
-                      True: (sat.compiled(self.model, device), attack(True))}
+                      True: (models.compiled(self.model, device), attack(True))}
 
     def batch(self):
         """The next batch, augmented as in training."""
@@ -89,7 +89,7 @@ class Steps:
         a = torch.arange(round(share * self.args.batch_size), device=self.device)
         w = torch.full((self.args.batch_size,), 1 / self.args.batch_size, device=self.device)
         x, y, _ = self.batch()
-        with sat.autocast(amp, self.device):
+        with models.autocast(amp, self.device):
             sat.sat_step(net, self.optimizer, x, y, a, w, attack)
 
     def plain_step(self, x, y):
@@ -106,7 +106,7 @@ class Steps:
         x = x.contiguous()
         self.plain.eval()
         delta = torch.zeros_like(x)
-        with sat.autocast(amp, self.device):
+        with models.autocast(amp, self.device):
             for _ in range(self.args.steps):
                 delta.requires_grad_()
                 F.cross_entropy(self.plain(x + delta).float(), y).backward()
@@ -119,7 +119,7 @@ class Steps:
         x, y, _ = self.batch()
         self.plain.eval()
         attack = module.PGDL2(self.plain, eps=0.5, alpha=0.1, steps=self.args.steps, random_start=False)
-        with sat.autocast(amp, self.device):
+        with models.autocast(amp, self.device):
             self.plain_step(attack(x.contiguous(), y), y)
 
     def flops(self):
@@ -133,8 +133,8 @@ class Steps:
 def rows_of(steps, args, device):
     """What to time: [{"step", "precision", "compile", "passes": by the cost model, "run": does the step}]."""
     found = []
-    for amp in ["off", "bf16"] if sat.precision(args.amp, device) == "bf16" else ["off"]:
-        row = {"precision": sat.precision(amp, device), "compile": False}
+    for amp in ["off", "bf16"] if models.precision(args.amp, device) == "bf16" else ["off"]:
+        row = {"precision": models.precision(amp, device), "compile": False}
         for compile in [False, True] if args.compile else [False]:
             for share in sorted(set(args.fractions)):
                 found.append({**row, "step": f"|A|/N = {share:g}", "compile": compile,

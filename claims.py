@@ -9,8 +9,10 @@ import collections
 import json
 from dataclasses import replace
 
+import paper
 import results
-from results import contrast, grouped, mean, noise, pick, points, theirs
+from paper import theirs
+from results import contrast, grouped, mean, noise, pick, points
 
 MARGIN = 3  # points that count as no difference ("competitive", "as robust as"); fixed before the runs
 
@@ -49,15 +51,15 @@ def single_class(runs, none, seeds, ranking):
     others = {c: [k for k in classes if k != c] for c in single}
     gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], seeds) for c, rs in single.items()}
     verdicts = collections.Counter(verdict("above", gain[c], rs, none) for c, rs in single.items())
-    told = results.published()["fig2"]["robust_B_val"]
+    told = paper.published()["fig2"]["robust_B_val"]
     low, high = (f(told, key=told.get) for f in (min, max))
     of = lambda c: gain[c][0]
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes)",
            f"{told[low]:+.1f} ({low}) to {told[high]:+.1f} ({high})",
            " to ".join(f"{points(*gain[c])} ({c})" for c in (min(gain, key=of), max(gain, key=of))),
            ", ".join(f"{v}: {n}" for v, n in verdicts.items()) + " classes")
-    order = results.published()["class_order_hardest_first"]["cifar10"]
-    hard, easy = (next((c for c in single if results.NAMES.get(c, c) == name), None)
+    order = paper.published()["class_order_hardest_first"]["cifar10"]
+    hard, easy = (next((c for c in single if paper.NAMES.get(c, c) == name), None)
                   for name in (order[0], order[-1]))
     if hard and easy:
         d = contrast([(1, single[hard], others[hard]), (-1, single[easy], others[easy])], seeds)
@@ -97,9 +99,9 @@ def examples(runs, none, full, seeds, data):
             least, most = part + low / gain[0], part + high / gain[0]
             said = f"{100 * part:.0f} % [{100 * least:.0f}, {100 * most:.0f}]"
         over = contrast([(1, half, None), (-0.9, full, None), (-0.1, none, None)], seeds)
-        paper = [theirs("fig6", data, line, 0.5, "robust") for line in ("hardest", "AT")]
+        known = [theirs("fig6", data, line, 0.5, "robust") for line in ("hardest", "AT")]
         yield ("(c) ESAT on the hardest half recovers at least 90 % of what AT gains in robustness",
-               f"{paper[0]:.1f} of {paper[1]:.1f}: {100 * paper[0] / paper[1]:.0f} %" if all(paper) else "-",
+               f"{known[0]:.1f} of {known[1]:.1f}: {100 * known[0] / known[1]:.0f} %" if all(known) else "-",
                f"{two(half, full)}: {said}" if part is not None else "AT gains nothing that is sure",
                verdict("above", over, half, none, full) if part is not None else "open")
     for share, orders in list(at.items())[:1]:
@@ -168,7 +170,7 @@ def claims(runs, ranks):
     tables = {}
     transfers_last = sorted(grouped(runs, "data", "group").items(), key=lambda item: "->" in item[0][0])
     for (data, group), all_ in transfers_last:
-        told = results.base(data)
+        told = paper.base(data)
         if told not in ("cifar10", "cifar100->cifar10"):
             continue
         mine = [r for r in all_ if r.attack == "pgd" and (r.weight == "vanilla" or r.transfer)]

@@ -171,9 +171,10 @@ def save(path, value):
     atomic(path, lambda f: torch.save(value, f))
 
 
-def save_epoch(run, checkpoint, log):
-    """Keeps an epoch: log.jsonl, a line for each row of `log`, and last.pt, from which the run goes on."""
-    atomic(run / "log.jsonl", lambda f: f.write("".join(json.dumps(row) + "\n" for row in log).encode()))
+def save_epoch(run, checkpoint):
+    """Keeps an epoch: last.pt, from which the run goes on, and its "log" as log.jsonl, a line an epoch."""
+    lines = "".join(json.dumps(row) + "\n" for row in checkpoint["log"])
+    atomic(run / "log.jsonl", lambda f: f.write(lines.encode()))
     save(run / "last.pt", checkpoint)
 
 

@@ -151,7 +151,14 @@ def versions():
     return {name: version(name) for name in ("torch", "torchvision", "pyautoattack")}
 
 
-def checkpoint(path):
+def checkpoint(model, data, args, epoch, A_classes=None, **more):
+    """The content of a checkpoint: the weights, and all that is needed to use them without the configs."""
+    return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear",
+            "classes": data.classes, "fingerprint": data.fingerprint(), "args": common.identity(args),
+            "epoch": epoch, "A_classes": A_classes, **more}
+
+
+def read_checkpoint(path):
     """The content of a checkpoint, checked as far as that goes without building the network. Raises UserError
     for a foreign file."""
     if path.is_dir():
@@ -171,7 +178,7 @@ def checkpoint(path):
 
 def load_model(path):
     """The Classifier of a checkpoint and the checkpoint's content. Raises UserError for a foreign file."""
-    ckpt = checkpoint(path)
+    ckpt = read_checkpoint(path)
     try:
         mean, std = (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
         model = models.build(ckpt["arch"], len(ckpt["classes"]), mean, std)
@@ -196,7 +203,7 @@ def command_line(argv):
     words, theirs = sys.argv[1:] if argv is None else argv, {}
     told = [word for word in words if word not in ("-h", "--help")]
     try:
-        ckpt, valid = checkpoint(parser.parse_args(told).checkpoint), {a.dest for a in parser._actions}
+        ckpt, valid = read_checkpoint(parser.parse_args(told).checkpoint), {a.dest for a in parser._actions}
         theirs = {k: v for k, v in ckpt["args"].items() if k in valid}
     except UserError:
         if told == words:

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend must be set first)
 
-import results  # noqa: E402
+import paper  # noqa: E402
 from common import atomic  # noqa: E402
 from results import mean  # noqa: E402
 
@@ -121,7 +121,7 @@ def draw_line(axis, line, sizes, part, kind):
 def draw_papers(axis, name, data, line, part, kind):
     """Draws the paper's line, thin, in panels that show the accuracy on all examples."""
     tenths = [k / 10 for k in range(1, 10)] if part == "all" else []
-    found = [(f, v) for f in tenths if (v := results.theirs(name, data, line, f, kind)) is not None]
+    found = [(f, v) for f in tenths if (v := paper.theirs(name, data, line, f, kind)) is not None]
     if found:
         colour, style, marker = look(line)
         axis.plot(*zip(*found), linestyle=style, marker=marker if len(found) == 1 else "", color=colour,

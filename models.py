@@ -99,3 +99,38 @@ def build(arch, n_classes, mean, std):
     else:
         raise ValueError(f"no architecture {arch!r}: {', '.join(ARCHS)}")
     return Classifier(features, nn.Linear(k, n_classes), mean, std).to(memory_format=torch.channels_last)
+
+
+def sgd(model, lr, weight_decay, device):
+    """The optimizer of Table 2: SGD with momentum 0.9 on the parameters that ask for a gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr, 0.9, weight_decay=weight_decay, fused=device.type == "cuda")
+
+
+def precision(amp, device):
+    """The arithmetic of training by the flag --amp: "bf16" (autocast) or "float32".
+
+    "auto" is bf16 where the hardware multiplies in bf16. (On a CPU without such units bf16 takes some ten
+    times as long as float32.)
+    """
+    if device.type == "cuda":
+        units = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        units = units and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # heeds ONEDNN_MAX_CPU_ISA
+    return "bf16" if amp == "bf16" or (amp == "auto" and units) else "float32"
+
+
+def autocast(amp, device):
+    """The autocast context of a training step. Loss, projection, gradient norms and weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(amp, device) == "bf16")
+
+
+def compiled(function, device):
+    """Compiles a function or network, on GPUs to CUDA graphs. A function's output is copied, since the next
+    call overwrites it; a network's is used before that."""
+    torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
+    if device.type != "cuda":
+        return torch.compile(function, fullgraph=True)
+    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    return graph if isinstance(function, torch.nn.Module) else lambda *args: graph(*args).clone()

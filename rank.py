@@ -13,15 +13,13 @@ import torch
 import data as datasets
 import flags
 import models
+import paper
 import results
 from common import UserError, rank, say, world
+from evaluate import checkpoint
 from results import spearman
-from sat import checkpoint, train
+from sat import train
 from subset import class_means
-
-# What a rank.json must hold.
-KEYS = ("classes_hardest_first", "spearman_of_examples", "spearman_of_classes_with_paper", "fingerprint",
-        "args")
 
 
 def entropy(logits, y=None):
@@ -116,8 +114,8 @@ def class_errors(model, data, device):
 def with_paper(name, hardest_first):
     """Spearman's correlation of a class order with the paper's (Fig. 4, 10, 11), on the n classes that the
     paper lists: {"rho", "n"}, or None if they are fewer than three."""
-    theirs = results.published()["class_order_hardest_first"].get(results.base(name), [])
-    mine = [c for c in (results.NAMES.get(c, c) for c in hardest_first) if c in theirs]
+    theirs = paper.published()["class_order_hardest_first"].get(paper.base(name), [])
+    mine = [c for c in (paper.NAMES.get(c, c) for c in hardest_first) if c in theirs]
     if len(mine) < 3:
         return None
     return {"rho": spearman(range(len(mine)), [theirs.index(c) for c in mine]), "n": len(mine)}
@@ -191,7 +189,7 @@ def rank_epochs(run, model, data, metrics, args, device):
         if state["epoch"] % every == 0 or state["epoch"] == args.epochs:
             kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
             if rank() == 0:
-                common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept), log)
+                common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept))
     scoring = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
     cost = sum(row["forward_equivalents"] for row in log) + scoring
     return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}, cost
@@ -201,8 +199,9 @@ def main(argv=None):
     """Trains, scores, writes scores.pt and rank.json, and prints the classes hardest first."""
     args = command_line(argv)
     run, finished = common.run_dir(args, ["rank", args.arch], set(vars(args)), done="rank.json")
+    needed = ("classes_hardest_first", "spearman_of_examples", "spearman_of_classes_with_paper")
     told = lambda: say(f"{run} is finished (--force repeats it)\n"
-                       f"{table(common.read_json(run / 'rank.json', KEYS))}")
+                       f"{table(common.read_json(run / 'rank.json', needed))}")
     if finished:
         return told()
     device = common.set_up(args)

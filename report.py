@@ -13,9 +13,11 @@ import claims
 import common
 import figures
 import flags
+import paper
 import results
 from common import UserError, say
-from results import cell, grouped, mean, pick, theirs
+from paper import theirs
+from results import cell, grouped, mean, pick, without_at
 
 ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
@@ -60,18 +62,6 @@ def amount(run):
     return f"{run.size:,} class{'es' * (run.size > 1)}" if run.A_classes else f"{run.size:,}"
 
 
-def without_at(group, runs):
-    """A cell: the mean robust accuracy of networks trained without AT on the classes in B_val of `runs`, so
-    what B reaches without any help from A."""
-    base, found = pick(group, split="none"), []
-    for r, none in ((r, none) for r in runs if r.A_classes for none in base):
-        rest = [a["robust"] for c, a in none.accuracy["classes"].items()
-                if c not in r.A_classes and a["robust"]["n"]]
-        if rest:
-            found.append(100 * sum(a["accuracy"] * a["n"] for a in rest) / sum(a["n"] for a in rest))
-    return f"{statistics.fmean(found):.1f}" if found else "-"
-
-
 def beside(runs, part, kind, told):
     """Two cells: the paper's number, and the difference of ours from it."""
     ours = mean(runs, part, kind)
@@ -80,7 +70,6 @@ def beside(runs, part, kind, told):
 
 
 # --- sections: each is a list of paragraphs, of which the first is the heading ------------------------------
-
 
 def curve_table(name, data, group, vary, panels):
     """The table of one data set in a figure of curves: our accuracies, and the paper's with the difference
@@ -131,14 +120,14 @@ def curve_section(runs, out, name, title, same, vary, panels):
     text = [f"## {title}", f"![{title}](figures/{name}.png)"]
     for (data, name_of_group), group in groups.items():
         text += [f"### {data}: {name_of_group}", curve_table(name, data, group, vary, panels),
-                 results.not_the_papers(data, group[0].setting), gaps(group, vary)]
+                 paper.not_the_papers(data, group[0].setting), gaps(group, vary)]
     return text
 
 
 def matrix_table(group, classes, runs, told):
     """Fig. 2's table: one row for each class A. Its last columns are the matrix, with the paper's numbers
     `told` ({} if there are none) in brackets."""
-    names = {c: results.NAMES.get(c, c) for c in classes}
+    names = {c: paper.NAMES.get(c, c) for c in classes}
     at = {c: told["classes"].index(n) for c, n in names.items() if n in told.get("classes", [])}
     rows = []
     for a in classes:
@@ -172,24 +161,24 @@ def matrix_section(runs, out):
             file = f"fig2{f'-{i + 1}' * (len(text) > 1)}"
             figures.matrix(out / file, f"{title}\n{data}: {name}", classes, single, pick(group, split="none"),
                            pick(group, split="full"))
-            told = results.published()["fig2"] if results.base(data) == "cifar10" else {}
+            told = paper.published()["fig2"] if paper.base(data) == "cifar10" else {}
             text += [f"![{title}](figures/{file}.png)", f"### {data}: {name}",
                      "In brackets: the paper's." if told else "", matrix_table(group, classes, single, told),
-                     results.not_the_papers(data, group[0].setting)]
+                     paper.not_the_papers(data, group[0].setting)]
     return text if len(text) > 1 else [*text, "No runs yet."]
 
 
 def difficulty_table(ranking):
     """Fig. 3's table: the classes hardest first (of a long list both ends), for CIFAR-10 with the paper's
     numbers beside ours."""
-    rows, most, told = ranking["classes_hardest_first"], 20, results.published()["fig3"]
+    rows, most, told = ranking["classes_hardest_first"], 20, paper.published()["fig3"]
     metrics = [m for m in flags.METRICS if m in rows[0]]
-    known = results.base(ranking["fingerprint"]["name"]) == "cifar10"
+    known = paper.base(ranking["fingerprint"]["name"]) == "cifar10"
     body = []
     for r in rows if len(rows) <= most else rows[:most // 2] + rows[-most // 2:]:
         error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
         body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
-        name = results.NAMES.get(r["class"], r["class"])
+        name = paper.NAMES.get(r["class"], r["class"])
         if known and name in told["classes"]:
             i = told["classes"].index(name)
             body[-1] += [f"{told['mean_entropy_nats'][i]:.4f}", f"{100 * told['error_fraction'][i]:.1f}"]

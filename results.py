@@ -1,10 +1,9 @@
 """Reads the results of finished runs, checks them, pools seeds, and compares settings with 95 % intervals.
 
-Also looks up the paper's numbers. report.py and figures.py show what it returns. It does not import torch.
-Files in: result.json and rank.json below a results folder; the paper's numbers and settings in configs/.
+claims.py, report.py and figures.py use what it returns. It does not import torch.
+Files in: result.json and rank.json below a results folder.
 """
 import collections
-import functools
 import hashlib
 import json
 import math
@@ -15,8 +14,7 @@ from pathlib import Path
 import numpy
 
 import common
-import flags
-from common import HERE, UserError, say
+from common import UserError, say
 
 # Flags in which the runs of one table may differ.
 SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor",
@@ -24,67 +22,6 @@ SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weig
 # Flags that are not compared when runs are sorted into tables.
 NOT_SETTING = {"dataset", "eval_batch", "source", "source_weights", "checkpoint", "seed"}
 DESCRIBED = {"norm", "eps", "eval_attacks", "arch", "epochs", "N", "n"}  # in the name of every group
-NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
-
-
-# --- the paper ----------------------------------------------------------------------------------------------
-
-@functools.cache
-def published():
-    """The content of configs/paper.json; accuracies are in percent unless the file says otherwise."""
-    return json.loads((HERE / "configs" / "paper.json").read_text(encoding="utf-8"))
-
-
-def base(data):
-    """The paper's data set behind ours: cifar10 for cifar10-small, also on either side of an arrow."""
-    return data.replace("-small", "")
-
-
-def theirs(figure, data, line, share, kind):
-    """The accuracy (percent) that the paper gives in a figure, or None where it gives none.
-
-    data: a data set, or source->target. line: the name of the line in our figure; the baselines "AT" and
-    "no AT" belong to no figure. share: |A|/N. kind: robust or clean.
-    """
-    found = published()["curves"].get("baselines" if line in ("AT", "no AT") else figure, {})
-    found = found.get(base(data), {}).get(kind, {}).get(line)
-    if not isinstance(found, dict):
-        return found
-    return next((v for f, v in found.items() if abs(float(f) - share) < 0.004), None)
-
-
-@functools.cache
-def papers_setting(data):
-    """The flags of the paper's runs on `data` (a data set, or source->target), from configs/: {dest: value},
-    empty for data that the paper does not have."""
-    source, target = base(data).split("->")[0], base(data).split("->")[-1]
-    if source not in published()["data sets"]:
-        return {}
-    defaults = {flag[2:].replace("-", "_"): default for group in flags.FLAGS.values()
-                for flag, default, *_ in group}
-    found = {**defaults, **flags.from_yaml(HERE / "configs" / f"{source}.yaml")}
-    if source != target and not (HERE / "configs" / "transfer" / f"{target}.yaml").exists():
-        return {}
-    if source != target:
-        target = {**defaults, **flags.from_yaml(HERE / "configs" / "transfer" / f"{target}.yaml")}
-        found |= {f"target's {k}": v for k, v in target.items()}
-    return found
-
-
-def not_the_papers(data, setting):
-    """A sentence that lists where our setting differs from the paper's; empty if it does not, or if the paper
-    does not have these data."""
-    paper = papers_setting(data)
-    plain = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, list) else v
-    differ = [f"{k.replace('_', ' ')} {plain(v)} ({plain(paper[k])})" for k, v in setting.items()
-              if k in paper and paper[k] != v]
-    n = published()["data sets"].get(base(data).split("->")[0], {}).get("train")
-    if paper and setting.get("N") != n:
-        differ.insert(0, f"N {setting['N']:,} ({n:,})")
-    if not differ:
-        return ""
-    return ("Not the paper's setting, so the differences from it are no reproduction. "
-            f"Ours (the paper's): {', '.join(differ)}.")
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -304,6 +241,18 @@ def cell(runs, part="all", kind="robust"):
         return f"{found[0]:.1f} ± {found[1]:.1f}"
     one = runs[0].accuracy[part][kind]
     return f"{found[0]:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+
+
+def without_at(group, runs):
+    """A cell: the mean robust accuracy of networks trained without AT on the classes in B_val of `runs`, so
+    what B reaches without any help from A."""
+    base, found = pick(group, split="none"), []
+    for r, none in ((r, none) for r in runs if r.A_classes for none in base):
+        rest = [a["robust"] for c, a in none.accuracy["classes"].items()
+                if c not in r.A_classes and a["robust"]["n"]]
+        if rest:
+            found.append(100 * sum(a["accuracy"] * a["n"] for a in rest) / sum(a["n"] for a in rest))
+    return f"{statistics.fmean(found):.1f}" if found else "-"
 
 
 @dataclass

@@ -71,7 +71,7 @@ def epoch_plan(order, A, w_A, device):
 
 def training_attack(model, args, device):
     """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
-    step = compiled(attacks.pgd_step, device) if args.compile else attacks.pgd_step
+    step = models.compiled(attacks.pgd_step, device) if args.compile else attacks.pgd_step
     how = {"eps": args.eps, "norm": args.norm, "step": step, "values": False}  # data.py gives [0, 1]
     if args.attack == "fgsm-rs":
         attack = functools.partial(attacks.fgsm_rs, model, **how)
@@ -105,41 +105,6 @@ def random_starts(args, x, a, draw, generator):
     return start.tensor_split(world())[rank()][a]
 
 
-def compiled(function, device):
-    """Compiles a function or network, on GPUs to CUDA graphs. A function's output is copied, since the next
-    call overwrites it; a network's is used before that."""
-    torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
-    if device.type != "cuda":
-        return torch.compile(function, fullgraph=True)
-    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead")
-    return graph if isinstance(function, torch.nn.Module) else lambda *args: graph(*args).clone()
-
-
-def sgd(model, lr, weight_decay, device):
-    """The optimizer of Table 2: SGD with momentum 0.9 on the parameters that ask for a gradient."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(trained, lr, 0.9, weight_decay=weight_decay, fused=device.type == "cuda")
-
-
-def precision(amp, device):
-    """The arithmetic of training by the flag --amp: "bf16" (autocast) or "float32".
-
-    "auto" is bf16 where the hardware multiplies in bf16. (On a CPU without such units bf16 takes some ten
-    times as long as float32.)
-    """
-    if device.type == "cuda":
-        units = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        units = units and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # heeds ONEDNN_MAX_CPU_ISA
-    return "bf16" if amp == "bf16" or (amp == "auto" and units) else "float32"
-
-
-def autocast(amp, device):
-    """The autocast context of a training step. Loss, projection, gradient norms and weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(amp, device) == "bf16")
-
-
 def train(model, split, A, w_A, args, device, state=None):
     """Minimises Eq. 2 by SGD. Yields after each epoch {"epoch": epochs done, "model", "optimizer", "row"}.
 
@@ -151,12 +116,12 @@ def train(model, split, A, w_A, args, device, state=None):
     if args.lr_decays and min(args.lr_decays) >= args.epochs:
         say(f"note: the learning rate does not fall within {args.epochs} epochs (--lr-decays "
             f"{' '.join(map(str, args.lr_decays))})")
-    optimizer = sgd(model, args.lr, args.weight_decay, device)
+    optimizer = models.sgd(model, args.lr, args.weight_decay, device)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     attack = training_attack(model, args, device) if A.any() else None
-    net = compiled(model, device) if args.compile else model
+    net = models.compiled(model, device) if args.compile else model
     if world() > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     for epoch in range(state["epoch"] if state else 0, args.epochs):
@@ -174,7 +139,7 @@ def train(model, split, A, w_A, args, device, state=None):
         if world() > 1:
             for buffer in model.buffers():  # each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
-        row = {"epoch": epoch + 1, "precision": precision(args.amp, device), "lr": lr, "loss": loss,
+        row = {"epoch": epoch + 1, "precision": models.precision(args.amp, device), "lr": lr, "loss": loss,
                "train_accuracy": hits / order.numel(),
                **cost(args, order.numel(), int(now[order].sum()), model.frozen),
                "seconds": time.perf_counter() - began}
@@ -185,7 +150,7 @@ def train(model, split, A, w_A, args, device, state=None):
 def train_epoch(net, optimizer, attack, todo, steps, args, epoch, device):
     """The steps of an epoch, on `todo`: ((x, y, index), (positions of A's examples, weights)) for each batch.
     Returns the mean loss and the number of training examples classified correctly, over all processes."""
-    generator, amp = torch.Generator(device), autocast(args.amp, device)
+    generator, amp = torch.Generator(device), models.autocast(args.amp, device)
     sums = torch.zeros(2, device=device)  # of the loss, and of right predictions
     bad = torch.full((), steps, device=device)  # the first step that is not finite, kept on the device
     todo = common.progress(todo, total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")
@@ -221,13 +186,6 @@ def cost(args, seen, attacked, frozen):
     trained = 0 if frozen else seen
     return {"attacked": attacked, "forward": seen + steps * attacked, "backward": trained + steps * attacked,
             "forward_equivalents": seen + 2 * trained + 2 * steps * attacked}
-
-
-def checkpoint(model, data, args, epoch, A_classes=None, **more):
-    """The content of a checkpoint: the weights, and all that is needed to use them without the configs."""
-    return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear",
-            "classes": data.classes, "fingerprint": data.fingerprint(), "args": common.identity(args),
-            "epoch": epoch, "A_classes": A_classes, **more}
 
 
 def go_on(run, args, mark):
@@ -274,9 +232,8 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
             best = max(best, Best(robust, clean, epoch))
         log = [*log, row]
         if rank() == 0:
-            kept = checkpoint(model, data, args, epoch, A_classes, **mark)
-            more_kept = {"optimizer": state["optimizer"], "log": log, "best": list(best)}
-            common.save_epoch(run, {**kept, **more_kept}, log)
+            kept = evaluate.checkpoint(model, data, args, epoch, A_classes, **mark)
+            common.save_epoch(run, {**kept, "optimizer": state["optimizer"], "log": log, "best": list(best)})
             if best.epoch == epoch:
                 common.save(run / "best.pt", kept)
     common.barrier()

@@ -19,6 +19,7 @@ import bench
 import claims
 import evaluate
 import figures
+import paper
 import picture
 import report
 import results
@@ -289,7 +290,7 @@ def test_bf16_against_float32():
 
 
 def test_the_papers_numbers():
-    value = results.theirs
+    value = paper.theirs
     assert (value("fig6", "cifar10", "hardest", 0.5, "robust") == 66.4
             and value("fig6", "cifar10", "random", 0.1, "clean") == 92.9)
     assert (value("fig6", "cifar10", "AT", 1.0, "robust") == 69.0
@@ -305,16 +306,16 @@ def test_the_papers_numbers():
 
 
 def test_every_setting_that_is_not_the_papers_is_named():
-    theirs = results.papers_setting("cifar100->cifar10")
+    theirs = paper.setting_on("cifar100->cifar10")
     ours = {**{k: v for k, v in theirs.items()}, "N": 50000}
-    assert (results.not_the_papers("cifar100->cifar10", ours) == ""
-            and results.not_the_papers("digits", ours) == "")
+    assert (paper.not_the_papers("cifar100->cifar10", ours) == ""
+            and paper.not_the_papers("digits", ours) == "")
     for key, value in (("norm", "linf"), ("steps", 10), ("step_size", 0.2), ("augment", "crop"),
                        ("lr_decays", [10]), ("target's epochs", 3)):
         shown = " ".join(map(str, value)) if isinstance(value, list) else value
         assert (f"{key.replace('_', ' ')} {shown} ("
-                in results.not_the_papers("cifar100->cifar10", {**ours, key: value}))
-    assert "N 5,000 (50,000)" in results.not_the_papers("cifar10", {"N": 5000})
+                in paper.not_the_papers("cifar100->cifar10", {**ours, key: value}))
+    assert "N 5,000 (50,000)" in paper.not_the_papers("cifar10", {"N": 5000})
 
 
 # --- tables and figures -------------------------------------------------------------------------------------
@@ -460,7 +461,7 @@ def test_transfers_keep_the_seeds_of_source_and_target_apart():
                                         "source": {**made, "args": {**made["args"], "seed": s}}})
              for s, t in seeds]
     assert len({r.seed for r in found}) == 4 and len(results.shown(found)) == 4
-    assert results.not_the_papers("cifar100->mine", found[0].setting) == "", "a target that the paper lacks"
+    assert paper.not_the_papers("cifar100->mine", found[0].setting) == "", "a target that the paper lacks"
 
 
 def test_two_seeds_count_their_spread():

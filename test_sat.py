@@ -361,7 +361,7 @@ def test_the_step_keeps_channels_last():
     model.features.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
     attack = functools.partial(attacks.pgd, model, eps=0.5, step_size=0.1, steps=2)
-    optimizer = sat.sgd(model, 0.1, 0.0, torch.device("cpu"))
+    optimizer = models.sgd(model, 0.1, 0.0, torch.device("cpu"))
     sat.sat_step(model, optimizer, x, torch.zeros(4, dtype=torch.int64), torch.tensor([1, 2]),
                  torch.full((4,), 0.25), attack)
     assert seen == [True] * 3, "two attack steps and the training step"
@@ -375,13 +375,13 @@ def test_amp_auto_asks_the_hardware(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bool(onednn))
-        assert sat.precision("auto", cpu) == expected
-        assert (sat.precision("off", cpu), sat.precision("bf16", cpu)) == ("float32", "bf16")
-        assert sat.autocast("auto", cpu)._enabled == (expected == "bf16")
+        assert models.precision("auto", cpu) == expected
+        assert (models.precision("off", cpu), models.precision("bf16", cpu)) == ("float32", "bf16")
+        assert models.autocast("auto", cpu)._enabled == (expected == "bf16")
 
 
 def test_amp_auto_is_float32_without_bf16_units():
-    code = "import sat, torch; print(sat.precision('auto', torch.device('cpu')))"
+    code = "import models, torch; print(models.precision('auto', torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE,
                           env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert done.stdout == "float32\n", done.stderr
@@ -481,14 +481,14 @@ def test_no_step_waits_for_the_gpu(request):
     split = datasets.Split(torch.randint(0, 256, (256, 3, 32, 32), generator=g, dtype=torch.uint8),
                            torch.randint(0, 10, (256,), generator=g)).to(device)
     model, generator = net(channels=3).to(device).train(), torch.Generator(device)
-    optimizer, attack = sat.sgd(model, 0.1, 0.0, device), sat.training_attack(model, args, device)
+    optimizer, attack = models.sgd(model, 0.1, 0.0, device), sat.training_attack(model, args, device)
     plan = list(zip(*sat.epoch_plan(datasets.epoch_order(256, 64, 0, 0)[0],
                                     torch.arange(256) % 2 == 0, 2.0, device)))
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     for i, (x, y, _) in enumerate(datasets.batches(split, 64, 0, 0, "full", device)):
         a, w = plan[i]
         start = sat.random_starts(args, x, a, i, generator)
-        with sat.autocast("bf16", device):
+        with models.autocast("bf16", device):
             sat.sat_step(model, optimizer, x, y, a, w, functools.partial(attack, start=start))
         torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one sets libraries up
 

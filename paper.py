@@ -1,0 +1,69 @@
+"""The paper's numbers (configs/paper.json) and settings (the other configs), to put beside ours.
+
+It does not import torch.
+"""
+import functools
+import json
+
+import flags
+from common import HERE
+
+NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
+
+
+@functools.cache
+def published():
+    """The content of configs/paper.json; accuracies are in percent unless the file says otherwise."""
+    return json.loads((HERE / "configs" / "paper.json").read_text(encoding="utf-8"))
+
+
+def base(data):
+    """The paper's data set behind ours: cifar10 for cifar10-small, also on either side of an arrow."""
+    return data.replace("-small", "")
+
+
+def theirs(figure, data, line, share, kind):
+    """The accuracy (percent) that the paper gives in a figure, or None where it gives none.
+
+    data: a data set, or source->target. line: the name of the line in our figure; the baselines "AT" and
+    "no AT" belong to no figure. share: |A|/N. kind: robust or clean.
+    """
+    found = published()["curves"].get("baselines" if line in ("AT", "no AT") else figure, {})
+    found = found.get(base(data), {}).get(kind, {}).get(line)
+    if not isinstance(found, dict):
+        return found
+    return next((v for f, v in found.items() if abs(float(f) - share) < 0.004), None)
+
+
+@functools.cache
+def setting_on(data):
+    """The flags of the paper's runs on `data` (a data set, or source->target), from configs/: {dest: value},
+    empty for data that the paper does not have."""
+    source, target = base(data).split("->")[0], base(data).split("->")[-1]
+    if source not in published()["data sets"]:
+        return {}
+    defaults = {flag[2:].replace("-", "_"): default for group in flags.FLAGS.values()
+                for flag, default, *_ in group}
+    found = {**defaults, **flags.from_yaml(HERE / "configs" / f"{source}.yaml")}
+    if source != target and not (HERE / "configs" / "transfer" / f"{target}.yaml").exists():
+        return {}
+    if source != target:
+        target = {**defaults, **flags.from_yaml(HERE / "configs" / "transfer" / f"{target}.yaml")}
+        found |= {f"target's {k}": v for k, v in target.items()}
+    return found
+
+
+def not_the_papers(data, setting):
+    """A sentence that lists where our setting differs from the paper's; empty if it does not, or if the paper
+    does not have these data."""
+    paper = setting_on(data)
+    plain = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, list) else v
+    differ = [f"{k.replace('_', ' ')} {plain(v)} ({plain(paper[k])})" for k, v in setting.items()
+              if k in paper and paper[k] != v]
+    n = published()["data sets"].get(base(data).split("->")[0], {}).get("train")
+    if paper and setting.get("N") != n:
+        differ.insert(0, f"N {setting['N']:,} ({n:,})")
+    if not differ:
+        return ""
+    return ("Not the paper's setting, so the differences from it are no reproduction. "
+            f"Ours (the paper's): {', '.join(differ)}.")
