@@ -1,4 +1,4 @@
-"""Tests the paper's claims against our runs. report.py shows the result.
+"""Tests the paper's claims against our runs, and bf16 against float32. report.py shows the result.
 
 Each claim becomes a row with the paper's numbers, ours, and a verdict. It "holds" when the 95 % interval
 (results.contrast: noise of the test examples and of training) lies where the claim puts it, is "contradicted"

@@ -14,16 +14,17 @@ from pathlib import Path
 
 
 def quiet(kind, value, trace, before=sys.excepthook):
-    """An excepthook: Ctrl-C while the scripts are still importing ends in one line."""
+    """An excepthook of the scripts: Ctrl-C while they are still importing ends in one line."""
     if kind is KeyboardInterrupt:
         print("stopped before anything was done", file=sys.stderr)
     else:
         before(kind, value, trace)
 
 
-sys.excepthook = quiet
-LOCKS = {}  # {path: file} of the runs that this process makes
 HERE = Path(__file__).resolve().parent
+if Path(sys.argv[0]).resolve().parent == HERE:  # not in other people's programs
+    sys.excepthook = quiet
+LOCKS = {}  # {path: file} of the runs that this process makes
 # Flags that say where a run is made and how fast, not what it is.
 NOT_IDENTITY = {"config", "device", "threads", "amp", "compile", "workers", "data_dir", "results", "run",
                 "force", "own_scores"}

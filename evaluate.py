@@ -3,7 +3,8 @@ not used for selecting a checkpoint (Sec. 4, "Training and evaluation details").
 
     python evaluate.py results/digits/esat-hardest-0.5-seed0/best.pt
 
-Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json beside the checkpoint.
+Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json beside the checkpoint. The other
+scripts have the content of checkpoints from here.
 """
 import contextlib
 import functools

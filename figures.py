@@ -1,6 +1,7 @@
 """Draws the figures of report.py and picture.py with matplotlib, laid out like the paper's.
 
-PNG for web pages, SVG for print. The accuracies come from results.py, the scores from rank.json.
+PNG for web pages, SVG for print (of photographs PNG alone). The accuracies come from results.py, the scores
+from rank.json.
 """
 import textwrap
 
@@ -25,7 +26,7 @@ LOOKS = {  # line: (colour, line style, marker)
     "emphasis": ("tab:purple", "--", "P"), "pgd": ("tab:blue", "-", "o"), "fgsm-rs": ("tab:green", ":", "s"),
 }
 OTHERS = [("tab:brown", "-", "x"), ("tab:olive", "--", "^"), ("black", ":", "v"), ("tab:pink", "-.", "<")]
-BASELINES = {"AT": "dimgrey", "no AT": "tab:orange"}
+COLOURS = {"AT": "dimgrey", "no AT": "tab:orange"}
 
 
 def canvas(rows, columns, width, height, **how):
@@ -93,10 +94,10 @@ def curves(path, title, name, groups, panels):
 
 def draw_baselines(axis, none, full, part, kind):
     """Draws AT and no AT as horizontal lines, in panels that show the accuracy on all examples."""
-    if part in ("all", "source all"):
+    if part == "all":
         for label, runs in (("AT", full), ("no AT", none)):
             if found := mean(runs, part, kind):
-                axis.axhline(found[0], color=BASELINES[label], linewidth=1, label=label)
+                axis.axhline(found[0], color=COLOURS[label], linewidth=1, label=label)
 
 
 def look(line):
@@ -141,7 +142,7 @@ def matrix(path, title, classes, single, none, full):
         left.bar_label(bars, fmt="%.0f", fontsize=6.5, padding=2)
     for label, runs in (("AT", full), ("no AT", none)):
         if found := mean(runs):
-            left.axvline(found[0], color=BASELINES[label], label=f"{label} (all classes)", linewidth=1)
+            left.axvline(found[0], color=COLOURS[label], label=f"{label} (all classes)", linewidth=1)
     left.set(yticks=range(len(rows)), yticklabels=[names[classes.index(c)] for c in rows],
              xlabel="robust accuracy (%)", ylabel="A")
     left.margins(x=0.12)

@@ -99,7 +99,7 @@ FLAGS = {
     ],
     "data": [
         ("--dataset", "digits", plain_name,
-         "one of the paper's, digits, digits0-4, digits5-9, or a folder in --data-dir"),
+         "one of the paper's, digits, digits0-4, digits5-9, or one of your own in --data-dir"),
         ("--data-dir", Path("data"), folder, "folder that holds (or receives) the data sets"),
         ("--side", 224, number(int, 32),
          "side of the images of streamed sets, in pixels; small images keep theirs"),
@@ -297,8 +297,8 @@ def check_norm(args, argv, values):
         where, has = f"{args.config}: norm", {*values, *typed}
     else:
         return
-    one_step = getattr(args, "attack", "") == "fgsm-rs"  # its step is always 1.25 eps
-    needed = ["eps"] if one_step else ["eps", "step_size"]
+    own_step = ATTACK_STEPS.get(getattr(args, "attack", None)) is None  # else --step-size has no effect
+    needed = ["eps", "step_size"] if own_step else ["eps"]
     lacks = [f"--{d.replace('_', '-')}" for d in needed if hasattr(args, d) and d not in has]
     if lacks:
         raise UserError(f"{where} {args.norm} needs {' and '.join(lacks)} of its own (linf: say --eps 0.0314 "

@@ -1,5 +1,5 @@
 """Builds the networks: PreActResNet-18 and -8 for small images, ResNet-50 for 224x224 images, and the head of
-the transfer setting.
+the transfer setting. Sets up their training: optimizer, bf16 or float32, torch.compile.
 
 Every network is a Classifier: normalise -> features -> head, from pixels in [0, 1] to logits.
 Paper: Sec. 4, Table 2.

@@ -39,18 +39,15 @@ def theirs(figure, data, line, share, kind):
 def setting_on(data):
     """The flags of the paper's runs on `data` (a data set, or source->target), from configs/: {dest: value},
     empty for data that the paper does not have."""
-    source, target = base(data).split("->")[0], base(data).split("->")[-1]
-    if source not in published()["data sets"]:
+    source, *target = base(data).split("->")
+    folder = HERE / "configs"
+    files = [folder / f"{source}.yaml", *(folder / "transfer" / f"{name}.yaml" for name in target)]
+    if source not in published()["data sets"] or not all(file.exists() for file in files):
         return {}
     defaults = {flag[2:].replace("-", "_"): default for group in flags.FLAGS.values()
                 for flag, default, *_ in group}
-    found = {**defaults, **flags.from_yaml(HERE / "configs" / f"{source}.yaml")}
-    if source != target and not (HERE / "configs" / "transfer" / f"{target}.yaml").exists():
-        return {}
-    if source != target:
-        target = {**defaults, **flags.from_yaml(HERE / "configs" / "transfer" / f"{target}.yaml")}
-        found |= {f"target's {k}": v for k, v in target.items()}
-    return found
+    found, *of_target = ({**defaults, **flags.from_yaml(file)} for file in files)
+    return found | {f"target's {k}": v for values in of_target for k, v in values.items()}
 
 
 def not_the_papers(data, setting):

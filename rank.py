@@ -83,7 +83,8 @@ def score(model, split, device, metrics, vog=None):
         vog.epochs += 1
     model.eval()
     for x, y, index in datasets.ordered(split, part_of(split), 500, device):
-        # GPUs may use TF32 in convolutions: even bf16, which is coarser, hardly changes the order (README).
+        # GPUs may use TF32 in convolutions: even bf16, which is coarser, hardly changes the order
+        # (results-published/README.md).
         tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=True)
         with torch.set_grad_enabled(vog is not None), tf32:
             logits = model(x.requires_grad_(vog is not None))

@@ -3,7 +3,7 @@ beside ours.
 
     python report.py
 Files in: results/**/result.json, rank.json and eval-*.json, results/bench/*.json, configs/. Files out:
-results/tables.md, results/figures/*.png and *.svg.
+results/tables.md, results/figures/*.png and *.svg, and the tables in the files of --into.
 """
 import re
 import statistics
@@ -319,7 +319,7 @@ def into(path, sections):
 
 def main(argv=None):
     """Reads all results; writes the figures, and tables.md with a section for each figure of the paper."""
-    usage = "python report.py [--results DIR] [--into FILE]"
+    usage = "python report.py [--results DIR] [--into FILE ...]"
     parser = flags.Parser(prog="report.py", usage=usage, description=__doc__, formatter_class=flags.Help)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
     parser.add_argument("--into", type=Path, metavar="FILE", nargs="+", default=[],

@@ -1,7 +1,7 @@
 """Reads the results of finished runs, checks them, pools seeds, and compares settings with 95 % intervals.
 
-claims.py, report.py and figures.py use what it returns. It does not import torch.
-Files in: result.json and rank.json below a results folder.
+claims.py, report.py and figures.py show what it returns; intervals and Spearman's correlation are here for
+all scripts. It does not import torch. Files in: result.json and rank.json below a results folder.
 """
 import collections
 import hashlib

@@ -3,7 +3,7 @@
     python sat.py --split esat --frac 0.5 --order hardest                     # the embedded digits, on a CPU
     python sat.py --config configs/cifar10.yaml --split csat --classes cat    # the paper's settings
 
-Files in: the data; results/<dataset>/rank-<arch>-seed0/scores.pt, which is made if it is missing.
+Files in: the data; results/<dataset>/rank-<arch>-seed0/scores.pt, made if it is missing, or --scores.
 Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
 import collections
@@ -42,7 +42,8 @@ def sat_step(net, optimizer, x, y, a, w, attack):
 
     x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64,
     perhaps none; w (b,): the weights, which sum to 1 (under torchrun: see epoch_plan). attack(x, y) returns
-    adversarial examples, for instance functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1).
+    adversarial examples, as functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does. It must leave
+    nothing in .grad: use torch.autograd.grad, not backward().
     """
     optimizer.zero_grad(set_to_none=True)  # before the attack, so that it can use the memory
     if len(a):
@@ -73,10 +74,10 @@ def training_attack(model, args, device):
     """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
     step = models.compiled(attacks.pgd_step, device) if args.compile else attacks.pgd_step
     how = {"eps": args.eps, "norm": args.norm, "step": step, "values": False}  # data.py gives [0, 1]
-    if args.attack == "fgsm-rs":
-        attack = functools.partial(attacks.fgsm_rs, model, **how)
-    else:
-        attack = functools.partial(attacks.pgd, model, step_size=args.step_size, steps=args.steps, **how)
+    attack = {
+        "pgd": functools.partial(attacks.pgd, model, step_size=args.step_size, steps=args.steps, **how),
+        "fgsm-rs": functools.partial(attacks.fgsm_rs, model, **how),
+    }[args.attack]
     # On CPUs one graph serves all sizes of A.
     return filled(attack) if args.compile and device.type == "cuda" else attack
 
@@ -198,7 +199,7 @@ def go_on(run, args, mark):
     differ = common.differing(state["args"], common.identity(args))
     if differ or any(state[k] != v for k, v in mark.items()):
         raise UserError(f"{path} was trained with another A, other data or other flags "
-                        f"({differ or 'the same'}): name this run with --run, or --force")
+                        f"({differ or 'its flags agree'}): name this run with --run, or --force")
     say(f"going on after epoch {state['epoch']} of {path}")
     log, best = state.pop("log"), Best(*(state.pop("best") or (-1, -1, 0)))
     if 0 < best.epoch < state["epoch"] and not (run / "best.pt").exists():

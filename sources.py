@@ -1,10 +1,11 @@
 """Finds and reads the data sets, each as (train, test, classes), where train and test are (images, labels).
 
-Images are one uint8 tensor (N, C, H, W), or a list of paths if they are streamed at 224x224. Labels are int64
-(N,). The digits are part of the repository. Any other data set is looked for under --data-dir as <name>.pt,
-then as an image folder <name>/train/<class>/* with <name>/test or <name>/val, then as the files that
-torchvision reads, and else is downloaded by torchvision. Format of <name>.pt: {"train": {"x": uint8 (N, C, H,
-W), "y": int64 (N,)}, "test": {...}, "classes": [str]}. Paper: Table 1.
+Images are one uint8 tensor (N, C, H, W), or a list of paths if they are streamed. Labels are int64 (N,). The
+digits are part of the repository. Any other data set is looked for under --data-dir as <name>.pt, then as an
+image folder <name>/train/<class>/* with <name>/test or <name>/val, then as the files that torchvision reads,
+and else is downloaded by torchvision; cifar10-small and cifar100-small are made of the whole ones. Format of
+<name>.pt: {"train": {"x": uint8 (N, C, H, W), "y": int64 (N,)}, "test": {...}, "classes": [str]}. Paper:
+Table 1.
 """
 import hashlib
 

@@ -3,8 +3,8 @@ hidden layer on clean images of the target.
 
 Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked on the target's test images.
     python transfer.py results/digits0-4/<run>/best.pt --config configs/transfer/digits5-9.yaml
-Files in: a checkpoint of sat.py, the target's data. Files out, in results/<target>/<source data set>-<source
-run>-seed<seed>/: those of sat.py. The network is the checkpoint's.
+Files in: a checkpoint of sat.py and the result.json beside it, the target's data. Files out, in
+results/<target>/<source data set>-<source run>-seed<seed>/: those of sat.py. The network is the checkpoint's.
 """
 from pathlib import Path
 
