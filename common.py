@@ -22,7 +22,8 @@ def quiet(kind, value, trace, before=sys.excepthook):
 
 
 HERE = Path(__file__).resolve().parent
-if Path(sys.argv[0]).resolve().parent == HERE:  # not in other people's programs
+SCRIPT = Path(sys.argv[0]).resolve()
+if SCRIPT.parent == HERE and SCRIPT.is_file():  # not in other people's programs
     sys.excepthook = quiet
 LOCKS = {}  # {path: file} of the runs that this process makes
 # Flags that say where a run is made and how fast, not what it is.

@@ -624,3 +624,10 @@ def test_closed_stderr_changes_nothing(tmp_path):
                           "--results", str(tmp_path)])
     done = subprocess.run(["bash", "-c", f"{command} 2>&-"], stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0 and "wrote" in done.stdout
+
+
+def test_ctrl_c_while_torch_loads(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    done = script("sat.py", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode and done.stderr == "stopped before anything was done\n"
+    assert sys.excepthook is not common.quiet, "other programs keep theirs"

@@ -526,6 +526,12 @@ def test_filling_A_up_to_16_changes_nothing(trained):
         assert set(seen) == {n_A, -(-n_A // 16) * 16}
 
 
+def test_an_attack_that_training_does_not_know():
+    args = SimpleNamespace(attack="mine", eps=0.5, norm="l2", step_size=0.1, steps=7, compile=False)
+    with pytest.raises(KeyError, match="mine"):
+        sat.training_attack(None, args, torch.device("cpu"))
+
+
 def test_only_A_is_attacked(trained):
     model, data = trained
     args = sat.command_line(["--split", "none", *QUICK])
