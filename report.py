@@ -203,7 +203,7 @@ def difficulty_section(ranks, runs, out):
                 said += [f"Of {metric} with the paper's class order: {found['rho']:.3f} "
                          f"({found['n']} classes)."]
         used = sum(run.ranking in r.get("scores", {}).values() for run in runs)
-        said += [f"{used} runs of these tables used it."] if used else []
+        said += [f"{used} run{'s' * (used > 1)} of these tables used it."] if used else []
         text += [f"### {name}{f' (20 of {n} classes)' if n > 20 else ''}", difficulty_table(r),
                  " ".join(said)]
     if drawn:
