@@ -173,14 +173,16 @@ def check(x, y, norm, eps, values=True):
 def attack_batch(model, x, y, *, eps, norm, attacks, seed):
     """AutoAttack on one batch. Returns (clean, robust), bool (N,) each.
 
-    Raises FloatingPointError for logits that are not finite, which the package would count as robust, and
-    ArithmeticError if an adversarial example lies outside the ball or [0, 1], or if more examples are right
-    after the attack than before.
+    Raises ValueError for labels that are no classes, FloatingPointError for logits that are not finite, which
+    the package would count as robust, and ArithmeticError if an adversarial example lies outside the ball or
+    [0, 1], or if more examples are right after the attack than before.
     """
     from pyautoattack import AutoAttack
     check(x, y, norm, eps)
     with torch.no_grad():
         logits = model(x)
+    if len(y) and not 0 <= y.min() <= y.max() < logits.shape[1]:
+        raise ValueError(f"labels {int(y.min())} to {int(y.max())} on {logits.shape[1]} classes")
     aa = AutoAttack(model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, version="standard",
                     device=x.device, seed=seed)
     aa.attacks_to_run = usable(attacks, logits.shape[1])
@@ -228,7 +230,7 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     `warn(text)` with each kind of its warnings once. Raises what attack_batch does.
     """
     clean, robust = (torch.zeros(len(y), dtype=torch.bool) for _ in range(2))
-    device, done = next(model.parameters()).device, 0
+    device, done = next(model.parameters(), x).device, 0
     watch = Watch(lambda text: progress(done, int(robust.sum()), text), once(warn))
     with listening(watch), fixed_weights(model), eval_mode(model):
         for b, i in enumerate(range(0, len(y), batch_size)):

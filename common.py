@@ -189,8 +189,8 @@ def load(path, keys=()):
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as e:  # torch raises many kinds on a truncated or foreign file
-        raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__}): check "
-                        "the path, or make the file again") from None
+        raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__}): check the "
+                        "path, or make the file again, of plain types and torch tensors") from None
     missing = [k for k in keys if not isinstance(value, dict) or k not in value]
     if missing:
         raise UserError(f"{path} is not a file of this kind: it lacks {', '.join(missing)}")

@@ -5,6 +5,7 @@ Fig. 9, and batches.
 Files in: those that sources.py describes. Batches are (x, y, index): images in [0, 1], labels, positions in
 the training set.
 """
+import functools
 import hashlib
 import os
 from dataclasses import dataclass
@@ -104,13 +105,22 @@ class DataSet:
     test: Split
     classes: list
 
+    @functools.cached_property
+    def images(self):
+        """A hash of all pixels, or of the file names of streamed images."""
+        h = hashlib.sha256()
+        for x in (self.train.x, self.test.x):
+            names = "\n".join("/".join(Path(p).parts[-2:]) for p in getattr(x, "paths", ()))
+            h.update(x.cpu().contiguous().numpy() if isinstance(x, torch.Tensor) else names.encode())
+        return h.hexdigest()[:16]
+
     def fingerprint(self):
-        """What must agree for scores and checkpoints to belong to these data: name, counts, classes and a
-        hash of the labels."""
+        """What must agree for scores and checkpoints to belong to these data: name, counts, classes and
+        hashes of the labels and images."""
         labels = self.train.y.numpy().tobytes() + self.test.y.numpy().tobytes()
         labels = hashlib.sha256(labels).hexdigest()[:16]
         return {"name": self.name, "train": len(self.train), "test": len(self.test),
-                "classes": list(self.classes), "labels": labels}
+                "classes": list(self.classes), "labels": labels, "images": self.images}
 
     def mean_std(self):
         """Mean and standard deviation of the training pixels in each channel, two lists of C, for the first
@@ -142,6 +152,7 @@ def get(name, data_dir, device="cpu", side=224, workers=0):
 def check_fingerprint(data, other, what):
     """UserError unless `other`, the fingerprint stored in `what`, equals that of `data`."""
     mine = data.fingerprint()
+    other = {"images": mine["images"], **other}  # earlier versions did not save it
     differ = [f"{k}: {other.get(k)} there, {v} here" for k, v in mine.items() if other.get(k) != v]
     if differ:
         raise UserError(f"{what} belongs to other data ({'; '.join(differ)[:300]}): "

@@ -71,6 +71,8 @@ def settings(args, data, which="eval"):
         usable = attacks.usable(getattr(args, f"{which}_attacks"), len(data.classes))
     except ValueError as e:
         raise UserError(f"--{which}-attacks: {e}") from None
+    if args.norm == "linf" and args.eps > 1:
+        raise UserError(f"--norm linf --eps {args.eps:g}: pixels are in [0, 1] (8/255 is --eps 0.0314)")
     return {"norm": args.norm, "eps": args.eps, "attacks": usable,
             "n": getattr(args, f"{which}_n"), "batch_size": args.eval_batch, "seed": SEED}
 

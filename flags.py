@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from common import HERE, UserError
+from common import HERE, UserError, say
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 METRICS = ("entropy", "svar", "vog")
@@ -283,6 +283,25 @@ def given(argv, flag):
     """Whether the command line has the flag."""
     words = sys.argv[1:] if argv is None else argv
     return any(word == flag or word.startswith(f"{flag}=") for word in words)
+
+
+def without_idle(args, argv):
+    """Sets flags of sat.py that have no effect beside others back to the config's values, so that they do not
+    make another run of the same, and names those that were typed."""
+    chance, one_step = args.order in ("random", "redrawn"), ATTACK_STEPS[args.attack] is not None
+    for other, holds, idle in (
+            (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
+            ("--split none", args.split == "none", "attack steps step_size random_start"),
+            ("--classes", args.classes, "order metric"),
+            ("--scores", args.scores, "metric"),
+            (f"--order {args.order}", chance, "metric"),
+            ("--weight-factor", args.weight_factor, "weight"),
+            (f"--attack {args.attack}", one_step, "steps step_size")):
+        for name in idle.split() if holds else ():
+            flag = f"--{name.replace('_', '-')}"
+            if given(argv, flag):
+                say(f"note: {flag} has no effect with {other}")
+            setattr(args, name, args.base[name])
 
 
 def check_norm(args, argv, values):

@@ -120,7 +120,8 @@ def curve_section(runs, out, name, title, same, vary, panels):
     text = [f"## {title}", f"![{title}](figures/{name}.png)"]
     for (data, name_of_group), group in groups.items():
         text += [f"### {data}: {name_of_group}", curve_table(name, data, group, vary, panels),
-                 paper.not_the_papers(data, group[0].setting), gaps(group, vary)]
+                 paper.not_the_papers(data, group[0].setting), results.mixed_rankings(group),
+                 gaps(group, vary)]
     return text
 
 

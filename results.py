@@ -191,6 +191,14 @@ def pick(runs, **like):
     return [r for r in runs if all(getattr(r, k) == v for k, v in like.items())]
 
 
+def mixed_rankings(runs):
+    """A sentence if runs by one metric used different rankings; else empty."""
+    for (metric,), same in grouped([r for r in runs if r.ranking], "metric").items():
+        if len({r.ranking for r in same}) > 1:
+            return f"Caution: the runs by {metric} used {len({r.ranking for r in same})} different rankings."
+    return ""
+
+
 def rankings(results):
     """{path: content} of every rank.json below the folder `results`."""
     ranks = {path: common.read_json(path) for path in found(results, "rank.json")}

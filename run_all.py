@@ -73,6 +73,9 @@ FIGURES = {  # --split, orders, and the flags whose values the figure compares
     "fig15": ("csat", ["hardest", "easiest", "random"], {"weight": ["emphasis"]}),
     "fig16": ("esat", ["hardest"], {"weight": ["emphasis"], "attack": ["fgsm-rs", "pgd"]}),
 }
+# The flags by which the runs of a figure differ, and those with a variable of their own.
+OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--metrics",
+       "--scores", "--weight", "--weight-factor", "--attack", "--seed", "--run", "--results", "--data-dir")
 SAME = {"fig4": "fig5", "fig13": "fig5", "fig14": "fig8"}  # figures that show the same runs
 SECTIONS = {  # section: (source, targets of the transfer, figures)
     "cifar10": [("cifar10", "", "fig2 fig3 fig4 fig5 fig6 fig13")],
@@ -113,9 +116,9 @@ def runs_of(d, name):
     return rows
 
 
-def stages(sections, wanted, results):
+def stages(sections, wanted, results, arch=None):
     """Every stage of the figures, repeats included: (figure, script, folder, the file that a finished stage
-    has, cost in forward passes, arguments)."""
+    has, cost in forward passes, arguments). arch: the network, if it is not the section's."""
     for source, targets, figures in (part for s in sections for part in SECTIONS[s]):
         d = DATASETS[source]
         config, dataset, prefix = d.get("config", source), d.get("dataset", source), d["prefix"]
@@ -139,8 +142,9 @@ def stages(sections, wanted, results):
             name, figure = SAME.get(shown, shown), f"{source}{' -> ' * bool(targets)}{targets}: {shown}"
             if name != "fig2":
                 passes = d["n"] * d["epochs"] * (5 if "vog" in d["metrics"] else 4)
-                yield (f"{source}: ranking (fig3)", "rank.py", f"{results}/{dataset}/rank-{d['arch']}-seed0",
-                       "rank.json", passes, [*base, "--metrics", *d["metrics"].split()])
+                yield (f"{source}: ranking (fig3)", "rank.py",
+                       f"{results}/{dataset}/rank-{arch or d['arch']}-seed0", "rank.json", passes,
+                       [*base, "--metrics", *d["metrics"].split()])
             if name != "fig3":
                 for split, share in (("none", 0), ("full", 1)):
                     for seed in range(d["baselines"]):
@@ -232,15 +236,27 @@ def command_line(argv):
     return list(dict.fromkeys(sections)), [w for w in words if w in FIGURES or w in SAME], "--dry-run" in argv
 
 
+def arch_of(extra):
+    """The network that the words of EXTRA ask for, or None. Exits with one line on a mistake in them."""
+    parser = flags.Parser(prog="sat.py", add_help=False)
+    flags.add_flags(parser, *flags.FLAGS)
+    try:
+        args = parser.parse_args(extra)
+    except flags.UserError as e:
+        mistake(f"EXTRA: {e}")
+    for flag in OWN:
+        if flags.given(extra, flag):
+            mistake(f"EXTRA: {flag} is set by the figures, not by EXTRA")
+    return args.arch if flags.given(extra, "--arch") else None
+
+
 def main(argv):
     """Lists the stages, then either prints them or makes them and the report."""
     sections, wanted, dry = command_line(argv)
     results, data = os.environ.get("RESULTS", "results"), os.environ.get("DATA", "data")
     python, nproc = os.environ.get("PYTHON", sys.executable), os.environ.get("NPROC", "1")
-    listed, extra = list(stages(sections, wanted, results)), os.environ.get("EXTRA", "").split()
-    for word in extra:
-        if word.startswith("--") and not any(flags.known([word], script) for script in flags.SCRIPTS):
-            mistake(f"EXTRA: no script has the flag {word} (python sat.py --help lists them)")
+    extra = shlex.split(os.environ.get("EXTRA", ""))
+    listed = list(stages(sections, wanted, results, arch_of(extra)))
     if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
         mistake(f"NPROC={nproc}: give the number of processes, 1 or more")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]

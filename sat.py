@@ -189,17 +189,18 @@ def cost(args, seen, attacked, frozen):
             "forward_equivalents": seen + 2 * trained + 2 * steps * attacked}
 
 
-def go_on(run, args, mark):
+def go_on(run, data, args, A):
     """Where a stopped run goes on: (its last.pt, log, Best), or (None, [], Best(-1, -1, 0)) without one.
-    Raises UserError if last.pt belongs to another A, other data or other flags."""
+    Raises UserError if last.pt belongs to another A (by its hash), other data or other flags."""
     path = run / "last.pt"
     if not path.exists():
         return None, [], Best(-1, -1, 0)
-    state = common.load(path, (*mark, "args", "optimizer", "log", "best"))
+    state = common.load(path, ("A", "fingerprint", "args", "optimizer", "log", "best"))
+    datasets.check_fingerprint(data, state["fingerprint"], path)
     differ = common.differing(state["args"], common.identity(args))
-    if differ or any(state[k] != v for k, v in mark.items()):
-        raise UserError(f"{path} was trained with another A, other data or other flags "
-                        f"({differ or 'its flags agree'}): name this run with --run, or --force")
+    if differ or state["A"] != A:
+        raise UserError(f"{path} was trained with {differ and 'other flags' or 'another A'} "
+                        f"({differ or 'the flags agree'}): name this run with --run, or --force")
     say(f"going on after epoch {state['epoch']} of {path}")
     log, best = state.pop("log"), Best(*(state.pop("best") or (-1, -1, 0)))
     if 0 < best.epoch < state["epoch"] and not (run / "best.pt").exists():
@@ -219,8 +220,8 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     select, final = datasets.selection_and_final(len(data.test))
     select, final = select[:args.select_n or None], final[:args.eval_n or None]
     when, how = {d + 1 for d in args.lr_decays} | {args.epochs}, evaluate.settings(args, data, "select")
-    mark = {"A": hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16], "fingerprint": data.fingerprint()}
-    state, log, best = go_on(run, args, mark)
+    hash_of_A = hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16]
+    state, log, best = go_on(run, data, args, hash_of_A)
     for state in train(model, data.train, A, w_A, args, device, state):
         row, epoch = state["row"], state["epoch"]
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} "
@@ -233,7 +234,7 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
             best = max(best, Best(robust, clean, epoch))
         log = [*log, row]
         if rank() == 0:
-            kept = evaluate.checkpoint(model, data, args, epoch, A_classes, **mark)
+            kept = evaluate.checkpoint(model, data, args, epoch, A_classes, A=hash_of_A)
             common.save_epoch(run, {**kept, "optimizer": state["optimizer"], "log": log, "best": list(best)})
             if best.epoch == epoch:
                 common.save(run / "best.pt", kept)
@@ -281,28 +282,22 @@ def command_line(argv=None):
         raise UserError(f"--split {args.split} takes one of --frac, --size{classes}; given: {given}")
     if parted and not sized:
         args.frac = 0.5
-    if args.order in ("random", "redrawn"):
-        args.metric = args.base["metric"]  # it orders nothing
-    one_step = flags.ATTACK_STEPS[args.attack] is not None
-    for flag, other, idle in (("--weight", "--weight-factor", args.weight_factor),
-                              ("--metric", f"--order {args.order}", args.order in ("random", "redrawn")),
-                              ("--steps", f"--attack {args.attack}", one_step),
-                              ("--step-size", f"--attack {args.attack}", one_step)):
-        if idle and flags.given(argv, flag):
-            say(f"note: {flag} has no effect with {other}")
+    flags.without_idle(args, argv)
     if args.order == "redrawn" and args.split == "csat":
         raise UserError("--order redrawn draws single examples: it goes with --split esat")
     if args.scores and (args.classes or args.order not in ("hardest", "easiest")):
         raise UserError("--scores goes with --order hardest or easiest, and without --classes")
-    args.own_scores = subset.read_scores(args.scores) if args.scores else None
+    args.own_scores = None
     if args.scores:  # a run's identity is what the file holds, not where it lies
-        args.scores = results.scores_hash(args.own_scores.numpy())
+        args.own_scores = args.scores.name, subset.read_scores(args.scores)
+        args.scores = results.scores_hash(args.own_scores[1].numpy())
     return args
 
 
 def run_folder(args):
     """The folder of the run that these flags describe, and whether it is finished."""
-    lead = [args.split]
+    second_config = args.config.stem != args.base["dataset"] == args.dataset  # as cifar10-linf.yaml
+    lead = [args.config.stem] * second_config + [args.split]
     told = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor"}
     if args.classes:
         lead += args.classes
@@ -328,15 +323,18 @@ def main(argv=None):
     if amount and args.order in ("hardest", "easiest"):
         n, unit = (len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")
         subset.how_many(amount, n, unit)  # an impossible amount is refused before a ranking is made
-        scores, ranked = args.own_scores, {"scores": args.scores}
-        if not args.scores:
+        if args.scores:
+            file, scores = args.own_scores
+            ranked = {"scores": args.scores, "file": file}
+        else:
             scores, ranked = subset.ranking(args, data)
     A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order,
                  scores=scores, seed=args.seed)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes = [data.classes[c] for c in y[A].unique()] if args.split == "csat" else None
+    names = f" in {', '.join(A_classes)}" if A_classes and len(A_classes) <= 10 else ""
     say(f"SAT on {data.name} ({len(y):,} training images, {len(data.classes)} classes): "
-        f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}), w_A {w_A:.3g}; "
+        f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}){names}, w_A {w_A:.3g}; "
         f"{args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, "
         f"seed {args.seed} -> {run}")
     if common.start_run(run, args):

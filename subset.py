@@ -19,7 +19,8 @@ def how_many(amount, n, unit):
     """|A| from a fraction (float) of n, or a number (int). Raises UserError outside 1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
     if not isinstance(k, int) or not 1 <= k <= n:
-        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n}")
+        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n} (--size), or that part "
+                        "of them (--frac)")
     return k
 
 
@@ -59,11 +60,13 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
 
 
 def check_scores(scores, n, what="the scores"):
-    """Raises UserError unless scores are n finite numbers."""
+    """Raises UserError unless scores are n finite numbers that are not all equal."""
     finite = scores.double().isfinite() if isinstance(scores, torch.Tensor) else torch.zeros(0)
     if finite.shape != (n,) or not finite.all():
         raise UserError(f"{what}: {int(finite.sum()):,} finite numbers in shape {tuple(finite.shape)}; there "
                         f"must be one for each of the {n:,} training examples, higher = harder")
+    if n > 1 and scores.min() == scores.max():
+        raise UserError(f"{what} are all {scores[0]:g}: they order nothing (vog needs two epochs or more)")
 
 
 def class_means(scores, y, n_classes):
@@ -143,8 +146,8 @@ def rank_command(args):
 
 def read_scores(path):
     """The scores of --scores FILE as float64 (N,): a tensor (.pt) or an array (.npy, .npz with one array) of
-    N numbers, higher = harder. N whole numbers that are a permutation of 0 to N - 1 are read as an order of
-    the training examples, hardest first."""
+    N numbers, higher = harder. An integer permutation of 0 to N - 1 is read as an order of the training
+    examples, hardest first. One of 1 to N, or of floats, could be an order or ranks: UserError."""
     try:
         if path.suffix == ".pt":
             found = torch.load(path, weights_only=True, map_location="cpu").numpy()
@@ -160,8 +163,13 @@ def read_scores(path):
         why = " ".join(str(e).split())[:100]
         raise UserError(f"--scores {path}: {why}; valid: N numbers in a .pt tensor, a .npy, or a .npz with "
                         "one array") from None
-    n = len(found)
-    if found.dtype.kind in "iu" and numpy.array_equal(numpy.sort(found), numpy.arange(n)):
+    n, ascending = len(found), numpy.sort(found)
+    is_order = numpy.array_equal(ascending, numpy.arange(n))
+    if numpy.array_equal(ascending, numpy.arange(1, n + 1)) or is_order and found.dtype.kind == "f":
+        raise UserError(f"--scores {path} holds each of {ascending[0]:g} to {ascending[-1]:g} once: an order "
+                        f"or ranks? Give an order as integers 0 to {n - 1}, hardest first, or scores that "
+                        "are not all whole")
+    if is_order:
         say(f"{path} is read as an order of the indices, hardest first (give scores as numbers that are not "
             "whole)")
         order, found = found, numpy.empty(n)

@@ -103,6 +103,19 @@ def test_image_folder_and_tensor_file_agree(tmp_path):
     assert torch.equal(packed.test.x, folder.test.x) and packed.fingerprint() == folder.fingerprint()
 
 
+def test_the_fingerprint_sees_every_image(tmp_path):
+    data, other = datasets.get("digits", "data"), datasets.get("digits", "data")
+    other.test.x = other.test.x.clone()
+    other.test.x[499, 0, 7, 7] += 1
+    with pytest.raises(UserError, match="scores.pt belongs to other data .images: "):
+        datasets.check_fingerprint(other, data.fingerprint(), "scores.pt")
+    earlier = {k: v for k, v in data.fingerprint().items() if k != "images"}
+    datasets.check_fingerprint(data, earlier, "scores.pt")  # as earlier versions wrote it
+    streamed = lambda name: datasets.Split(datasets.Files([Path("a", name)]), torch.zeros(1))
+    one, same, two = (datasets.DataSet("f", *[streamed(name)] * 2, []).images for name in "112")
+    assert one == same != two
+
+
 def test_cifar_in_its_publishers_format(tmp_path, monkeypatch):
     from torchvision.datasets import cifar
     monkeypatch.setattr(cifar, "check_integrity", lambda *a: True)  # the sums of the real files
@@ -308,7 +321,8 @@ def test_resnet50_through_every_stage(tmp_path, monkeypatch, capsys):
         self.apgd.n_iter = 10
     monkeypatch.setattr(AutoAttack, "_set_version", set_version)
     rank.main(["--config", "c.yaml", "--dataset", "pets"])
-    sat.main(["--config", "c.yaml", "--dataset", "pets", "--split", "esat", "--frac", "0.5", "--run", "a"])
+    # By svar, because after two steps the entropies are all 0.
+    sat.main(["--config", "c.yaml", "--dataset", "pets", "--split", "esat", "--metric", "svar", "--run", "a"])
     evaluate.main(["results/pets/a/best.pt"])
     transfer.main(["results/pets/a/best.pt", "--config", "c.yaml", "--dataset", "other"])
     own, again = (json.loads(p.read_text()) for p in [
@@ -343,6 +357,23 @@ def test_flags_without_effect_are_named(capsys):
         args = sat.command_line(argv)
         assert told in capsys.readouterr().out if told else capsys.readouterr().out == ""
         assert args.metric == "entropy"
+
+
+@pytest.mark.parametrize("split,idle", [
+    ("full", ["--order", "easiest", "--metric", "svar", "--weight", "balanced"]),
+    ("none", ["--weight-factor", "3", "--attack", "fgsm-rs", "--steps", "3", "--random-start"]),
+    ("csat", ["--order", "random", "--metric", "svar"])])
+def test_flags_without_effect_make_no_other_run(split, idle):
+    argv = ["--split", split, *["--classes", "3"] * (split == "csat")]
+    plain, same = sat.command_line(argv), sat.command_line([*argv, *idle])
+    assert vars(plain) == vars(same) and sat.run_folder(plain) == sat.run_folder(same)
+
+
+def test_two_configs_of_a_data_set_have_runs_of_their_own():
+    name = lambda *argv: sat.run_folder(sat.command_line(["--config", *argv]))[0].name
+    first, second = (str(HERE / f"configs/{name}.yaml") for name in ("cifar10", "cifar10-linf"))
+    names = [name(first), name(second), name(first, "--dataset", "mine")]
+    assert names == [f"{lead}esat-hardest-0.5-seed0" for lead in ("", "cifar10-linf-", "")]
 
 
 @pytest.mark.parametrize("row", TABLE_2.split("\n")[1:-1])
@@ -418,6 +449,8 @@ BAD = {
     "frac is no number": (["--frac", "nan"], "'nan' is not a finite number above 0 and at most 1"),
     "seed of 32 bits": (["--seed", "2147483648"], "at most 2147483647"),
     "decay before the start": (["--lr-decays", "-1"], "'-1' is not a whole number of at least 0"),
+    "Linf in pixels of 255": (["--norm", "linf", "--eps", "8", "--step-size", "2"],
+                              "--norm linf --eps 8: pixels are in [0, 1] (8/255 is --eps 0.0314)"),
     "another norm": (["--norm", "l1"], "invalid choice: 'l1' (choose from l2, linf)|"
                                        "invalid choice: 'l1' (choose from 'l2', 'linf')"),
     "another attack in training": (["--attack", "cw"], "invalid choice: 'cw'"),
@@ -653,6 +686,12 @@ def test_scores_of_ones_own(tmp_path):
         with pytest.raises(UserError, match=f"{name}: .*valid: N numbers in a .pt tensor"):
             subset.read_scores(tmp_path / name)
     assert not (tmp_path / "pwned").exists()
+    for values in (order + 1, order + 1.0, order.astype(float)):
+        np.save(tmp_path / "ranks.npy", values)
+        with pytest.raises(UserError, match="holds each of . to . once: an order or ranks"):
+            subset.read_scores(tmp_path / "ranks.npy")
+    with pytest.raises(UserError, match="the scores are all 2: they order nothing"):
+        sat.choose_A("esat", torch.arange(4), list("abcd"), amount=2, scores=torch.full((4,), 2.0))
 
 
 def test_a_run_by_scores_of_ones_own(tmp_path, monkeypatch):
@@ -667,7 +706,7 @@ def test_a_run_by_scores_of_ones_own(tmp_path, monkeypatch):
     sat.main(["--scores", "mine.pt", "--size", "40", *QUICK, "--epochs", "1"])
     result = json.loads(next(Path("results").glob("digits/*/result.json")).read_text())
     assert (result["A"] == 40 and result["ranking"]["scores"] == result["args"]["scores"]
-            and not list(Path("results").glob("*/rank*")))
+            and result["ranking"]["file"] == "mine.pt" and not list(Path("results").glob("*/rank*")))
     with pytest.raises(UserError, match="each of the 1,297 training"):
         sat.main(["--scores", "short.pt", *QUICK])
 

@@ -467,3 +467,10 @@ def test_transfers_keep_the_seeds_of_source_and_target_apart():
 def test_two_seeds_count_their_spread():
     pair = [run("full", first(s, 1000), seed=i) for i, s in enumerate((0.4, 0.6))]
     assert results.noise(pair).df == 1 and results.noise(pair).variance == pytest.approx(200)
+
+
+def test_lines_of_different_rankings_are_told():
+    one, other, chance = (run("esat", first(0.5), A=a, ranking=r)
+                          for a, r in ((9, "x"), (99, "y"), (999, "")))
+    assert results.mixed_rankings([one, chance]) == ""
+    assert "by entropy used 2 different rankings" in results.mixed_rankings([one, other, chance])

@@ -52,14 +52,15 @@ def test_best_is_mended_when_stopped_before_it_was_written(tmp_path, monkeypatch
 def test_going_on_without_a_best_checkpoint(tmp_path):
     """Before the first selection there is none (None in files of an earlier version);
     a lost one is noticed before the rest is trained."""
-    args, mark = sat.command_line([]), {"A": "a", "fingerprint": {}}
-    state = {**mark, "args": common.identity(args), "optimizer": {}, "log": [], "epoch": 2}
+    args, digits = sat.command_line([]), datasets.get("digits", "data")
+    state = {"A": "a", "fingerprint": digits.fingerprint(), "args": common.identity(args), "optimizer": {},
+             "log": [], "epoch": 2}
     for best in (None, [-1, -1, 0]):
         common.save(tmp_path / "last.pt", {**state, "best": best})
-        assert sat.go_on(tmp_path, args, mark)[2] == (-1, -1, 0)
+        assert sat.go_on(tmp_path, digits, args, "a")[2] == (-1, -1, 0)
     common.save(tmp_path / "last.pt", {**state, "best": [0.5, 0.5, 1]})
     with pytest.raises(UserError, match="best.pt, of epoch 1, is missing: --force repeats the run"):
-        sat.go_on(tmp_path, args, mark)
+        sat.go_on(tmp_path, digits, args, "a")
 
 
 TWO = """
@@ -307,7 +308,10 @@ def test_run_all_with_torchrun_and_a_wrong_section():
     for argv, env, told in ((["mnist"], {}, "no section or figure 'mnist'; valid: cifar10"),
                             (["digits", "fig99"], {}, "'fig99'; valid: cifar10"), ([], {}, "name a section"),
                             (["cifar10", "fig7"], {}, "cifar10 has no fig7; it is in: transfer cifar10-cpu"),
-                            (["digits"], {"EXTRA": "--epoch 2"}, "no script has the flag --epoch "),
+                            (["digits"], {"EXTRA": "--epoch 2"}, "EXTRA: unrecognized arguments: --epoch 2"),
+                            (["digits"], {"EXTRA": "--epochs two"}, "--epochs: 'two' is not a whole"),
+                            (["digits"], {"EXTRA": "epochs 2"}, "EXTRA: unrecognized arguments: epochs 2"),
+                            (["digits"], {"EXTRA": "--seed=5"}, "EXTRA: --seed is set by the figures"),
                             (["digits"], {"NPROC": "0"}, "NPROC=0: give the number of processes")):
         done = subprocess.run([str(HERE / "run_all.sh"), *argv, "--dry-run"], capture_output=True, text=True,
                               env={**os.environ, **env})
@@ -400,11 +404,10 @@ def test_run_all_that_was_killed_is_taken_over_at_once(tmp_path):
 def test_extra_flags_reach_the_scripts_that_have_them(tmp_path):
     go = stub(tmp_path, MAKES)
     assert go("digits", "fig8", "fig6",
-              EXTRA="--epochs 2 --eval-n 20 --no-compile --order easiest").returncode == 0
+              EXTRA="--epochs 2 --eval-n 20 --no-compile").returncode == 0
     for line in (tmp_path / "calls").read_text().splitlines()[:-1]:
         assert "--epochs 2" in line and "--no-compile" in line
-        assert (("--eval-n 20" in line) == ("rank.py" not in line)
-                and line.count("--order easiest") >= ("sat.py" in line))
+        assert ("--eval-n 20" in line) == ("rank.py" not in line)
 
 
 def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
@@ -590,6 +593,10 @@ def test_extra_flags_do_not_change_the_names_that_run_all_waits_for(monkeypatch,
             folder = sat.run_folder(sat.command_line(words))[0].name
             assert folder in ("none-seed0", "full-seed0") or "-seed0" in words[words.index("--run") + 1]
             assert "epochs=40" not in folder
+    monkeypatch.setenv("EXTRA", "--arch resnet50")
+    listed = {folder for _, _, folder, *_ in run_all.stages(["digits"], ["fig3"], "r", run_all.arch_of(
+        ["--arch", "resnet50"]))}
+    assert listed == {"r/digits/rank-resnet50-seed0"}
 
 
 def test_a_resumed_redrawn_run_is_the_run_that_was_never_stopped():

@@ -198,6 +198,8 @@ def test_autoattack_refuses_logits_that_are_not_finite():
     nn.init.constant_(model.head.bias, math.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
         attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])
+    with pytest.raises(ValueError, match="labels 10 to 10 on 10 classes"):
+        attacks.autoattack(net(), x, torch.full_like(y, 10), eps=0.1, attacks=["apgd-ce"])
 
 
 @pytest.mark.parametrize("lie,message", [
