@@ -69,7 +69,7 @@ from torch import nn
 torch.set_num_threads(1)
 folder, name, start = sys.argv[1:]
 def train(case, w_A, flags):
-    args = sat.command_line(["--split", "none", "--epochs", "2", "--lr-decays", "1", "--batch-size", "63",
+    args = sat.command_line(["--split", "full", "--epochs", "2", "--lr-decays", "1", "--batch-size", "63",
                              "--steps", "2", *flags])
     device = common.set_up(args)
     digits = data.get("digits", "data")

@@ -417,7 +417,7 @@ def oracle_training(model, data, args, attack):
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_empty_A_is_vanilla_training_and_full_A_is_AT(everything):
-    args = sat.command_line(["--split", "none", *QUICK, "--lr", "0.05", "--lr-decays", "1", "--steps", "3"])
+    args = sat.command_line(["--split", "full", *QUICK, "--lr", "0.05", "--lr-decays", "1", "--steps", "3"])
     data = datasets.get("digits", "data")
     data.train = datasets.Split(data.train.x[:192], data.train.y[:192])
     mine, other, opposite = net(), net(), net()
@@ -441,7 +441,7 @@ def short_training(device, compile=False, amp="off", attack=True):
     """Four steps of SAT on digits with A = every third example: the change of all weights as one vector,
     and the log's row."""
     torch.backends.cudnn.allow_tf32 = False  # as common.set_up has it
-    args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--batch-size", "40", "--steps", "3",
+    args = sat.command_line(["--split", "full", *QUICK, "--epochs", "1", "--batch-size", "40", "--steps", "3",
                              "--step-size", "0.5", "--eps", "1.5", "--lr", "0.05", "--amp", amp,
                              "--compile" if compile else "--no-compile"])
     data = datasets.get("digits", "data", device)
@@ -477,7 +477,7 @@ def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compil
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_the_gpu(request):
     device = torch.device("cuda")
-    args = sat.command_line(["--split", "none", *QUICK, "--augment", "full",
+    args = sat.command_line(["--split", "full", *QUICK, "--augment", "full",
                              "--batch-size", "64", "--random-start"])
     g = torch.Generator().manual_seed(0)
     split = datasets.Split(torch.randint(0, 256, (256, 3, 32, 32), generator=g, dtype=torch.uint8),
@@ -515,7 +515,7 @@ def test_the_attack_under_bf16_keeps_images_and_projection_in_float32(trained, d
 def test_filling_A_up_to_16_changes_nothing(trained):
     model, data = trained
     x, y = data.train.pixels(torch.arange(64), "cpu"), data.train.y[:64]
-    args = vars(sat.command_line(["--split", "none"]))
+    args = vars(sat.command_line(["--split", "full"]))
     for n_A, flags in ((1, {}), (16, {}), (21, {"random_start": True}), (64, {"attack": "fgsm-rs"})):
         seen, a = [], torch.randperm(64, generator=torch.Generator().manual_seed(n_A))[:n_A]
         watched = lambda z: seen.append(len(z)) or model(z)
@@ -536,7 +536,7 @@ def test_an_attack_that_training_does_not_know():
 
 def test_only_A_is_attacked(trained):
     model, data = trained
-    args = sat.command_line(["--split", "none", *QUICK])
+    args = sat.command_line(["--split", "full", *QUICK])
     x, y = data.train.pixels(torch.arange(64), "cpu"), data.train.y[:64]
     in_A, w = torch.arange(64) % 3 == 0, torch.full((64,), 1 / 64)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
@@ -557,7 +557,7 @@ def test_train_uses_w_A():
     """One SGD step with weights, against autograd on the weighted loss written out."""
     data = datasets.get("digits", "data")
     split = datasets.Split(data.train.x[:64], data.train.y[:64])
-    args = sat.command_line(["--split", "none", *QUICK, "--epochs", "1", "--eps", "0",
+    args = sat.command_line(["--split", "full", *QUICK, "--epochs", "1", "--eps", "0",
                              "--augment", "none", "--weight-decay", "0"])
     A, model, other = torch.arange(64) < 16, *(net().to(memory_format=torch.channels_last) for _ in range(2))
     for _ in sat.train(model, split, A, 5.0, args, torch.device("cpu")):
@@ -596,7 +596,7 @@ def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, mon
 
 def test_logits_that_are_not_finite_stop_although_the_loss_is_finite():
     data = datasets.get("digits", "data")
-    args = sat.command_line(["--split", "none", *QUICK, "--batch-size", "64"])
+    args = sat.command_line(["--split", "full", *QUICK, "--batch-size", "64"])
     split, model = datasets.Split(data.train.x[data.train.y > 0], data.train.y[data.train.y > 0]), net()
     with torch.no_grad():
         model.head.bias[0] = -math.inf  # of a class that never occurs: each example's loss is finite
