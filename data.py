@@ -111,7 +111,7 @@ class DataSet:
         h = hashlib.sha256()
         for x in (self.train.x, self.test.x):
             names = "\n".join("/".join(Path(p).parts[-2:]) for p in getattr(x, "paths", ()))
-            h.update(x.cpu().contiguous().numpy() if isinstance(x, torch.Tensor) else names.encode())
+            h.update(x.cpu().contiguous().numpy() if isinstance(x, torch.Tensor) else os.fsencode(names))
         return h.hexdigest()[:16]
 
     def fingerprint(self):

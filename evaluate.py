@@ -83,8 +83,8 @@ def attack(model, data, index, setting, folder):
     They are dealt to the processes in chunks of a batch, chunk c with the seed seed + c. Finished chunks are
     kept in `folder`, under a hash of all that they depend on: a stopped evaluation goes on from there.
     """
-    what = json.dumps([digest(model.state_dict()), data.fingerprint(), index.tolist(), setting],
-                      sort_keys=True)
+    same = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
+    what = json.dumps([digest(model.state_dict()), same, index.tolist(), setting], sort_keys=True)
     folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     chunks = list(enumerate(index.split(setting["batch_size"])))[rank()::world()]

@@ -279,6 +279,12 @@ def parse(parser, argv=None):
     return args
 
 
+def second_config(args):
+    """[The config's name] if it is not its data set's, as cifar10-linf.yaml, whose runs need names of their
+    own; else []."""
+    return [args.config.stem] * (args.config.stem != args.base["dataset"])
+
+
 def given(argv, flag):
     """Whether the command line has the flag."""
     words = sys.argv[1:] if argv is None else argv
@@ -286,22 +292,24 @@ def given(argv, flag):
 
 
 def without_idle(args, argv):
-    """Sets flags of sat.py that have no effect beside others back to the config's values, so that they do not
-    make another run of the same, and names those that were typed."""
-    chance, one_step = args.order in ("random", "redrawn"), ATTACK_STEPS[args.attack] is not None
+    """Names the typed flags of sat.py that have no effect beside others. Those that choose A and its loss get
+    the config's values back, so that they make no other run of the same. Steps and step size stay, because
+    only runs that agree in these stand in one table."""
     for other, holds, idle in (
             (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
-            ("--split none", args.split == "none", "attack steps step_size random_start"),
+            ("--split none", args.split == "none", "attack"),
             ("--classes", args.classes, "order metric"),
             ("--scores", args.scores, "metric"),
-            (f"--order {args.order}", chance, "metric"),
+            (f"--order {args.order}", args.order in ("random", "redrawn"), "metric"),
             ("--weight-factor", args.weight_factor, "weight"),
-            (f"--attack {args.attack}", one_step, "steps step_size")):
+            (f"--attack {args.attack}", ATTACK_STEPS[args.attack] is not None, "steps"),
+            ("--attack fgsm-rs", args.attack == "fgsm-rs", "step_size")):
         for name in idle.split() if holds else ():
             flag = f"--{name.replace('_', '-')}"
             if given(argv, flag):
                 say(f"note: {flag} has no effect with {other}")
-            setattr(args, name, args.base[name])
+            if name not in ("steps", "step_size"):
+                setattr(args, name, args.base[name])
 
 
 def check_norm(args, argv, values):
@@ -316,8 +324,8 @@ def check_norm(args, argv, values):
         where, has = f"{args.config}: norm", {*values, *typed}
     else:
         return
-    own_step = ATTACK_STEPS.get(getattr(args, "attack", None)) is None  # else --step-size has no effect
-    needed = ["eps", "step_size"] if own_step else ["eps"]
+    one_step = getattr(args, "attack", "") == "fgsm-rs"  # its step is always 1.25 eps
+    needed = ["eps"] if one_step else ["eps", "step_size"]
     lacks = [f"--{d.replace('_', '-')}" for d in needed if hasattr(args, d) and d not in has]
     if lacks:
         raise UserError(f"{where} {args.norm} needs {' and '.join(lacks)} of its own (linf: say --eps 0.0314 "

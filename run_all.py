@@ -8,10 +8,10 @@ any time and started again.
     NPROC=4 ./run_all.sh cifar10           each run on 4 GPUs (or processes) of this machine, by torchrun
 
 Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all. Figures of them may follow;
-without any, all are made. Environment: RESULTS and DATA (folders), NPROC, PYTHON, EXTRA (flags for every run
-that has them, for instance EXTRA="--epochs 2"). Several copies may share a results folder, one a GPU, also on
-several machines if its file system has flock: each run is made once, a transfer waits for its source, and a
-run whose copy died is taken over.
+without any, all are made. Environment: RESULTS and DATA (folders), NPROC, PYTHON, EXTRA (flags for all runs,
+for instance EXTRA="--epochs 2", except those by which runs differ). Several copies may share a results
+folder, one a GPU, also on several machines if its file system has flock: each run is made once, a transfer
+waits for its source, and a run whose copy died is taken over.
 """
 import fcntl
 import os
@@ -73,7 +73,7 @@ FIGURES = {  # --split, orders, and the flags whose values the figure compares
     "fig15": ("csat", ["hardest", "easiest", "random"], {"weight": ["emphasis"]}),
     "fig16": ("esat", ["hardest"], {"weight": ["emphasis"], "attack": ["fgsm-rs", "pgd"]}),
 }
-# The flags by which the runs of a figure differ, and those with a variable of their own.
+# The flags by which the runs differ, and those with a variable of their own: EXTRA may not have them.
 OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--metrics",
        "--scores", "--weight", "--weight-factor", "--attack", "--seed", "--run", "--results", "--data-dir")
 SAME = {"fig4": "fig5", "fig13": "fig5", "fig14": "fig8"}  # figures that show the same runs
@@ -236,18 +236,18 @@ def command_line(argv):
     return list(dict.fromkeys(sections)), [w for w in words if w in FIGURES or w in SAME], "--dry-run" in argv
 
 
-def arch_of(extra):
-    """The network that the words of EXTRA ask for, or None. Exits with one line on a mistake in them."""
+def extra_flags(text):
+    """The words of EXTRA, and the network that they ask for, or None. Exits with one line on a mistake."""
     parser = flags.Parser(prog="sat.py", add_help=False)
     flags.add_flags(parser, *flags.FLAGS)
     try:
-        args = parser.parse_args(extra)
-    except flags.UserError as e:
+        words = shlex.split(text)
+        args = parser.parse_args(words)
+    except ValueError as e:  # UserError too
         mistake(f"EXTRA: {e}")
-    for flag in OWN:
-        if flags.given(extra, flag):
-            mistake(f"EXTRA: {flag} is set by the figures, not by EXTRA")
-    return args.arch if flags.given(extra, "--arch") else None
+    for flag in (flag for flag in OWN if flags.given(words, flag)):
+        mistake(f"EXTRA: {flag} differs between the runs, so run_all.sh sets it (the folders: RESULTS, DATA)")
+    return words, args.arch if flags.given(words, "--arch") else None
 
 
 def main(argv):
@@ -255,8 +255,8 @@ def main(argv):
     sections, wanted, dry = command_line(argv)
     results, data = os.environ.get("RESULTS", "results"), os.environ.get("DATA", "data")
     python, nproc = os.environ.get("PYTHON", sys.executable), os.environ.get("NPROC", "1")
-    extra = shlex.split(os.environ.get("EXTRA", ""))
-    listed = list(stages(sections, wanted, results, arch_of(extra)))
+    extra, arch = extra_flags(os.environ.get("EXTRA", ""))
+    listed = list(stages(sections, wanted, results, arch))
     if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
         mistake(f"NPROC={nproc}: give the number of processes, 1 or more")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]

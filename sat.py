@@ -296,8 +296,7 @@ def command_line(argv=None):
 
 def run_folder(args):
     """The folder of the run that these flags describe, and whether it is finished."""
-    second_config = args.config.stem != args.base["dataset"] == args.dataset  # as cifar10-linf.yaml
-    lead = [args.config.stem] * second_config + [args.split]
+    lead = [*flags.second_config(args), args.split]
     told = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor"}
     if args.classes:
         lead += args.classes

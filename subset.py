@@ -164,8 +164,8 @@ def read_scores(path):
         raise UserError(f"--scores {path}: {why}; valid: N numbers in a .pt tensor, a .npy, or a .npz with "
                         "one array") from None
     n, ascending = len(found), numpy.sort(found)
-    is_order = numpy.array_equal(ascending, numpy.arange(n))
-    if numpy.array_equal(ascending, numpy.arange(1, n + 1)) or is_order and found.dtype.kind == "f":
+    is_order, ranks = (n > 0 and numpy.array_equal(ascending, numpy.arange(n) + k) for k in (0, 1))
+    if ranks or is_order and found.dtype.kind == "f":
         raise UserError(f"--scores {path} holds each of {ascending[0]:g} to {ascending[-1]:g} once: an order "
                         f"or ranks? Give an order as integers 0 to {n - 1}, hardest first, or scores that "
                         "are not all whole")

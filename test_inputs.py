@@ -16,12 +16,14 @@ from torch import nn
 
 import attacks
 import bench
+import common
 import data as datasets
 import evaluate
 import flags
 import picture
 import rank
 import report
+import results
 import sat
 import sources
 import subset
@@ -112,7 +114,7 @@ def test_the_fingerprint_sees_every_image(tmp_path):
     earlier = {k: v for k, v in data.fingerprint().items() if k != "images"}
     datasets.check_fingerprint(data, earlier, "scores.pt")  # as earlier versions wrote it
     streamed = lambda name: datasets.Split(datasets.Files([Path("a", name)]), torch.zeros(1))
-    one, same, two = (datasets.DataSet("f", *[streamed(name)] * 2, []).images for name in "112")
+    one, same, two = (datasets.DataSet("f", *[streamed(name)] * 2, []).images for name in "11\udcff")
     assert one == same != two
 
 
@@ -361,7 +363,7 @@ def test_flags_without_effect_are_named(capsys):
 
 @pytest.mark.parametrize("split,idle", [
     ("full", ["--order", "easiest", "--metric", "svar", "--weight", "balanced"]),
-    ("none", ["--weight-factor", "3", "--attack", "fgsm-rs", "--steps", "3", "--random-start"]),
+    ("none", ["--weight-factor", "3", "--attack", "fgsm-rs"]),
     ("csat", ["--order", "random", "--metric", "svar"])])
 def test_flags_without_effect_make_no_other_run(split, idle):
     argv = ["--split", split, *["--classes", "3"] * (split == "csat")]
@@ -372,8 +374,19 @@ def test_flags_without_effect_make_no_other_run(split, idle):
 def test_two_configs_of_a_data_set_have_runs_of_their_own():
     name = lambda *argv: sat.run_folder(sat.command_line(["--config", *argv]))[0].name
     first, second = (str(HERE / f"configs/{name}.yaml") for name in ("cifar10", "cifar10-linf"))
-    names = [name(first), name(second), name(first, "--dataset", "mine")]
-    assert names == [f"{lead}esat-hardest-0.5-seed0" for lead in ("", "cifar10-linf-", "")]
+    for more in ([], ["--dataset", "mine"]):
+        assert name(first, *more) == "esat-hardest-0.5-seed0"
+        assert name(second, *more) == "cifar10-linf-esat-hardest-0.5-seed0"
+
+
+def test_steps_and_step_size_are_those_of_the_table():
+    """Without AT and with FGSM-RS they have no effect, but runs that differ in them stand in other tables."""
+    typed = ["--norm", "linf", "--eps", "0.03", "--step-size", "0.008", "--steps", "5", "--random-start"]
+    settings = []
+    for how in (["--split", "none"], ["--split", "full"], ["--split", "esat"], ["--attack", "fgsm-rs"]):
+        kept = common.identity(sat.command_line([*how, *typed]))
+        settings.append({k: v for k, v in kept.items() if k not in results.SUBSET | results.NOT_SETTING})
+    assert all(s == settings[0] for s in settings) and settings[0]["step_size"] == 0.008
 
 
 @pytest.mark.parametrize("row", TABLE_2.split("\n")[1:-1])
@@ -686,6 +699,9 @@ def test_scores_of_ones_own(tmp_path):
         with pytest.raises(UserError, match=f"{name}: .*valid: N numbers in a .pt tensor"):
             subset.read_scores(tmp_path / name)
     assert not (tmp_path / "pwned").exists()
+    np.save(tmp_path / "none.npy", np.zeros(0))
+    with pytest.raises(UserError, match="0 finite numbers"):
+        subset.check_scores(subset.read_scores(tmp_path / "none.npy"), 4)
     for values in (order + 1, order + 1.0, order.astype(float)):
         np.save(tmp_path / "ranks.npy", values)
         with pytest.raises(UserError, match="holds each of . to . once: an order or ranks"):

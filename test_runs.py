@@ -311,7 +311,8 @@ def test_run_all_with_torchrun_and_a_wrong_section():
                             (["digits"], {"EXTRA": "--epoch 2"}, "EXTRA: unrecognized arguments: --epoch 2"),
                             (["digits"], {"EXTRA": "--epochs two"}, "--epochs: 'two' is not a whole"),
                             (["digits"], {"EXTRA": "epochs 2"}, "EXTRA: unrecognized arguments: epochs 2"),
-                            (["digits"], {"EXTRA": "--seed=5"}, "EXTRA: --seed is set by the figures"),
+                            (["digits"], {"EXTRA": "--seed=5"}, "EXTRA: --seed differs between the runs"),
+                            (["digits"], {"EXTRA": "--run 'x"}, "EXTRA: No closing quotation"),
                             (["digits"], {"NPROC": "0"}, "NPROC=0: give the number of processes")):
         done = subprocess.run([str(HERE / "run_all.sh"), *argv, "--dry-run"], capture_output=True, text=True,
                               env={**os.environ, **env})
@@ -594,9 +595,9 @@ def test_extra_flags_do_not_change_the_names_that_run_all_waits_for(monkeypatch,
             assert folder in ("none-seed0", "full-seed0") or "-seed0" in words[words.index("--run") + 1]
             assert "epochs=40" not in folder
     monkeypatch.setenv("EXTRA", "--arch resnet50")
-    listed = {folder for _, _, folder, *_ in run_all.stages(["digits"], ["fig3"], "r", run_all.arch_of(
-        ["--arch", "resnet50"]))}
-    assert listed == {"r/digits/rank-resnet50-seed0"}
+    monkeypatch.setattr(run_all, "summary", lambda listed: [folder for _, _, folder, *_ in listed])
+    assert run_all.main(["--dry-run", "digits", "fig3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "results/digits/rank-resnet50-seed0"
 
 
 def test_a_resumed_redrawn_run_is_the_run_that_was_never_stopped():

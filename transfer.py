@@ -52,7 +52,8 @@ def main(argv=None):
     source = source_of(ckpt, path)
     args.arch = args.base["arch"] = ckpt["arch"]
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
-    run, finished = common.run_dir(args, [source["dataset"], source["run"]], {"source", "source_weights"})
+    lead = [*flags.second_config(args), source["dataset"], source["run"]]
+    run, finished = common.run_dir(args, lead, {"source", "source_weights"})
     if finished:
         return say(evaluate.finished(run))
     device = common.set_up(args)
