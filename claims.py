@@ -105,13 +105,14 @@ def examples(runs, none, full, seeds, data):
                f"{two(half, full)}: {said}" if part is not None else "AT gains nothing that is sure",
                verdict("above", over, half, none, full) if part is not None else "open")
     for share, orders in list(at.items())[:1]:
-        if {"hardest", "easiest", "random"} <= set(orders):
-            hard, easy, chance = (orders[o] for o in ("hardest", "easiest", "random"))
+        hard, easy, chance = (orders.get(o) for o in ("hardest", "easiest", "random"))
+        told = [number("fig6", data, line, share) for line in ("hardest", "easiest", "random")]
+        if hard and easy:
             d = contrast([(1, hard, None), (-1, easy, None)], seeds)
-            e = contrast([(1, chance, None), (-1, hard, None)], seeds)
-            told = [number("fig6", data, line, share) for line in ("hardest", "easiest", "random")]
             yield (f"(d) at \\|A\\|/N = {share:g} hardest beats easiest", f"{told[0]}, {told[1]}",
                    f"{two(hard, easy)}: {points(*d)}", verdict("above", d, hard, easy))
+        if hard and chance:
+            e = contrast([(1, chance, None), (-1, hard, None)], seeds)
             yield (f"(d) at \\|A\\|/N = {share:g} random is competitive: within {MARGIN} points of hardest",
                    f"{told[2]}, {told[0]}", f"{two(chance, hard)}: {points(*e)}",
                    verdict("within", e, chance, hard))

@@ -219,10 +219,13 @@ def claims_section(runs, ranks):
     for (data, group), (rows, seeds) in claims.claims(runs, ranks.values()).items():
         spread = "No setting has several seeds: the intervals cover the noise of the test set alone."
         if seeds.df:
-            spread = (f"Between seeds: a standard deviation of {seeds.variance**0.5:.2f} points, pooled over "
-                      f"{len(seeds.deviations)} settings ({seeds.df} degrees of freedom; "
-                      f"{min(seeds.deviations):.2f} to {max(seeds.deviations):.2f}; Bartlett's test of equal "
-                      f"variances p = {seeds.p:.2f}).")
+            spread = (f"Between seeds: a standard deviation of {seeds.variance**0.5:.2f} points, with "
+                      f"{seeds.df} degree{'s' * (seeds.df > 1)} of freedom")
+            if len(seeds.deviations) > 1:
+                low, high = min(seeds.deviations), max(seeds.deviations)
+                spread += (f" pooled over {len(seeds.deviations)} settings ({low:.2f} to {high:.2f}; Bartlett's "
+                           f"test of equal variances p = {seeds.p:.2f})")
+            spread += "."
         text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), spread]
     return text if len(text) > 1 else []
 

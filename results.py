@@ -274,9 +274,10 @@ class Noise:
 
 def noise(runs, kind="robust"):
     """The noise of training: how far accuracies on all test examples differ between seeds. The runs must be
-    of one data set and group."""
+    of one data set and group. A mean below 5 % or above 95 % is left out, as that of no AT often is: it has
+    no room for noise, and would make that of the others look small."""
     kinds = [values(same, "all", kind) for same in grouped(runs, "kind").values()]
-    spread = [v for v in kinds if len(v) > 1]
+    spread = [v for v in kinds if len(v) > 1 and 5 <= statistics.fmean(v) <= 95]
     df = sum(len(v) - 1 for v in spread)
     variance = sum((len(v) - 1) * statistics.variance(v) for v in spread) / df if df else 0.0
     p = math.nan
