@@ -223,8 +223,8 @@ def claims_section(runs, ranks):
                       f"{seeds.df} degree{'s' * (seeds.df > 1)} of freedom")
             if len(seeds.deviations) > 1:
                 low, high = min(seeds.deviations), max(seeds.deviations)
-                spread += (f" pooled over {len(seeds.deviations)} settings ({low:.2f} to {high:.2f}; Bartlett's "
-                           f"test of equal variances p = {seeds.p:.2f})")
+                spread += (f" pooled over {len(seeds.deviations)} settings ({low:.2f} to {high:.2f}; "
+                           f"Bartlett's test of equal variances p = {seeds.p:.2f})")
             spread += "."
         text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), spread]
     return text if len(text) > 1 else []
