@@ -217,16 +217,7 @@ def claims_section(runs, ranks):
     """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
     text = ["## The paper's claims"]
     for (data, group), (rows, seeds) in claims.claims(runs, ranks.values()).items():
-        spread = "No setting has several seeds: the intervals cover the noise of the test set alone."
-        if seeds.df:
-            spread = (f"Between seeds: a standard deviation of {seeds.variance**0.5:.2f} points, with "
-                      f"{seeds.df} degree{'s' * (seeds.df > 1)} of freedom")
-            if len(seeds.deviations) > 1:
-                low, high = min(seeds.deviations), max(seeds.deviations)
-                spread += (f" pooled over {len(seeds.deviations)} settings ({low:.2f} to {high:.2f}; "
-                           f"Bartlett's test of equal variances p = {seeds.p:.2f})")
-            spread += "."
-        text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), spread]
+        text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), str(seeds)]
     return text if len(text) > 1 else []
 
 

@@ -269,7 +269,16 @@ class Noise:
     variance: float
     df: int            # degrees of freedom
     deviations: list   # the standard deviation of each kind
-    p: float           # Bartlett's test that all kinds have the same variance; nan for fewer than two kinds
+    p: float           # Bartlett's test that all kinds have the same variance; nan if it cannot be made
+
+    def __str__(self):
+        if not self.df:
+            return "No setting has several seeds: the intervals cover the noise of the test set alone."
+        low, high, settings = min(self.deviations), max(self.deviations), len(self.deviations)
+        test = f"; Bartlett's test of equal variances p = {self.p:.2f}" * (not math.isnan(self.p))
+        return (f"Between seeds: a standard deviation of {self.variance**0.5:.2f} points, with {self.df} "
+                f"degree{'s' * (self.df > 1)} of freedom"
+                + f", pooled over {settings} settings ({low:.2f} to {high:.2f}{test})" * (settings > 1) + ".")
 
 
 def noise(runs, kind="robust"):
