@@ -44,7 +44,7 @@ def shares(runs):
 
 def single_class(runs, none, seeds, ranking):
     """Claims (a) and (b): how robust the classes become that were never attacked, when one other class is."""
-    single = {c: rs for (c,), rs in grouped_by_class(runs).items()}
+    single = single_classes(runs)
     if not single or not none:
         return
     classes = list(none[0].accuracy["classes"])
@@ -73,12 +73,12 @@ def single_class(runs, none, seeds, ranking):
                verdict("above", d, single[hard], single[easy]))
 
 
-def grouped_by_class(runs):
-    """{(class,): runs} of the CSAT runs whose A is a single named class."""
+def single_classes(runs):
+    """{class: runs} of the CSAT runs whose A is this single named class."""
     found = {}
     for r in runs:
         if r.order == "named" and len(r.A_classes) == 1:
-            found.setdefault(tuple(r.A_classes), []).append(r)
+            found.setdefault(r.A_classes[0], []).append(r)
     return found
 
 

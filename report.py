@@ -156,8 +156,7 @@ def matrix_section(runs, out):
     plain = pick(runs, transfer=False, weight="vanilla", attack="pgd")
     text = [f"## {title}"]
     for i, ((data, name), group) in enumerate(grouped(plain, "data", "group").items()):
-        single = {c: rs for (c,), rs in claims.grouped_by_class(group).items()}
-        if single:
+        if single := claims.single_classes(group):
             classes = list(group[0].accuracy["classes"])
             file = f"fig2{f'-{i + 1}' * (len(text) > 1)}"
             figures.matrix(out / file, f"{title}\n{data}: {name}", classes, single, pick(group, split="none"),
