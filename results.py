@@ -194,8 +194,8 @@ def pick(runs, **like):
 def mixed_rankings(runs):
     """A sentence if runs by one metric used different rankings; else empty."""
     for (metric,), same in grouped([r for r in runs if r.ranking], "metric").items():
-        if len({r.ranking for r in same}) > 1:
-            return f"Caution: the runs by {metric} used {len({r.ranking for r in same})} different rankings."
+        if (n := len({r.ranking for r in same})) > 1:
+            return f"Caution: the runs by {metric} used {n} different rankings."
     return ""
 
 
@@ -283,10 +283,11 @@ class Noise:
 
 def noise(runs, kind="robust"):
     """The noise of training: how far accuracies on all test examples differ between seeds. The runs must be
-    of one data set and group. A mean below 5 % or above 95 % is left out, as that of no AT often is: it has
-    no room for noise, and would make that of the others look small."""
+    of one data set and group. Means below 5 % or above 95 %, as that of no AT often is, have little room for
+    noise and would make that of the others look small: they count only if there are no others."""
     kinds = [values(same, "all", kind) for same in grouped(runs, "kind").values()]
-    spread = [v for v in kinds if len(v) > 1 and 5 <= statistics.fmean(v) <= 95]
+    several = [v for v in kinds if len(v) > 1]
+    spread = [v for v in several if 5 <= statistics.fmean(v) <= 95] or several
     df = sum(len(v) - 1 for v in spread)
     variance = sum((len(v) - 1) * statistics.variance(v) for v in spread) / df if df else 0.0
     p = math.nan

@@ -475,3 +475,10 @@ def test_lines_of_different_rankings_are_told():
                           for a, r in ((9, "x"), (99, "y"), (999, "")))
     assert results.mixed_rankings([one, chance]) == ""
     assert "by entropy used 2 different rankings" in results.mixed_rankings([one, other, chance])
+
+
+def test_noise_is_counted_where_no_setting_has_room_for_it():
+    low = [run("esat", first(share, 1000), seed=seed) for seed, share in enumerate((0.01, 0.03))]
+    high = [run("full", first(share, 1000), A=50000, seed=seed) for seed, share in enumerate((0.5, 0.6))]
+    assert results.noise(low).variance == pytest.approx(2) and results.noise(low).df == 1
+    assert results.noise([*low, *high]).variance == pytest.approx(50), "only where there is room for it"
