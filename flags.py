@@ -279,6 +279,12 @@ def parse(parser, argv=None):
     return args
 
 
+def attack_steps(attack, steps):
+    """The gradient steps of an attack in training on an example, if --steps is `steps`."""
+    fixed = ATTACK_STEPS[attack]
+    return steps if fixed is None else fixed
+
+
 def second_config(args):
     """[The config's name] if it is not its data set's, as cifar10-linf.yaml, whose runs need names of their
     own; else []."""

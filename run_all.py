@@ -110,8 +110,7 @@ def runs_of(d, name):
                 for seed in range(max(seeds, d["random"]) if order == "random" else seeds):
                     words = ["--split", split, sized, str(amount), "--order", order, "--seed", str(seed)]
                     words += [word for flag, value in told.items() for word in (f"--{flag}", value)]
-                    steps = flags.ATTACK_STEPS[how["attack"]]
-                    passes = 2 * (7 if steps is None else steps)
+                    passes = 2 * flags.attack_steps(how["attack"], 7)
                     rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share, passes, words))
     return rows
 
@@ -245,8 +244,8 @@ def extra_flags(text):
         args = parser.parse_args(words)
     except ValueError as e:  # UserError too
         mistake(f"EXTRA: {e}")
-    for flag in (flag for flag in OWN if flags.given(words, flag)):
-        mistake(f"EXTRA: {flag} differs between the runs, so run_all.sh sets it (the folders: RESULTS, DATA)")
+    if own := [flag for flag in OWN if flags.given(words, flag)]:
+        mistake(f"EXTRA: {own[0]} differs between the runs, so run_all.sh sets it (the folders: RESULTS, DATA)")
     return words, args.arch if flags.given(words, "--arch") else None
 
 

@@ -182,8 +182,7 @@ def cost(args, seen, attacked, frozen):
     """The cost of an epoch that saw `seen` examples and attacked `attacked`: forward and backward passes, and
     both in units of a forward pass. An attack step costs 2; a training step 3, or 1 on frozen features, whose
     head costs next to nothing."""
-    steps = flags.ATTACK_STEPS[args.attack] if attacked else 0
-    steps = args.steps if steps is None else steps
+    steps = flags.attack_steps(args.attack, args.steps) if attacked else 0
     trained = 0 if frozen else seen
     return {"attacked": attacked, "forward": seen + steps * attacked, "backward": trained + steps * attacked,
             "forward_equivalents": seen + 2 * trained + 2 * steps * attacked}
