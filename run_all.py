@@ -245,7 +245,7 @@ def extra_flags(text):
     except ValueError as e:  # UserError too
         mistake(f"EXTRA: {e}")
     if own := [flag for flag in OWN if flags.given(words, flag)]:
-        mistake(f"EXTRA: {own[0]} differs between the runs, so run_all.sh sets it (the folders: RESULTS, DATA)")
+        mistake(f"EXTRA: {own[0]} differs between the runs, so run_all.sh sets it (folders: RESULTS, DATA)")
     return words, args.arch if flags.given(words, "--arch") else None
 
 
