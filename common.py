@@ -1,5 +1,6 @@
 """What the scripts share besides mathematics: run folders and their locks, atomic files, torchrun, errors."""
 import contextlib
+import ctypes
 import datetime
 import fcntl
 import hashlib
@@ -223,6 +224,15 @@ def all_sum(tensor, op="SUM"):
     return tensor
 
 
+def keep_memory():
+    """Lets glibc keep freed memory. Else it gives that of each large tensor back to the kernel, which has to
+    zero it page by page for the next one: a tenth of the time of a training step of PreActResNet-8."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large tensors lie in the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def set_up(args):
     """Sets the device, the threads and, under torchrun, the process group (nccl on GPUs, gloo on CPUs).
     Returns the device."""
@@ -244,6 +254,8 @@ def set_up(args):
     if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
         raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
                         "install one, or leave --compile out")
+    if kind == "cpu":
+        keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     if world() > 1 and not torch.distributed.is_initialized():
