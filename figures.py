@@ -133,9 +133,9 @@ def draw_papers(axis, name, data, line, part, kind):
 def matrix(path, title, classes, single, none, full):
     """Fig. 2. Left: robust accuracy on A_val and B_val, as bars. Right: robust accuracy class by class, as a
     heat map. single: {class A: runs}."""
-    fig, axes = canvas(1, 2, 4.6, 0.33 * len(classes) + 1.4, width_ratios=(1, 1.3))
-    left, right = axes[0]
     names, rows = drawable(classes), [c for c in classes if c in single]
+    fig, axes = canvas(1, 2, 4.6, 0.33 * max(3, len(rows)) + 1.4, width_ratios=(1, 1.3))
+    left, right = axes[0]
     for part, shift, colour in (("A_val", -0.2, "tab:blue"), ("B_val", 0.2, "tab:green")):
         shown = {i: m[0] for i, c in enumerate(rows) if (m := mean(single[c], part))}
         bars = left.barh([i + shift for i in shown], list(shown.values()), 0.4, color=colour, label=part)
