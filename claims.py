@@ -42,14 +42,14 @@ def shares(runs):
     return found
 
 
-def single_class(runs, none, seeds, ranking):
+def single_class(runs, none, ranking):
     """Claims (a) and (b): how robust the classes become that were never attacked, when one other class is."""
     single = single_classes(runs)
     if not single or not none:
         return
     classes = list(none[0].accuracy["classes"])
     others = {c: [k for k in classes if k != c] for c in single}
-    gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], seeds) for c, rs in single.items()}
+    gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], runs) for c, rs in single.items()}
     verdicts = collections.Counter(verdict("above", gain[c], rs, none) for c, rs in single.items())
     told = paper.published()["fig2"]["robust_B_val"]
     low, high = (f(told, key=told.get) for f in (min, max))
@@ -62,7 +62,7 @@ def single_class(runs, none, seeds, ranking):
     hard, easy = (next((c for c in single if paper.NAMES.get(c, c) == name), None)
                   for name in (order[0], order[-1]))
     if hard and easy:
-        d = contrast([(1, single[hard], others[hard]), (-1, single[easy], others[easy])], seeds)
+        d = contrast([(1, single[hard], others[hard]), (-1, single[easy], others[easy])], runs)
         rows = (ranking or {}).get("classes_hardest_first", [])
         ranked = [row["class"] for row in rows if row["class"] in single]
         rho = results.spearman(range(len(ranked), 0, -1), [mean(single[c], "B_val")[0] for c in ranked])
@@ -87,18 +87,18 @@ def two(one, other, part="all", kind="robust"):
     return f"{mean(one, part, kind)[0]:.1f}, {mean(other, part, kind)[0]:.1f}"
 
 
-def examples(runs, none, full, seeds, data):
+def examples(runs, none, full, data):
     """Claims (c), (d) and (h), on ESAT."""
     at = shares([r for r in runs if r.split == "esat" and r.metric == "entropy"])
     half = at.get(0.5, {}).get("hardest")
     if half and none and full:
-        gain = contrast([(1, full, None), (-1, none, None)], seeds)
-        part = contrast([(1, half, None), (-1, none, None)], seeds)[0] / gain[0] if gain[1] > 0 else None
+        gain = contrast([(1, full, None), (-1, none, None)], runs)
+        part = contrast([(1, half, None), (-1, none, None)], runs)[0] / gain[0] if gain[1] > 0 else None
         if part is not None:  # the interval of a ratio of contrasts, by the delta method
-            _, low, high = contrast([(1, half, None), (-part, full, None), (part - 1, none, None)], seeds)
+            _, low, high = contrast([(1, half, None), (-part, full, None), (part - 1, none, None)], runs)
             least, most = part + low / gain[0], part + high / gain[0]
             said = f"{100 * part:.0f} % [{100 * least:.0f}, {100 * most:.0f}]"
-        over = contrast([(1, half, None), (-0.9, full, None), (-0.1, none, None)], seeds)
+        over = contrast([(1, half, None), (-0.9, full, None), (-0.1, none, None)], runs)
         known = [theirs("fig6", data, line, 0.5, "robust") for line in ("hardest", "AT")]
         yield ("(c) ESAT on the hardest half recovers at least 90 % of what AT gains in robustness",
                f"{known[0]:.1f} of {known[1]:.1f}: {100 * known[0] / known[1]:.0f} %" if all(known) else "-",
@@ -108,11 +108,11 @@ def examples(runs, none, full, seeds, data):
         hard, easy, chance = (orders.get(o) for o in ("hardest", "easiest", "random"))
         told = [number("fig6", data, line, share) for line in ("hardest", "easiest", "random")]
         if hard and easy:
-            d = contrast([(1, hard, None), (-1, easy, None)], seeds)
+            d = contrast([(1, hard, None), (-1, easy, None)], runs)
             yield (f"(d) at \\|A\\|/N = {share:g} hardest beats easiest", f"{told[0]}, {told[1]}",
                    f"{two(hard, easy)}: {points(*d)}", verdict("above", d, hard, easy))
         if hard and chance:
-            e = contrast([(1, chance, None), (-1, hard, None)], seeds)
+            e = contrast([(1, chance, None), (-1, hard, None)], runs)
             yield (f"(d) at \\|A\\|/N = {share:g} random is competitive: within {MARGIN} points of hardest",
                    f"{told[2]}, {told[0]}", f"{two(chance, hard)}: {points(*e)}",
                    verdict("within", e, chance, hard))
@@ -120,7 +120,7 @@ def examples(runs, none, full, seeds, data):
     if len(both) > 1:
         small, large = both[0], both[-1]
         sides = [small["hardest"], small["easiest"], large["hardest"], large["easiest"]]
-        d = contrast([(w, rs, None) for w, rs in zip((1, -1, -1, 1), sides)], seeds)
+        d = contrast([(w, rs, None) for w, rs in zip((1, -1, -1, 1), sides)], runs)
         a, b = (rs[0].share for rs in sides[::2])
         told = [[theirs("fig6", data, line, s, "robust") for line in ("hardest", "easiest")] for s in (a, b)]
         yield (f"(h) the gain of hard over easy shrinks as \\|A\\| grows ({a:.1f} against {b:.1f})",
@@ -129,10 +129,10 @@ def examples(runs, none, full, seeds, data):
                f"{points(*d)}", verdict("above", d, *sides))
 
 
-def clean_against_robust(runs, none, full, seeds, data):
+def clean_against_robust(runs, none, full, data):
     """Claim (e): clean accuracy falls as robust accuracy rises."""
     if none and full:
-        d = contrast([(1, none, None), (-1, full, None)], seeds, "clean")
+        d = contrast([(1, none, None), (-1, full, None)], runs, "clean")
         line = [r for r in runs if r.split in ("none", "full", "esat") and r.metric == "entropy"]
         settings = grouped(line, "kind").values()
         robust, clean = ([mean(rs, "all", kind)[0] for rs in settings] for kind in ("robust", "clean"))
@@ -144,14 +144,14 @@ def clean_against_robust(runs, none, full, seeds, data):
                f"{len(settings)} settings {rho:+.2f}", verdict("above", d, none, full))
 
 
-def transfers(runs, seeds, data):
+def transfers(runs, data):
     """Claims (f), on the weights in S-CSAT, and (g), on S-ESAT with 30 % against full AT."""
     csat = pick(runs, split="csat", order="hardest", metric="entropy")
     for (share,), found in sorted(grouped(csat, "share").items()):
         by = {w: pick(found, weight=w) for w in ("emphasis", "balanced", "vanilla")}
         for more, less in (("emphasis", "balanced"), ("balanced", "vanilla")):
             if by[more] and by[less]:
-                d = contrast([(1, by[more], None), (-1, by[less], None)], seeds)
+                d = contrast([(1, by[more], None), (-1, by[less], None)], runs)
                 yield (f"(f) {found[0].size} hardest classes: {more} transfers more robustness than {less}",
                        f"{number('fig7', data, more, share)}, {number('fig7', data, less, share)}",
                        f"{two(by[more], by[less])}: {points(*d)}", verdict("above", d, by[more], by[less]))
@@ -159,7 +159,7 @@ def transfers(runs, seeds, data):
     third = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy")
              if abs(r.share - 0.3) < 0.004]
     if third and full:
-        d = contrast([(1, third, None), (-1, full, None)], seeds)
+        d = contrast([(1, third, None), (-1, full, None)], runs)
         yield (f"(g) S-ESAT on the hardest 30 % transfers as robustly as AT (at most {MARGIN} points less)",
                f"{number('fig8', data, 'hardest', 0.3)}, {number('fig8', data, 'AT', 1)}",
                f"{two(third, full)}: {points(*d)}", verdict("not below", d, third, full))
@@ -176,16 +176,15 @@ def claims(runs, ranks):
             continue
         mine = [r for r in all_ if r.attack == "pgd" and (r.weight == "vanilla" or r.transfer)]
         none, full = pick(mine, split="none"), pick(mine, split="full")
-        seeds, clean = noise(mine), noise(mine, "clean")
         used = {r.ranking for r in mine} - {""}
         ranking = next((r for r in ranks if used & set(r.get("scores", {}).values())), None)
         if "->" in data:
-            rows = list(transfers(mine, seeds, told))
+            rows = list(transfers(mine, told))
         else:
-            rows = [*single_class(mine, none, seeds, ranking), *examples(mine, none, full, seeds, told),
-                    *clean_against_robust(mine, none, full, clean, told)]
+            rows = [*single_class(mine, none, ranking), *examples(mine, none, full, told),
+                    *clean_against_robust(mine, none, full, told)]
         if rows:
-            tables[data, group] = sorted(rows, key=lambda row: row[0][:3]), seeds
+            tables[data, group] = sorted(rows, key=lambda row: row[0][:3]), noise(mine)
     return tables
 
 
@@ -195,7 +194,7 @@ def precisions(runs):
     tables = {}
     both = [replace(r, group=r.precision) for r in runs]
     for (data, _), same in by_setting(both).items():
-        rows, noises = [], {kind: noise(same, kind) for kind in ("robust", "clean")}
+        rows = []
         for pair in grouped([replace(r, group="") for r in same], "kind").values():
             full, half = (pick(pair, precision=p) for p in ("float32", "bf16"))
             if not full or not half:
@@ -203,7 +202,7 @@ def precisions(runs):
             one = pair[0]
             name = {"none": "no AT", "full": "AT"}.get(one.split, f"{one.split} {one.order} {one.share:.2g}")
             for kind in ("robust", "clean"):
-                d = contrast([(1, half, None), (-1, full, None)], noises[kind], kind)
+                d = contrast([(1, half, None), (-1, full, None)], same, kind)
                 rows.append((name, f"{len(full)} and {len(half)}", kind,
                              *(f"{mean(rs, 'all', kind)[0]:.1f}" for rs in (full, half)), points(*d)))
         if rows:

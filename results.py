@@ -251,73 +251,84 @@ def cell(runs, part="all", kind="robust"):
     return f"{found[0]:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
 
 
+def accuracy_on(run, classes, kind="robust"):
+    """A run's accuracy (percent) on the test examples of `classes` together."""
+    parts = [run.accuracy["classes"][c][kind] for c in classes]
+    return 100 * sum(a["accuracy"] * a["n"] for a in parts if a["n"]) / sum(a["n"] for a in parts)
+
+
 def without_at(group, runs):
     """A cell: the mean robust accuracy of networks trained without AT on the classes in B_val of `runs`, so
     what B reaches without any help from A."""
-    base, found = pick(group, split="none"), []
-    for r, none in ((r, none) for r in runs if r.A_classes for none in base):
-        rest = [a["robust"] for c, a in none.accuracy["classes"].items()
-                if c not in r.A_classes and a["robust"]["n"]]
+    found = []
+    for r, none in ((r, none) for r in runs if r.A_classes for none in pick(group, split="none")):
+        rest = [c for c, a in none.accuracy["classes"].items() if c not in r.A_classes and a["robust"]["n"]]
         if rest:
-            found.append(100 * sum(a["accuracy"] * a["n"] for a in rest) / sum(a["n"] for a in rest))
+            found.append(accuracy_on(none, rest))
     return f"{statistics.fmean(found):.1f}" if found else "-"
 
 
 @dataclass
 class Noise:
-    """The variance between seeds (points squared), pooled over the kinds of runs with two or more seeds."""
-    variance: float
-    df: int            # degrees of freedom
-    deviations: list   # the standard deviation of each kind
-    p: float           # Bartlett's test that all kinds have the same variance; nan if it cannot be made
+    """The noise of training: how far accuracies (percent) differ between seeds, pooled over settings."""
+    spread: list  # of each setting with two or more seeds, their accuracies
+
+    @property
+    def df(self):
+        """Degrees of freedom."""
+        return sum(len(v) - 1 for v in self.spread)
+
+    @property
+    def variance(self):
+        """The pooled variance between seeds (points squared); 0 if no setting has several seeds."""
+        return sum((len(v) - 1) * statistics.variance(v) for v in self.spread) / max(1, self.df)
 
     def __str__(self):
         if not self.df:
             return "No setting has several seeds: the intervals cover the noise of the test set alone."
-        low, high, settings = min(self.deviations), max(self.deviations), len(self.deviations)
-        test = f"; Bartlett's test of equal variances p = {self.p:.2f}" * (not math.isnan(self.p))
-        return (f"Between seeds: a standard deviation of {self.variance**0.5:.2f} points, with {self.df} "
-                f"degree{'s' * (self.df > 1)} of freedom"
-                + f", pooled over {settings} settings ({low:.2f} to {high:.2f}{test})" * (settings > 1) + ".")
+        text = (f"Between seeds: a standard deviation of {self.variance**0.5:.2f} points, with {self.df} "
+                f"degree{'s' * (self.df > 1)} of freedom")
+        if len(self.spread) > 1:
+            each, test = [statistics.stdev(v) for v in self.spread], ""
+            if min(each) > 0:
+                from scipy.stats import bartlett
+                test = f"; Bartlett's test of equal variances p = {bartlett(*self.spread).pvalue:.2f}"
+            text += f", pooled over {len(each)} settings ({min(each):.2f} to {max(each):.2f}{test})"
+        return f"{text}."
 
 
-def noise(runs, kind="robust"):
-    """The noise of training: how far accuracies on all test examples differ between seeds. The runs must be
-    of one data set and group. Means below 5 % or above 95 %, as that of no AT often is, have little room for
-    noise and would make that of the others look small: they count only if there are no others."""
-    kinds = [values(same, "all", kind) for same in grouped(runs, "kind").values()]
-    several = [v for v in kinds if len(v) > 1]
-    spread = [v for v in several if 5 <= statistics.fmean(v) <= 95] or several
-    df = sum(len(v) - 1 for v in spread)
-    variance = sum((len(v) - 1) * statistics.variance(v) for v in spread) / df if df else 0.0
-    p = math.nan
-    if len(spread) > 1 and all(len(set(v)) > 1 for v in spread):
-        from scipy.stats import bartlett
-        p = float(bartlett(*spread).pvalue)
-    return Noise(variance, df, [statistics.stdev(v) for v in spread], p)
+def noise(runs, kind="robust", classes=None):
+    """The Noise of the accuracy on the test examples of `classes` (None: all). The runs must be of one data
+    set and group. Means below 5 % or above 95 %, as that of no AT often is, have little room for noise and
+    would make that of the others look small: they count only if there are no others."""
+    classes = classes or [c for r in runs[:1] for c in r.accuracy["classes"]]
+    several = [[accuracy_on(r, classes, kind) for r in same] for same in grouped(runs, "kind").values()
+               if len(same) > 1]
+    return Noise([v for v in several if 5 <= statistics.fmean(v) <= 95] or several)
 
 
-def contrast(terms, seeds, kind="robust"):
+def contrast(terms, pool, kind="robust"):
     """The sum of weight * accuracy over terms, in points, with its 95 % interval: (value, low, high).
 
     terms: [(weight, runs, classes)], where accuracy is the mean over runs (the seeds of a kind) on the test
-    examples of `classes` (None: all). seeds: the Noise of such runs. Two variances are added. Test examples:
-    all runs are tested on the same ones, so the differences are paired, example by example, after the mean
-    over seeds. Training: the pooled variance between seeds, divided by the number of seeds of each term
-    (Bouthillier et al. 2021 explain why seeds count); it is missing if no kind has several seeds. The
-    interval is Student's, with Satterthwaite's (1946) degrees of freedom.
+    examples of `classes` (None: all). pool: the runs whose noise() is that of training. Two variances are
+    added. Test examples: all runs are tested on the same ones, so the differences are paired, example by
+    example, after the mean over seeds. Training: the variance between seeds of the accuracy on the same
+    classes, pooled, divided by the number of seeds of each term (Bouthillier et al. 2021 explain why seeds
+    count); it is missing if no kind has several seeds. The interval is Student's, with Satterthwaite's (1946)
+    degrees of freedom; the noises on different classes count as one estimate.
     """
-    classes = list(terms[0][1][0].accuracy["classes"])
-    sizes = {c: terms[0][1][0].accuracy["classes"][c][kind]["n"] for c in classes}
-    n, value, unpaired, training = sum(sizes.values()), 0.0, 0.0, 0.0
-    influence = {c: numpy.zeros(sizes[c]) for c in classes}
+    sizes = {c: a[kind]["n"] for c, a in terms[0][1][0].accuracy["classes"].items() if a[kind]["n"]}
+    n, value, unpaired, training, freedom = sum(sizes.values()), 0.0, 0.0, 0.0, []
+    influence = {c: numpy.zeros(sizes[c]) for c in sizes}
     for weight, runs, only in terms:
-        part = [c for c in classes if (only is None or c in only) and sizes[c]]
+        part = [c for c in sizes if only is None or c in only]
         m = sum(sizes[c] for c in part)
-        accuracy = statistics.fmean(
-            sum(r.accuracy["classes"][c][kind]["accuracy"] * sizes[c] for c in part) / m for r in runs)
+        accuracy = statistics.fmean(accuracy_on(r, part, kind) / 100 for r in runs)
         value += weight * accuracy
-        training += weight**2 * seeds.variance / len(runs)
+        between = noise(pool, kind, part)
+        training += weight**2 * between.variance / len(runs)
+        freedom.append(between.df)
         if any(r.right(kind, c) is None for r in runs for c in part):
             unpaired += weight**2 * accuracy * (1 - accuracy) / m
             continue
@@ -328,7 +339,7 @@ def contrast(terms, seeds, kind="robust"):
     from scipy.stats import t
     df = max(1, n - 1)
     if training:
-        df = (test + training)**2 / (training**2 / seeds.df + test**2 / df)
+        df = (test + training)**2 / (training**2 / min(freedom) + test**2 / df)
     half = float(t.ppf(0.975, df)) * math.sqrt(test + training)
     return 100 * value, 100 * value - half, 100 * value + half
 

@@ -178,44 +178,63 @@ def test_contrast_by_hand():
     of parts, a difference of two means."""
     rng = np.random.default_rng(0)
     a, b = rng.random(100) < 0.6, rng.random(100) < 0.4
-    none = results.noise([])
-    value, low, high = results.contrast([(1, [run("full", a)], None), (-1, [run("none", b)], None)], none)
+    value, low, high = results.contrast([(1, [run("full", a)], None), (-1, [run("none", b)], None)], [])
     d = a.astype(float) - b
     assert (value == pytest.approx(100 * d.mean())
             and (high - low) / 2 == pytest.approx(100 * 1.98422 * d.std(ddof=1) / 10, rel=1e-3))
     # The same runs on B_val of a class: only those examples count.
     others = [c for c in run("full", a).accuracy["classes"] if c != "cat"]
-    value, low, high = results.contrast([(1, [run("full", a)], others), (-1, [run("none", b)], others)], none)
+    value, low, high = results.contrast([(1, [run("full", a)], others), (-1, [run("none", b)], others)], [])
     kept = np.delete(d.reshape(10, 10), 3, 0)
     assert (value == pytest.approx(100 * kept.mean())
             and (high - low) / 2 == pytest.approx(100 * 1.984 * kept.std() / math.sqrt(90), rel=0.02))
     # Training noise: three seeds each, all of it between seeds, none between examples.
     seeds = [run("full", first(s), seed=i) for i, s in enumerate((0.4, 0.5, 0.6))]
     found = results.noise(seeds)
-    assert (found.variance, found.df, found.deviations) == (pytest.approx(100), 2, [pytest.approx(10)])
-    value, low, high = results.contrast([(1, seeds, None)], found)
+    assert (found.variance, found.df, found.spread) == (pytest.approx(100), 2, [[40, 50, 60]])
+    value, low, high = results.contrast([(1, seeds, None)], seeds)
     test = np.mean([first(s) for s in (0.4, 0.5, 0.6)], axis=0).var(ddof=1)
     total = 100 / 3 + 1e4 * test / 100
     df = total**2 / ((100 / 3)**2 / 2 + (1e4 * test / 100)**2 / 99)
     assert (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, df) * math.sqrt(total), rel=1e-6)
 
 
+def test_the_noise_of_training_is_that_of_the_same_classes():
+    """Two settings whose seeds differ on cat alone: a contrast without cat has no noise of training, one on
+    cat has all of it, that on all classes a tenth of the deviation."""
+    def seeds(split):
+        """Three seeds that are right on half of each class, of cat on 0.3, 0.5 and 0.7."""
+        grids = [first(0.5, 1000).reshape(10, 100) for _ in range(3)]
+        for share, grid in zip((0.3, 0.5, 0.7), grids):
+            grid[3] = np.arange(100) < 100 * share
+        return [run(split, grid.ravel(), seed=i) for i, grid in enumerate(grids)]
+    a, b = seeds("full"), seeds("none")
+    others = [c for c in a[0].accuracy["classes"] if c != "cat"]
+    deviation = {tuple(classes): results.noise([*a, *b], classes=classes).variance**0.5
+                 for classes in (others, ["cat"], [*others, "cat"])}
+    assert list(deviation.values()) == [0, pytest.approx(20), pytest.approx(2)]
+    of = lambda classes: results.contrast([(1, a, classes), (-1, b, classes)], [*a, *b])
+    assert of(others) == (pytest.approx(0), pytest.approx(0), pytest.approx(0))
+    t = scipy.stats.t.ppf(0.975, 4)
+    assert of(["cat"])[2] == pytest.approx(t * 20 * math.sqrt(2 / 3))
+    assert of(None)[2] == pytest.approx(t * 2 * math.sqrt(2 / 3))
+
+
 @pytest.mark.parametrize("truth,least,most", [(0.0, 0, 50), (0.10, 800, 1000)])
 def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, least, most):
     """1,000 draws of nine settings with three seeds, test noise and training noise of 1.5 points:
     "holds" comes up in at most 5 % of them where the true difference is 0, and in at least 80 %
-    where it is 10 points."""
+    where it is 10 points. Every other draw counts nine of the ten classes alone, as claim (b) does."""
     rng, holds, n = np.random.default_rng(1), 0, 300
-    for _ in range(1000):
+    for draw in range(1000):
         easy = rng.beta(0.6, 0.8, n)  # how often an example is robust, over trainings
         drawn = lambda shift: rng.random(n) < np.clip(easy + shift + rng.normal(0, 0.015), 0, 1)
         sides = [[run("esat", drawn(shift), seed=s, A=A) for s in range(3)]
                  for shift, A in ((truth, 1), (0.0, 2))]
-        others = [100 * (0.5 + rng.normal(0, 0.015, 3)) for _ in range(7)]
-        seeds = results.noise(sum(sides, []))
-        spread = [np.var(v, ddof=1) for v in others] + [seeds.variance] * 2
-        seeds = results.Noise(float(np.mean(spread)), 18, [], math.nan)
-        found = results.contrast([(1, sides[0], None), (-1, sides[1], None)], seeds)
+        others = [run("esat", drawn(0.0), seed=s, A=A) for s in range(3) for A in range(3, 10)]
+        pool = [*sides[0], *sides[1], *others]
+        only = list(sides[0][0].accuracy["classes"])[1:] if draw % 2 else None
+        found = results.contrast([(1, sides[0], only), (-1, sides[1], only)], pool)
         holds += claims.verdict("above", found, *sides) == "holds"
     assert least <= holds <= most, holds
 
