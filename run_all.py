@@ -29,24 +29,20 @@ TENTHS = {k / 10: 1 for k in range(1, 10)}
 
 # The runs on each data set. esat, csat, single: {amount: training seeds}, the amount of A being a fraction of
 # the examples, a number of classes, or one class. random: seeds of each random subset. baselines: seeds of AT
-# and no AT. metrics: of the ranking. n, n_classes: training images and classes.
-PAPER = {"arch": "preactresnet18", "epochs": 200, "esat": TENTHS, "baselines": 1, "metrics": "entropy svar",
-         "prefix": ""}
-DIGITS = {**PAPER, "config": "digits", "arch": "preactresnet8", "epochs": 30, "random": 2, "prefix": "quick-",
-          "esat": {0.1: 1, 0.3: 1, 0.5: 1},
+# and no AT. metrics: of the ranking. config: if it is not the data set's name. prefix: of the runs' names.
+PAPER = {"esat": TENTHS, "baselines": 1, "metrics": "entropy svar", "prefix": ""}
+DIGITS = {**PAPER, "config": "digits", "random": 2, "prefix": "quick-", "esat": {0.1: 1, 0.3: 1, 0.5: 1},
           "flags": "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"}
-CPU = {**PAPER, "config": "cifar10-cpu", "arch": "preactresnet8", "epochs": 12, "n": 50000, "random": 1,
-       "prefix": "cpu-"}
+CPU = {**PAPER, "config": "cifar10-cpu", "random": 1, "prefix": "cpu-"}
 DATASETS = {
-    "cifar10": {**PAPER, "n": 50000, "n_classes": 10, "random": 10,
+    "cifar10": {**PAPER, "n_classes": 10, "random": 10,
                 "csat": {k: 1 for k in range(1, 10)}, "single": {c: 1 for c in TEN}},
-    "cifar100": {**PAPER, "n": 50000, "n_classes": 100, "random": 5, "metrics": "entropy svar vog",
+    "cifar100": {**PAPER, "n_classes": 100, "random": 5, "metrics": "entropy svar vog",
                  "csat": {k: 1 for k in range(10, 100, 10)}},
-    "imagenet200": {**PAPER, "n": 259906, "n_classes": 200, "random": 3, "arch": "resnet50", "epochs": 150,
-                    "csat": {k: 1 for k in range(20, 200, 20)}},
-    "digits": {**DIGITS, "n": 1297, "n_classes": 10, "metrics": "entropy svar vog",
+    "imagenet200": {**PAPER, "n_classes": 200, "random": 3, "csat": {k: 1 for k in range(20, 200, 20)}},
+    "digits": {**DIGITS, "n_classes": 10, "metrics": "entropy svar vog",
                "csat": {3: 1, 5: 1, 7: 1}, "single": {str(c): 1 for c in range(10)}},
-    "digits0-4": {**DIGITS, "n": 649, "n_classes": 5, "csat": {1: 1, 2: 1, 3: 1}},
+    "digits0-4": {**DIGITS, "n_classes": 5, "csat": {1: 1, 2: 1, 3: 1}},
     # Three seeds where a verdict depends on them.
     "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "baselines": 3,
                     "esat": {0.1: 3, 0.5: 3, 0.3: 1},
@@ -59,9 +55,9 @@ DATASETS = {
                          "prefix": "cpu-linf-",
                          "flags": "--norm linf --eps 0.031372549 --step-size 0.0078431373"},
 }
-# Forward passes of a transfer: images times epochs.
-TARGETS = {"cifar10": 50000 * 40, "svhn": 73257 * 40, "caltech256": 24485 * 100, "flowers102": 1020 * 100,
-           "digits5-9": 648 * 20, "cifar10-cpu": 50000 * 10}
+# Training images, by which costs are counted.
+IMAGES = {"cifar10": 50000, "cifar100": 50000, "imagenet200": 259906, "svhn": 73257, "caltech256": 24485,
+          "flowers102": 1020, "digits": 1297, "digits0-4": 649, "digits5-9": 648}
 FIGURES = {  # --split, orders, and the flags whose values the figure compares
     "fig2": ("single", [], {}),
     "fig3": ("ranking", [], {}),
@@ -91,10 +87,10 @@ SECTIONS = {  # section: (source, targets of the transfer, figures)
 
 
 def runs_of(d, name):
-    """The runs of sat.py in a figure: (name, |A|/N, passes that the attack on an example costs, flags)."""
+    """The runs of sat.py in a figure: (name, |A|/N, --attack, flags)."""
     split, orders, compared = FIGURES[name]
     if split == "single":
-        return [(f"csat-{c}-seed{seed}", 1 / d["n_classes"], 14,
+        return [(f"csat-{c}-seed{seed}", 1 / d["n_classes"], "pgd",
                  ["--split", "csat", "--classes", c, "--seed", str(seed)])
                 for c, seeds in d["single"].items() for seed in range(seeds)]
     rows = []
@@ -110,44 +106,46 @@ def runs_of(d, name):
                 for seed in range(max(seeds, d["random"]) if order == "random" else seeds):
                     words = ["--split", split, sized, str(amount), "--order", order, "--seed", str(seed)]
                     words += [word for flag, value in told.items() for word in (f"--{flag}", value)]
-                    passes = 2 * flags.attack_steps(how["attack"], 7)
-                    rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share, passes, words))
+                    rows.append((f"{split}-{order}-{amount}{tag}-seed{seed}", share, how["attack"], words))
     return rows
 
 
-def stages(sections, wanted, results, arch=None):
+def stages(sections, wanted, results, extra={}):
     """Every stage of the figures, repeats included: (figure, script, folder, the file that a finished stage
-    has, cost in forward passes, arguments). arch: the network, if it is not the section's."""
+    has, cost in forward passes, arguments). extra: the flag values that EXTRA gives to all of them."""
     for source, targets, figures in (part for s in sections for part in SECTIONS[s]):
         d = DATASETS[source]
         config, dataset, prefix = d.get("config", source), d.get("dataset", source), d["prefix"]
         base = ["--config", str(HERE / f"configs/{config}.yaml")]
-        base += [] if dataset == flags.from_yaml(base[1])["dataset"] else ["--dataset", dataset]
-        evaluation = d.get("flags", "").split()
+        setting = {**flags.from_yaml(base[1]), **extra}
+        base += [] if dataset == setting["dataset"] else ["--dataset", dataset]
+        evaluation, seen = d.get("flags", "").split(), IMAGES[dataset] * setting["epochs"]
 
-        def train(figure, name, share, passes, how):
+        def train(figure, name, share, attack, how):
             """A run of sat.py, and its transfers."""
             run = ["--run", prefix + name] if prefix else []
+            passes = 3 + 2 * flags.attack_steps(attack, setting["steps"]) * share  # the cost model
             yield (figure, "sat.py", f"{results}/{dataset}/{prefix}{name}", "result.json",
-                   d["n"] * d["epochs"] * (3 + passes * share), [*base, *run, *how, *evaluation])
+                   seen * passes, [*base, *run, *how, *evaluation])
             for target in targets.split():
-                onto = flags.from_yaml(HERE / f"configs/transfer/{target}.yaml")["dataset"]
-                folder = f"{dataset}-{prefix}{name}-seed0"
-                yield (figure, "transfer.py", f"{results}/{onto}/{folder}", "result.json", TARGETS[target],
-                       [f"{results}/{dataset}/{prefix}{name}/best.pt", "--config",
-                        str(HERE / f"configs/transfer/{target}.yaml"), "--run", folder, *evaluation])
+                path, folder = HERE / f"configs/transfer/{target}.yaml", f"{dataset}-{prefix}{name}-seed0"
+                onto = {**flags.from_yaml(path), **extra}
+                yield (figure, "transfer.py", f"{results}/{onto['dataset']}/{folder}", "result.json",
+                       IMAGES[onto["dataset"]] * onto["epochs"],
+                       [f"{results}/{dataset}/{prefix}{name}/best.pt", "--config", str(path), "--run", folder,
+                        *evaluation])
 
         for shown in (f for f in figures.split() if not wanted or f in wanted):
             name, figure = SAME.get(shown, shown), f"{source}{' -> ' * bool(targets)}{targets}: {shown}"
             if name != "fig2":
-                passes = d["n"] * d["epochs"] * (5 if "vog" in d["metrics"] else 4)
                 yield (f"{source}: ranking (fig3)", "rank.py",
-                       f"{results}/{dataset}/rank-{arch or d['arch']}-seed0", "rank.json", passes,
+                       f"{results}/{dataset}/rank-{setting['arch']}-seed0", "rank.json",
+                       seen * (5 if "vog" in d["metrics"] else 4),
                        [*base, "--metrics", *d["metrics"].split()])
             if name != "fig3":
                 for split, share in (("none", 0), ("full", 1)):
                     for seed in range(d["baselines"]):
-                        for stage in train(figure, f"{split}-seed{seed}", share, 14,
+                        for stage in train(figure, f"{split}-seed{seed}", share, "pgd",
                                            ["--split", split, "--seed", str(seed)]):
                             yield (f"{source}: baselines", *stage[1:]) if stage[1] == "sat.py" else stage
                 for run in runs_of(d, name):
@@ -236,7 +234,7 @@ def command_line(argv):
 
 
 def extra_flags(text):
-    """The words of EXTRA, and the network that they ask for, or None. Exits with one line on a mistake."""
+    """The words of EXTRA, and the values {dest: value} that they give. Exits with one line on a mistake."""
     parser = flags.Parser(prog="sat.py", add_help=False)
     flags.add_flags(parser, *flags.FLAGS)
     try:
@@ -246,7 +244,7 @@ def extra_flags(text):
         mistake(f"EXTRA: {e}")
     if own := [flag for flag in OWN if flags.given(words, flag)]:
         mistake(f"EXTRA: {own[0]} differs between the runs, so run_all.sh sets it (folders: RESULTS, DATA)")
-    return words, args.arch if flags.given(words, "--arch") else None
+    return words, {k: v for k, v in vars(args).items() if flags.given(words, f"--{k.replace('_', '-')}")}
 
 
 def main(argv):
@@ -254,8 +252,8 @@ def main(argv):
     sections, wanted, dry = command_line(argv)
     results, data = os.environ.get("RESULTS", "results"), os.environ.get("DATA", "data")
     python, nproc = os.environ.get("PYTHON", sys.executable), os.environ.get("NPROC", "1")
-    extra, arch = extra_flags(os.environ.get("EXTRA", ""))
-    listed = list(stages(sections, wanted, results, arch))
+    extra, values = extra_flags(os.environ.get("EXTRA", ""))
+    listed = list(stages(sections, wanted, results, values))
     if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
         mistake(f"NPROC={nproc}: give the number of processes, 1 or more")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]

@@ -594,6 +594,12 @@ def test_extra_flags_do_not_change_the_names_that_run_all_waits_for(monkeypatch,
             folder = sat.run_folder(sat.command_line(words))[0].name
             assert folder in ("none-seed0", "full-seed0") or "-seed0" in words[words.index("--run") + 1]
             assert "epochs=40" not in folder
+    cost = lambda extra: {stage[2]: stage[4] for stage in run_all.stages(["transfer"], ["fig16"], "r", extra)}
+    plain, other = cost({}), cost({"epochs": 2, "steps": 1})
+    assert (plain["r/cifar100/esat-hardest-0.5-emphasis-seed0"] == 50000 * 200 * 10
+            and other["r/cifar100/esat-hardest-0.5-emphasis-seed0"] == 50000 * 2 * 4
+            and plain["r/cifar10/cifar100-none-seed0-seed0"] == 50000 * 40
+            and other["r/cifar10/cifar100-none-seed0-seed0"] == 50000 * 2)
     monkeypatch.setenv("EXTRA", "--arch resnet50")
     monkeypatch.setattr(run_all, "summary", lambda listed: [folder for _, _, folder, *_ in listed])
     assert run_all.main(["--dry-run", "digits", "fig3"]) == 0
