@@ -44,8 +44,8 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
             raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)} "
                             "(classes of another data set need --dataset or --config)")
         return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
-    n = len(classes) if split == "csat" else len(y)
-    k = how_many(amount, n, "classes" if split == "csat" else "examples")
+    n, unit = (len(classes), "classes") if split == "csat" else (len(y), "examples")
+    k = how_many(amount, n, unit)
     if order in ("random", "redrawn"):
         # A stream of its own: the batches of an epoch are dealt by a permutation drawn from the same seed.
         first = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + 700_000))[:k]
@@ -54,6 +54,10 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
         if split == "csat":
             scores = class_means(scores, y, n)
         first = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
+        tied = scores == scores[first[-1]]
+        if tied.sum() > tied[first].sum():
+            say(f"note: {int(tied.sum()):,} {unit} share the score at the edge of A; of these the first "
+                f"{int(tied[first].sum()):,}, by index, are in A")
     if split == "csat":
         return torch.isin(y, first)
     return torch.zeros(n, dtype=torch.bool).index_fill(0, first, True)

@@ -257,13 +257,16 @@ def test_a_warning_is_printed_once(capsys):
     assert capsys.readouterr().out == "3 points with zero gradient\nother\n"
 
 
-def test_choose_A():
+def test_choose_A(capsys):
     y, classes = torch.tensor([0, 1, 2, 0, 1, 2, 0]), ["a", "b", "c"]
     scores = torch.tensor([0.5, 0.1, 0.9, 0.5, 0.2, 0.9, 0.5])
     pick = lambda split, **how: sat.choose_A(
         split, y, classes, scores=scores, **how).nonzero().flatten().tolist()
     assert pick("none") == [] and pick("full") == list(range(7))
     assert pick("esat", amount=3) == [0, 2, 5], "of three equal scores the lowest index"
+    assert capsys.readouterr().out == ("note: 3 examples share the score at the edge of A; of these the "
+                                       "first 1, by index, are in A\n")
+    assert pick("esat", amount=5) == [0, 2, 3, 5, 6] and not capsys.readouterr().out, "all equal ones are in"
     assert pick("esat", amount=3, order="easiest") == [0, 1, 4], "ties by index here too"
     assert pick("esat", amount=0.5) == [0, 2, 3, 5], "round(3.5) = 4"
     assert pick("esat", amount=1.0) == list(range(7))
