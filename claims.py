@@ -19,11 +19,11 @@ MARGIN = 3  # points that count as no difference ("competitive", "as robust as")
 
 def verdict(rule, interval, *sides):
     """The verdict on an interval (value, low, high) that should lie "above" 0, "within" -MARGIN to MARGIN, or
-    "not below" -MARGIN, as the rule says. `sides`: the runs on each side, of which it takes two or more."""
+    "not below" -MARGIN, as the rule says. `sides`: the runs on each side; it takes trainings with two seeds or more."""
     _, low, high = interval
     holds = {"above": low > 0, "within": -MARGIN < low and high < MARGIN, "not below": low > -MARGIN}[rule]
     fails = {"above": high < 0, "within": low > MARGIN or high < -MARGIN, "not below": high < -MARGIN}[rule]
-    if min(map(len, sides)) < 2:
+    if min(len(grouped(side, "training")) for side in sides) < 2:
         return "open (one seed)"
     return "holds" if holds else "contradicted" if fails else "open"
 
@@ -44,7 +44,7 @@ def shares(runs):
 
 def single_class(runs, none, ranking):
     """Claims (a) and (b): how robust the classes become that were never attacked, when one other class is."""
-    single = single_classes(runs)
+    single = {c: rs for c, rs in single_classes(runs).items() if mean(rs, "B_val")}
     if not single or not none:
         return
     classes = list(none[0].accuracy["classes"])

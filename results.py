@@ -64,6 +64,12 @@ class Run:
         return len(self.A_classes) / self.n_classes if self.A_classes else self.A / self.N
 
     @property
+    def training(self):
+        """The seed of the training with attacks. Transfers of one network share it, however many heads it
+        got: they are no independent seeds."""
+        return self.seed % 2**31
+
+    @property
     def kind(self):
         """Everything that identifies the run except its seed: runs of one kind are pooled."""
         names = tuple(self.A_classes) if self.order == "named" else ()
@@ -286,8 +292,8 @@ class Noise:
     def __str__(self):
         if not self.df:
             return "No setting has several seeds: the intervals cover the noise of the test set alone."
-        text = (f"Between seeds: a standard deviation of {self.variance**0.5:.2f} points, with {self.df} "
-                f"degree{'s' * (self.df > 1)} of freedom")
+        text = (f"Between seeds, the robust accuracy on all examples has a standard deviation of "
+                f"{self.variance**0.5:.2f} points, with {self.df} degree{'s' * (self.df > 1)} of freedom")
         if len(self.spread) > 1:
             each, test = [statistics.stdev(v) for v in self.spread], ""
             if min(each) > 0:
@@ -301,9 +307,10 @@ def noise(runs, kind="robust", classes=None):
     """The Noise of the accuracy on the test examples of `classes` (None: all). The runs must be of one data
     set and group. Means below 5 % or above 95 %, as that of no AT often is, have little room for noise and
     would make that of the others look small: they count only if there are no others."""
-    classes = classes or [c for r in runs[:1] for c in r.accuracy["classes"]]
-    several = [[accuracy_on(r, classes, kind) for r in same] for same in grouped(runs, "kind").values()
-               if len(same) > 1]
+    classes = [c for r in runs[:1] for c in r.accuracy["classes"]] if classes is None else classes
+    several = [[statistics.fmean(accuracy_on(r, classes, kind) for r in one)
+                for one in grouped(same, "training").values()] for same in grouped(runs, "kind").values()]
+    several = [v for v in several if len(v) > 1]
     return Noise([v for v in several if 5 <= statistics.fmean(v) <= 95] or several)
 
 
@@ -315,8 +322,9 @@ def contrast(terms, pool, kind="robust"):
     added. Test examples: all runs are tested on the same ones, so the differences are paired, example by
     example, after the mean over seeds. Training: the variance between seeds of the accuracy on the same
     classes, pooled, divided by the number of seeds of each term (Bouthillier et al. 2021 explain why seeds
-    count); it is missing if no kind has several seeds. The interval is Student's, with Satterthwaite's (1946)
-    degrees of freedom; the noises on different classes count as one estimate.
+    count); it is missing if no kind has several seeds. Single examples that change between seeds are counted
+    in both, so that the interval is rather too wide. It is Student's, with Satterthwaite's (1946) degrees of
+    freedom; the noises on different classes count as one estimate.
     """
     sizes = {c: a[kind]["n"] for c, a in terms[0][1][0].accuracy["classes"].items() if a[kind]["n"]}
     n, value, unpaired, training, freedom = sum(sizes.values()), 0.0, 0.0, 0.0, []
@@ -327,7 +335,7 @@ def contrast(terms, pool, kind="robust"):
         accuracy = statistics.fmean(accuracy_on(r, part, kind) / 100 for r in runs)
         value += weight * accuracy
         between = noise(pool, kind, part)
-        training += weight**2 * between.variance / len(runs)
+        training += weight**2 * between.variance / len(grouped(runs, "training"))
         freedom.append(between.df)
         if any(r.right(kind, c) is None for r in runs for c in part):
             unpaired += weight**2 * accuracy * (1 - accuracy) / m

@@ -220,28 +220,60 @@ def test_the_noise_of_training_is_that_of_the_same_classes():
     assert of(None)[2] == pytest.approx(t * 2 * math.sqrt(2 / 3))
 
 
-@pytest.mark.parametrize("truth,least,most", [(0.0, 0, 50), (0.10, 800, 1000)])
-def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, least, most):
-    """1,000 draws of nine settings with three seeds, test noise and training noise of 1.5 points:
-    "holds" comes up in at most 5 % of them where the true difference is 0, and in at least 80 %
-    where it is 10 points. Every other draw counts nine of the ten classes alone, as claim (b) does."""
+def test_the_parts_of_a_contrast():
+    """The clean accuracy's own noise, squared weights, a class without examples, a run without its bits, and
+    several heads on one training."""
+    half = lambda found: (found[2] - found[1]) / 2
+    a, b = ([run(split, first(0.5, 1000), clean=first(share, 1000), seed=i)
+             for i, share in enumerate((middle - 0.1, middle, middle + 0.1))]
+            for split, middle in (("full", 0.7), ("none", 0.4)))
+    for kind, between in (("robust", 0), ("clean", 100)):
+        test = 1e4 * np.var(sum(w * np.mean([np.concatenate([r.right(kind, c) for c in r.accuracy["classes"]])
+                                             for r in rs], axis=0) for w, rs in ((1, a), (-0.5, b))), ddof=1)
+        test, training = test / 1000, 1.25 * between / 3
+        df = (test + training)**2 / (training**2 / 4 + test**2 / 999)
+        assert half(results.contrast([(1, a, None), (-0.5, b, None)], [*a, *b], kind)) == pytest.approx(
+            scipy.stats.t.ppf(0.975, df) * math.sqrt(test + training))
+    whole = results.contrast([(1, a, None)], [])
+    for r in a:
+        r.accuracy["classes"]["none"] = {"robust": {"n": 0, "accuracy": None, "right": ""}}
+    assert results.contrast([(1, a, None)], []) == whole, "a class without examples"
+    assert results.noise(a).spread == [[50, 50, 50]]
+    del a[0].accuracy["classes"]["cat"]["robust"]["right"]
+    assert half(results.contrast([(1, a, None)], [])) == pytest.approx(
+        1.96234 * math.sqrt(1e4 * 0.25 / 1000), rel=1e-4), "not paired: the variance of a proportion"
+    heads = [run("full", first(share, 1000), seed=source + 2**31 * head, transfer=True)
+             for source, share in enumerate((0.4, 0.6)) for head in range(2)]
+    found = results.noise(heads)
+    assert found.df == 1 and found.variance == pytest.approx(200)
+    assert results.contrast([(1, heads, None)], heads) == pytest.approx(
+        results.contrast([(1, heads[::2], None)], heads)), "no tighter than with a head each"
+
+
+@pytest.mark.parametrize("truth,sd,least,most", [(0.0, 0.03, 0, 50), (0.10, 0.015, 800, 1000)])
+def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, sd, least, most):
+    """1,000 draws of nine settings with three seeds, test noise and training noise of `sd`: "holds" comes up
+    in at most 5 % of them where the true difference is 0, and in at least 80 % where it is 10 points. Every
+    other draw compares other nine of the ten classes on each side, as claim (b) does."""
     rng, holds, n = np.random.default_rng(1), 0, 300
     for draw in range(1000):
         easy = rng.beta(0.6, 0.8, n)  # how often an example is robust, over trainings
-        drawn = lambda shift: rng.random(n) < np.clip(easy + shift + rng.normal(0, 0.015), 0, 1)
+        drawn = lambda shift: rng.random(n) < np.clip(easy + shift + rng.normal(0, sd), 0, 1)
         sides = [[run("esat", drawn(shift), seed=s, A=A) for s in range(3)]
                  for shift, A in ((truth, 1), (0.0, 2))]
         if draw % 5 == 0:  # new ones for every draw would take long
             others = [run("esat", drawn(0.0), seed=s, A=A) for s in range(3) for A in range(3, 10)]
         pool = [*sides[0], *sides[1], *others]
-        only = list(sides[0][0].accuracy["classes"])[1:] if draw % 2 else None
-        found = results.contrast([(1, sides[0], only), (-1, sides[1], only)], pool)
+        names = list(sides[0][0].accuracy["classes"])
+        one, other = (names[1:], names[:-1]) if draw % 2 else (None, None)
+        found = results.contrast([(1, sides[0], one), (-1, sides[1], other)], pool)
         holds += claims.verdict("above", found, *sides) == "holds"
     assert least <= holds <= most, holds
 
 
 def test_verdict_rules():
-    two = [[1, 2], [1, 2]]
+    a, b = (run("full", first(0.5), seed=seed) for seed in (0, 1))
+    two, head = [[a, b], [a, b]], run("full", first(0.5), seed=2**31)
     cases = {("above", 1, 0.1, 2): "holds", ("above", 0, -1, 1): "open",
              ("above", -1, -2, -0.1): "contradicted", ("within", 0, -2.9, 2.9): "holds",
              ("within", 2, 1, 3.1): "open", ("within", 5, 3.1, 7): "contradicted",
@@ -249,7 +281,8 @@ def test_verdict_rules():
              ("not below", -4, -5, -3.1): "contradicted"}
     for (rule, *interval), expected in cases.items():
         assert claims.verdict(rule, interval, *two) == expected
-        assert claims.verdict(rule, interval, [1], [1, 2]) == "open (one seed)"
+        for one in ([a], [a, head]):  # two heads on the features of one training are one training
+            assert claims.verdict(rule, interval, one, [a, b]) == "open (one seed)"
 
 
 def everything():
@@ -293,6 +326,39 @@ def test_claims_get_the_verdict_of_their_interval():
         r.order = {"hardest": "easiest", "easiest": "hardest"}.get(r.order, r.order)
     found = [row[3] for row in claims.claims(swapped, [])["cifar10", "g"][0] if row[0].startswith("(d)")]
     assert found == ["contradicted", "contradicted"], "the order is reversed, and random is far above hardest"
+
+
+def test_claims_show_the_contrasts_that_they_speak_of():
+    """(a), (b) and (g), with the noise of all runs of their table."""
+    runs = [r for r in everything() if not r.transfer]
+    pick = lambda **like: results.pick(runs, **like)
+    cat, car = (pick(A_classes=[c]) for c in ("cat", "automobile"))
+    for r, c, share in ((r, c, share) for rs, c, share in ((cat, "cat", 0.0), (car, "automobile", 0.9))
+                        for r in rs):
+        r.accuracy["classes"][c]["robust"] = counts(first(share, 1000)[:100])
+    rows = claims.claims(runs, [])["cifar10", "g"][0]
+    rows = {row[0][:3] + " " + row[0].split()[-1]: row[2] for row in rows}
+    none, but = pick(split="none"), lambda name: [c for c in cat[0].accuracy["classes"] if c != name]
+    of = lambda *terms: results.points(*results.contrast(terms, runs))
+    assert of((1, cat, but("cat")), (-1, none, but("cat"))) in rows["(a) classes)"]
+    assert of((1, cat, but("cat")), (-1, car, but("automobile"))) in rows["(b) (automobile)"]
+    moved = [r for r in everything() if r.transfer]
+    third, all_of_it = results.pick(moved, split="esat"), results.pick(moved, split="full")
+    assert results.points(*results.contrast([(1, third, None), (-1, all_of_it, None)], moved)) in next(
+        row[2] for row in claims.claims(moved, [])["cifar100->cifar10", "g"][0] if row[0].startswith("(g)"))
+
+
+def test_recovering_90_percent():
+    """Claim (c): the interval of a ratio by the delta method, and a verdict that counts no AT."""
+    for least, some, most, expected in ((20, 40, 60, "contradicted"), (25, 56.5, 60, "open")):
+        sides = [[run(split, first(x / 100 + 0.01 * (seed - 1), 10000), A=A, seed=seed) for seed in range(3)]
+                 for split, x, A in (("none", least, 0), ("esat", some, 25000), ("full", most, 50000))]
+        (none, half, full), share = sides, (some - least) / (most - least)
+        pool = [*none, *half, *full]
+        row, = [row for row in claims.claims(pool, [])["cifar10", "g"][0] if row[0].startswith("(c)")]
+        _, *ends = results.contrast([(1, half, None), (-share, full, None), (share - 1, none, None)], pool)
+        low, high = (100 * (share + end / (most - least)) for end in ends)
+        assert f"{100 * share:.0f} % [{low:.0f}, {high:.0f}]" in row[2] and row[3] == expected
 
 
 def test_bf16_against_float32():
