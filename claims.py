@@ -19,7 +19,8 @@ MARGIN = 3  # points that count as no difference ("competitive", "as robust as")
 
 def verdict(rule, interval, *sides):
     """The verdict on an interval (value, low, high) that should lie "above" 0, "within" -MARGIN to MARGIN, or
-    "not below" -MARGIN, as the rule says. `sides`: the runs on each side; it takes trainings with two seeds or more."""
+    "not below" -MARGIN, as the rule says. `sides`: the runs on each side, which must be trainings with two
+    seeds or more."""
     _, low, high = interval
     holds = {"above": low > 0, "within": -MARGIN < low and high < MARGIN, "not below": low > -MARGIN}[rule]
     fails = {"above": high < 0, "within": low > MARGIN or high < -MARGIN, "not below": high < -MARGIN}[rule]
