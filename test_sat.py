@@ -80,6 +80,14 @@ def test_ball_and_box(norm, eps, kind):
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_start_outside_is_moved_into_the_ball_and_the_box(norm):
+    (x, y), far = images(6), torch.full((6, 1, 8, 8), 3.0)
+    for steps in (0, 1):
+        adv = attacks.pgd(net(), x, y, eps=0.5, step_size=0.0, steps=steps, norm=norm, start=far)
+        torch.testing.assert_close(adv, (x + attacks.project(far, 0.5, norm)).clamp(0, 1))
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_zero_gradient_gives_a_zero_step(norm):
     class Constant(nn.Module):
         def forward(self, x):
@@ -173,11 +181,13 @@ def test_autoattack_chunks_resume_and_ranks(trained, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("*/*")) == [f"chunk0000{c}.pt" for c in range(4)]
     next(tmp_path.glob("*/chunk00002.pt")).unlink()
     monkeypatch.setattr(attacks, "attack_batch",
-                        lambda m, x, *a, **k: calls.append(len(x)) or real(m, x, *a, **k))
-    assert all(map(torch.equal, whole, evaluation())) and calls == [6], "only what is missing"
-    setting["eps"] = 0.2
+                        lambda m, x, *a, **k: calls.append((len(x), k["seed"])) or real(m, x, *a, **k))
+    assert all(map(torch.equal, whole, evaluation())) and calls == [(6, 2)], "only what is missing"
+    setting["eps"], setting["seed"] = 0.2, 5
     evaluation()
-    assert calls[1:] == [6, 6, 6, 2], "another setting shares nothing"
+    assert calls[1:] == [(6, 5), (6, 6), (6, 7), (2, 8)], "another setting shares nothing; a seed a chunk"
+    attacks.autoattack(model, x, y, eps=0.2, attacks=["apgd-ce"], batch_size=6, seed=5)
+    assert calls[5:] == calls[1:5], "a seed a batch"
 
 
 @pytest.mark.parametrize("n_classes,expected", [
@@ -666,6 +676,11 @@ def test_pipeline_ranking(pipeline):
     assert [r["entropy"] for r in hardest] == sorted((r["entropy"] for r in hardest), reverse=True)
     b = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
     assert sorted(b["A_classes"]) == sorted(r["class"] for r in hardest[:2])
+    data = datasets.get("digits0-4", "data")
+    by_vog = lambda split: subset.ranking(sat.command_line(
+        ["--dataset", "digits0-4", "--metric", "vog", "--split", split, "--results", str(pipeline)]), data)[0]
+    assert torch.equal(by_vog("esat"), subset.within_class(scores["vog"], y)), "comparable between classes"
+    assert torch.equal(by_vog("csat"), scores["vog"])
 
 
 def test_ranking_averages_the_epochs(tmp_path):
@@ -725,6 +740,17 @@ def test_redrawn_attacks_other_examples_every_epoch(monkeypatch):
             for _ in range(2)]
     assert (rows == [[48, 48], [48, 48]] and plans[0] != plans[1] and plans[:2] == plans[2:]
             and len(plans[0] & plans[1]) < 24)
+
+
+def test_every_step_draws_random_starts_of_its_own(monkeypatch):
+    draws, real = [], sat.random_starts
+    monkeypatch.setattr(sat, "random_starts", lambda *a: draws.append(a[3]) or real(*a))
+    data = datasets.get("digits", "data")
+    split = datasets.Split(data.train.x[:192], data.train.y[:192])
+    for seed in ("0", "1", "1"):
+        args = sat.command_line(["--split", "full", *QUICK, "--steps", "1", "--random-start", "--seed", seed])
+        list(sat.train(net(), split, torch.ones(192, dtype=torch.bool), 1.0, args, torch.device("cpu")))
+    assert len(draws) == 18 and len(set(draws)) == 12 and draws[6:12] == draws[12:], "2 epochs of 3 steps"
 
 
 @pytest.mark.parametrize("arch,parameters,flop", [
