@@ -75,7 +75,7 @@ def differing(there, now):
     return "; ".join(f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in differ)
 
 
-def claim(folder):
+def lock_run(folder):
     """Locks a run's folder for as long as this process lives, so that two equal commands do not both write
     to it. Waits for another process that has it; under torchrun that is a UserError."""
     path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
@@ -103,7 +103,7 @@ def start_run(folder, args, done="result.json"):
     With --force an earlier run is kept as .old-<run> until end_run: a repeat that fails loses nothing.
     """
     if rank() == 0:
-        claim(folder)
+        lock_run(folder)
         check_flags(folder, args)
         if (folder / done).exists() and not args.force:
             if world() > 1:  # the other processes are past this question

@@ -152,7 +152,6 @@ def get(name, data_dir, device="cpu", side=224, workers=0):
 def check_fingerprint(data, other, what):
     """UserError unless `other`, the fingerprint stored in `what`, equals that of `data`."""
     mine = data.fingerprint()
-    other = {"images": mine["images"], **other}  # earlier versions did not save it
     differ = [f"{k}: {other.get(k)} there, {v} here" for k, v in mine.items() if other.get(k) != v]
     if differ:
         raise UserError(f"{what} belongs to other data ({'; '.join(differ)[:300]}): "

@@ -80,7 +80,7 @@ def curves(path, title, name, groups, panels):
         title_of_row = "\n".join([data.replace("->", " → "), *textwrap.wrap(group, 60)])
         rows[0, 0].set_title(title_of_row, loc="left", fontsize=7)
         for axis, (part, kind) in zip(rows.flat, panels):
-            draw_baselines(axis, none, full, part, kind)
+            draw_baselines(axis, data, none, full, part, kind)
             for line, sizes in lines.items():
                 draw_line(axis, line, sizes, part, kind)
                 draw_papers(axis, name, data, line, part, kind)
@@ -92,12 +92,16 @@ def curves(path, title, name, groups, panels):
     write(fig, path, title)
 
 
-def draw_baselines(axis, none, full, part, kind):
-    """Draws AT and no AT as horizontal lines, in panels that show the accuracy on all examples."""
+def draw_baselines(axis, data, none, full, part, kind):
+    """Draws AT and no AT as horizontal lines, the paper's as thin ones, in panels that show the accuracy on
+    all examples."""
     if part == "all":
         for label, runs in (("AT", full), ("no AT", none)):
             if found := mean(runs, part, kind):
                 axis.axhline(found[0], color=COLOURS[label], linewidth=1, label=label)
+            told = paper.theirs("", data, label, float(label == "AT"), kind)
+            if told is not None:
+                axis.axhline(told, color=COLOURS[label], alpha=0.45, linewidth=0.8)
 
 
 def look(line):

@@ -110,8 +110,8 @@ def sgd(model, lr, weight_decay, device):
 def precision(amp, device):
     """The arithmetic of training by the flag --amp: "bf16" (autocast) or "float32".
 
-    "auto" is bf16 where the hardware multiplies in bf16. (On a CPU without such units bf16 takes some ten
-    times as long as float32.)
+    "auto" is bf16 where the hardware multiplies in bf16. (On a CPU without such units bf16 takes 13 times as
+    long as float32.)
     """
     if device.type == "cuda":
         units = torch.cuda.is_bf16_supported(including_emulation=False)

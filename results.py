@@ -64,7 +64,7 @@ class Run:
         return len(self.A_classes) / self.n_classes if self.A_classes else self.A / self.N
 
     @property
-    def training(self):
+    def training_seed(self):
         """The seed of the training with attacks. Transfers of one network share it, however many heads it
         got: they are no independent seeds."""
         return self.seed % 2**31
@@ -309,7 +309,7 @@ def noise(runs, kind="robust", classes=None):
     would make that of the others look small: they count only if there are no others."""
     classes = [c for r in runs[:1] for c in r.accuracy["classes"]] if classes is None else classes
     several = [[statistics.fmean(accuracy_on(r, classes, kind) for r in one)
-                for one in grouped(same, "training").values()] for same in grouped(runs, "kind").values()]
+                for one in grouped(same, "training_seed").values()] for same in grouped(runs, "kind").values()]
     several = [v for v in several if len(v) > 1]
     return Noise([v for v in several if 5 <= statistics.fmean(v) <= 95] or several)
 
@@ -335,7 +335,7 @@ def contrast(terms, pool, kind="robust"):
         accuracy = statistics.fmean(accuracy_on(r, part, kind) / 100 for r in runs)
         value += weight * accuracy
         between = noise(pool, kind, part)
-        training += weight**2 * between.variance / len(grouped(runs, "training"))
+        training += weight**2 * between.variance / len(grouped(runs, "training_seed"))
         freedom.append(between.df)
         if any(r.right(kind, c) is None for r in runs for c in part):
             unpaired += weight**2 * accuracy * (1 - accuracy) / m

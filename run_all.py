@@ -50,7 +50,7 @@ DATASETS = {
                                for c in ["cat", "automobile", *TEN]}},
     "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "metrics": "entropy",
                      "csat": {10: 3, 30: 3}, "esat": {0.3: 1, 0.1: 1}},
-    # Another threat model, Linf 8/255, which the paper leaves open; one seed.
+    # Another threat model, Linf 8/255, with one seed.
     "cifar10-cpu-linf": {**CPU, "dataset": "cifar10", "n_classes": 10, "esat": {0.5: 1},
                          "prefix": "cpu-linf-",
                          "flags": "--norm linf --eps 0.031372549 --step-size 0.0078431373"},

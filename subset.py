@@ -14,6 +14,12 @@ import flags
 import results
 from common import HERE, UserError, say, world
 
+# What a pickled numpy array of numbers consists of, for torch.load(weights_only=True). numpy 1 had another
+# name for the function.
+REBUILD = numpy.zeros(0).__reduce__()[0]
+ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray, numpy.dtype,
+         *(type(numpy.dtype(kind)) for kind in ("i4", "i8", "f4", "f8"))]
+
 
 def how_many(amount, n, unit):
     """|A| from a fraction (float) of n, or a number (int). Raises UserError outside 1..n."""
@@ -149,12 +155,13 @@ def rank_command(args):
 
 
 def read_scores(path):
-    """The scores of --scores FILE as float64 (N,): a tensor (.pt) or an array (.npy, .npz with one array) of
-    N numbers, higher = harder. An integer permutation of 0 to N - 1 is read as an order of the training
-    examples, hardest first. One of 1 to N, or of floats, could be an order or ranks: UserError."""
+    """The scores of --scores FILE as float64 (N,): N numbers, higher = harder, in a tensor or array (.pt, .pth)
+    or an array (.npy, .npz with one array). An integer permutation of 0 to N - 1 is read as an order of the
+    training examples, hardest first. One of 1 to N, or of floats, could be an order or ranks: UserError."""
     try:
-        if path.suffix == ".pt":
-            found = torch.load(path, weights_only=True, map_location="cpu").numpy()
+        if path.suffix in (".pt", ".pth"):
+            with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
+                found = torch.load(path, weights_only=True, map_location="cpu")
         else:
             found = numpy.load(path, allow_pickle=False)
             if isinstance(found, numpy.lib.npyio.NpzFile):
@@ -165,8 +172,8 @@ def read_scores(path):
             raise ValueError(f"it holds {found.dtype} {found.shape}")
     except Exception as e:  # numpy and torch raise many kinds on foreign files
         why = " ".join(str(e).split())[:100]
-        raise UserError(f"--scores {path}: {why}; valid: N numbers in a .pt tensor, a .npy, or a .npz with "
-                        "one array") from None
+        raise UserError(f"--scores {path}: {why}; valid: N numbers in a .pt or .pth, a .npy, or a .npz "
+                        "with one array") from None
     n, ascending = len(found), numpy.sort(found)
     is_order, ranks = (n > 0 and numpy.array_equal(ascending, numpy.arange(n) + k) for k in (0, 1))
     if ranks or is_order and found.dtype.kind == "f":

@@ -1,11 +1,13 @@
 """What comes in: data sets in their publishers' formats, configs,
 and inputs that must be refused in one line."""
+import io
 import json
 import math
 import os
 import pickle
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,8 +113,6 @@ def test_the_fingerprint_sees_every_image(tmp_path):
     other.test.x[499, 0, 7, 7] += 1
     with pytest.raises(UserError, match="scores.pt belongs to other data .images: "):
         datasets.check_fingerprint(other, data.fingerprint(), "scores.pt")
-    earlier = {k: v for k, v in data.fingerprint().items() if k != "images"}
-    datasets.check_fingerprint(data, earlier, "scores.pt")  # as earlier versions wrote it
     streamed = lambda name: datasets.Split(datasets.Files([Path("a", name)]), torch.zeros(1))
     one, same, two = (datasets.DataSet("f", *[streamed(name)] * 2, []).images for name in "11\udcff")
     assert one == same != two
@@ -680,6 +680,15 @@ def test_no_attack_is_left(tmp_path, monkeypatch):
     assert not (tmp_path / "results").exists()
 
 
+def zipped(path, pickled):
+    """The bytes of the torch file at `path` with another pickle in it."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(path) as there, zipfile.ZipFile(out, "w") as now:
+        for name in there.namelist():
+            now.writestr(name, pickled if name.endswith("data.pkl") else there.read(name))
+    return out.getvalue()
+
+
 def test_scores_of_ones_own(tmp_path):
     values = np.array([0.3, -1.0, 7.0, 2.5])
     np.save(tmp_path / "a.npy", values)
@@ -687,7 +696,11 @@ def test_scores_of_ones_own(tmp_path):
     torch.save(torch.from_numpy(values), tmp_path / "a.pt")
     order = np.array([2, 3, 0, 1])  # hardest first
     np.save(tmp_path / "order.npy", order)
-    for name in ("a.npy", "a.npz", "a.pt", "order.npy"):
+    torch.save(order, tmp_path / "order.pth")
+    # As numpy 1 pickled it, and the authors of the paper their rankings.
+    old = pickle.dumps(order, 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    (tmp_path / "old.pth").write_bytes(zipped(tmp_path / "order.pth", old))
+    for name in ("a.npy", "a.npz", "a.pt", "order.npy", "order.pth", "old.pth"):
         scores = subset.read_scores(tmp_path / name)
         assert scores.argsort(descending=True).tolist() == order.tolist() and scores.dtype == torch.float64
     np.savez(tmp_path / "two.npz", a=values, b=values)
@@ -695,8 +708,9 @@ def test_scores_of_ones_own(tmp_path):
     np.save(tmp_path / "matrix.npy", np.ones((2, 2)))
     torch.save({"entropy": torch.ones(3)}, tmp_path / "dict.pt")
     torch.save(Malicious(tmp_path), tmp_path / "bad.pt")
-    for name in ("two.npz", "objects.npy", "matrix.npy", "dict.pt", "bad.pt"):
-        with pytest.raises(UserError, match=f"{name}: .*valid: N numbers in a .pt tensor"):
+    torch.save(np.array([Malicious(tmp_path)]), tmp_path / "bad.pth")
+    for name in ("two.npz", "objects.npy", "matrix.npy", "dict.pt", "bad.pt", "bad.pth"):
+        with pytest.raises(UserError, match=f"{name}: .*valid: N numbers in a .pt or"):
             subset.read_scores(tmp_path / name)
     assert not (tmp_path / "pwned").exists()
     np.save(tmp_path / "none.npy", np.zeros(0))
