@@ -309,7 +309,8 @@ def noise(runs, kind="robust", classes=None):
     would make that of the others look small: they count only if there are no others."""
     classes = [c for r in runs[:1] for c in r.accuracy["classes"]] if classes is None else classes
     several = [[statistics.fmean(accuracy_on(r, classes, kind) for r in one)
-                for one in grouped(same, "training_seed").values()] for same in grouped(runs, "kind").values()]
+                for one in grouped(same, "training_seed").values()]
+               for same in grouped(runs, "kind").values()]
     several = [v for v in several if len(v) > 1]
     return Noise([v for v in several if 5 <= statistics.fmean(v) <= 95] or several)
 

@@ -155,9 +155,10 @@ def rank_command(args):
 
 
 def read_scores(path):
-    """The scores of --scores FILE as float64 (N,): N numbers, higher = harder, in a tensor or array (.pt, .pth)
-    or an array (.npy, .npz with one array). An integer permutation of 0 to N - 1 is read as an order of the
-    training examples, hardest first. One of 1 to N, or of floats, could be an order or ranks: UserError."""
+    """The scores of --scores FILE as float64 (N,): N numbers, higher = harder, in a tensor or array (.pt,
+    .pth) or an array (.npy, .npz with one array). An integer permutation of 0 to N - 1 is read as an order of
+    the training examples, hardest first. One of 1 to N, or of floats, could be an order or ranks: UserError.
+    """
     try:
         if path.suffix in (".pt", ".pth"):
             with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
