@@ -164,8 +164,8 @@ FLAGS = {
     "the run": [
         ("--amp", "auto", ("auto", "off", "bf16"),
          "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
-        ("--compile", False, bool, "torch.compile the attack and the network for training: a minute or two at "
-         "the start, then faster (README, Speed)"),
+        ("--compile", False, bool, "torch.compile the attack and the network for training: one to two "
+         "minutes at the start, then faster (README, Speed)"),
         ("--results", Path("results"), folder, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run; the old one is kept until the new one is whole"),
