@@ -5,7 +5,6 @@ Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,); eps and step siz
 `model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), A.1 (PGD-7), A.5 (FGSM-RS).
 """
 import contextlib
-import logging
 
 import torch
 from torch.nn import functional as F
@@ -117,34 +116,6 @@ def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd
                values=False)
 
 
-def once(warn):
-    """`warn`, which then gets a text only if it differs from all earlier ones in more than its numbers."""
-    known = set()
-
-    def first(text):
-        """Passes on a text of a new kind."""
-        kind = "".join(c for c in text if not c.isdigit())
-        if kind not in known:
-            known.add(kind)
-            warn(text)
-    return first
-
-
-class Watch(logging.Handler):
-    """Passes on what pyautoattack logs: debug lines to `progress`, warnings to `warn`."""
-
-    def __init__(self, progress, warn):
-        super().__init__()
-        self.progress, self.warn = progress, warn
-
-    def emit(self, record):
-        """Called by logging with every record of the package."""
-        if record.levelno < logging.WARNING:
-            self.progress(record.getMessage())
-        else:
-            self.warn(f"AutoAttack warns: {record.getMessage()}")
-
-
 def usable(attacks, n_classes):
     """Those of the attacks that exist for this many classes: apgd-t's DLR loss needs four. Raises ValueError
     if none is left, and for names that are not in STANDARD."""
@@ -204,40 +175,20 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed):
     return clean, clean & right
 
 
-@contextlib.contextmanager
-def listening(watch):
-    """Sends what pyautoattack logs only to `watch`, and restores the logger at the end."""
-    log = logging.getLogger("auto-attack")
-    before = log.level, log.propagate
-    log.addHandler(watch)
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(watch)
-        log.setLevel(before[0])
-        log.propagate = before[1]
-
-
-def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0,
-               progress=lambda done, robust, text: None, warn=print):
+def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0):
     """AutoAttack (Croce and Hein 2020): which examples are right (clean) and stay right (robust), two bool
     (N,) on the CPU.
 
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
-    they change the result. `progress(examples done, robust ones, text)` is called with what the package logs,
-    `warn(text)` with each kind of its warnings once. Raises what attack_batch does.
+    they change the result. The package tells its progress and warnings to the logger "auto-attack". Raises
+    what attack_batch does.
     """
     clean, robust = (torch.zeros(len(y), dtype=torch.bool) for _ in range(2))
-    device, done = next(model.parameters(), x).device, 0
-    watch = Watch(lambda text: progress(done, int(robust.sum()), text), once(warn))
-    with listening(watch), fixed_weights(model), eval_mode(model):
+    device = next(model.parameters(), x).device
+    with fixed_weights(model), eval_mode(model):
         for b, i in enumerate(range(0, len(y), batch_size)):
             part = slice(i, i + batch_size)
             found = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device), eps=eps,
                                  norm=norm, attacks=attacks, seed=seed + b)
             clean[part], robust[part] = (right.cpu() for right in found)
-            done += len(y[part])
-            progress(done, int(robust.sum()), "batch done")
     return clean, robust

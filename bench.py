@@ -40,7 +40,8 @@ def command_line(argv=None):
     parser.add_argument("--repeats", type=flags.count, default=7,
                         help="rounds over all kinds of steps; medians are printed")
     parser.add_argument("--compile", action="store_true",
-                        help="time sat.py --compile's steps too (compiling takes minutes)")
+                        help="time sat.py --compile's steps too, in the precision that it would use "
+                             "(compiling takes minutes)")
     parser.add_argument(
         "--amp", choices=("auto", "off", "bf16"), default="auto",
         help="time the steps under bf16 autocast too; auto: where the hardware multiplies in bf16")
@@ -132,10 +133,10 @@ class Steps:
 
 def rows_of(steps, args, device):
     """What to time: [{"step", "precision", "compile", "passes": by the cost model, "run": does the step}]."""
-    found = []
-    for amp in ["off", "bf16"] if models.precision(args.amp, device) == "bf16" else ["off"]:
+    found, amps = [], ["off", "bf16"] if models.precision(args.amp, device) == "bf16" else ["off"]
+    for amp in amps:
         row = {"precision": models.precision(amp, device), "compile": False}
-        for compile in [False, True] if args.compile else [False]:
+        for compile in [False, True] if args.compile and amp == amps[-1] else [False]:  # compiling takes long
             for share in sorted(set(args.fractions)):
                 found.append({**row, "step": f"|A|/N = {share:g}", "compile": compile,
                               "passes": 3 + 2 * args.steps * share,

@@ -7,9 +7,9 @@ Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json be
 scripts have the content of checkpoints from here.
 """
 import contextlib
-import functools
 import hashlib
 import json
+import logging
 import re
 import sys
 from importlib.metadata import version
@@ -88,16 +88,16 @@ def attack(model, data, index, setting, folder):
     folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     chunks = list(enumerate(index.split(setting["batch_size"])))[rank()::world()]
-    device, warn = next(model.parameters()).device, attacks.once(say)
+    device = next(model.parameters()).device
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
     with common.progress(None, total=sum(len(part) for _, part in chunks), unit="example",
-                         desc=f"AutoAttack ({' '.join(setting['attacks'])})") as bar:
+                         desc=f"AutoAttack ({' '.join(setting['attacks'])})") as bar, watched(bar):
         for c, part in chunks:
             kept, found = folder / f"chunk{c:05d}.pt", None
             with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
                 found = common.load(kept)
             if not isinstance(found, torch.Tensor) or found.shape != (2, len(part)):
-                found = attack_chunk(model, data.test, part, setting, c, functools.partial(show, bar), warn)
+                found = attack_chunk(model, data.test, part, setting, c)
                 common.save(kept, found)
             at = c * setting["batch_size"]
             right[:, at:at + len(part)] = found.to(device)
@@ -105,24 +105,53 @@ def attack(model, data, index, setting, folder):
     return tuple(common.all_sum(right).bool().cpu())
 
 
-def attack_chunk(model, test, part, setting, c, progress, warn):
+def attack_chunk(model, test, part, setting, c):
     """AutoAttack on the examples `part`, chunk c of an evaluation: clean and robust, bool (2, n)."""
     try:
         return torch.stack(attacks.autoattack(
             model, test.pixels(part, "cpu"), test.y[part], eps=setting["eps"], norm=setting["norm"],
-            attacks=setting["attacks"], batch_size=len(part), seed=setting["seed"] + c,
-            progress=lambda done, robust, text: progress(text), warn=warn))
+            attacks=setting["attacks"], batch_size=len(part), seed=setting["seed"] + c))
     except ArithmeticError as e:  # FloatingPointError too
         raise UserError(str(e)) from None
 
 
-def show(bar, text):
-    """Shows what AutoAttack logs: in the bar or, if stderr is no terminal, in a line after each attack."""
-    bar.set_postfix_str(text[:60])
-    after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
-    if bar.disable and after:
-        say(f"  AutoAttack, {bar.n} of {bar.total} examples done; this batch after {after[1]}: "
-            f"{float(after[2]):.1f} % robust")
+class Watch(logging.Handler):
+    """Shows what pyautoattack logs: its progress in `bar` or, if stderr is no terminal, in a line after each
+    attack; each kind of its warnings once."""
+
+    def __init__(self, bar):
+        super().__init__()
+        self.bar, self.known = bar, set()
+
+    def emit(self, record):
+        """Called by logging with every record of the package."""
+        text = record.getMessage()
+        kind = re.sub(r"\d", "", text)  # warnings of one kind differ in their numbers
+        if record.levelno >= logging.WARNING and kind not in self.known:
+            self.known.add(kind)
+            say(f"AutoAttack warns: {text}")
+        elif record.levelno < logging.WARNING:
+            self.bar.set_postfix_str(text[:60])
+            after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
+            if self.bar.disable and after:
+                say(f"  AutoAttack, {self.bar.n} of {self.bar.total} examples done; this batch after "
+                    f"{after[1]}: {float(after[2]):.1f} % robust")
+
+
+@contextlib.contextmanager
+def watched(bar):
+    """Inside, what pyautoattack logs goes to a Watch alone; then its logger is as it was."""
+    log, watch = logging.getLogger("auto-attack"), Watch(bar)
+    level, propagate = log.level, log.propagate
+    log.addHandler(watch)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(watch)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 def head_line(result):

@@ -4,6 +4,7 @@
 """
 import functools
 import json
+import logging
 import math
 import os
 import subprocess
@@ -192,15 +193,14 @@ def test_autoattack_chunks_resume_and_ranks(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n_classes,expected", [
     (2, ["apgd-ce", "fab-t", "square"]), (3, ["apgd-ce", "fab-t", "square"]), (5, list(attacks.STANDARD))])
-def test_autoattack_with_fewer_than_ten_classes(n_classes, expected):
+def test_autoattack_with_fewer_than_ten_classes(n_classes, expected, caplog):
     assert attacks.usable(attacks.STANDARD, n_classes) == expected
     model, (x, y) = net(n_classes).eval(), images(4, n_classes=n_classes)
-    warnings = []
     quick = [a for a in attacks.STANDARD if a != "square"]
-    clean, robust = attacks.autoattack(model, x, y, eps=0.1, attacks=quick, warn=warnings.append)
+    clean, robust = attacks.autoattack(model, x, y, eps=0.1, attacks=quick)
     with torch.no_grad():
         assert torch.equal(clean, model(x).argmax(1) == y)
-    assert not [w for w in warnings if "target classes" in w or "DLR" in w]
+    assert "target classes" not in caplog.text and "DLR" not in caplog.text
 
 
 def test_autoattack_refuses_logits_that_are_not_finite():
@@ -227,7 +227,7 @@ def test_autoattack_is_not_believed_blindly(lie, message, monkeypatch):
         attacks.autoattack(model, x, y, eps=0.1)
 
 
-def test_autoattacks_warnings_are_shown_once():
+def test_autoattacks_progress_and_warnings_are_shown_once(capsys, caplog):
     class Softmax(nn.Module):
         def __init__(self):
             super().__init__()
@@ -235,9 +235,20 @@ def test_autoattacks_warnings_are_shown_once():
 
         def forward(self, x):
             return self.net(x).softmax(1)
-    warnings, (x, y) = [], images()
-    attacks.autoattack(Softmax(), x, y, eps=0.1, attacks=["apgd-ce"], batch_size=2, warn=warnings.append)
-    assert sum("probability distribution" in w for w in warnings) == 1
+    x, y = images()
+    bar = SimpleNamespace(n=0, total=6, disable=True, set_postfix_str=lambda text: None)
+    with evaluate.watched(bar):
+        attacks.autoattack(Softmax(), x, y, eps=0.1, attacks=["apgd-ce"], batch_size=2)
+        for text in ("3 points with zero gradient", "5 points with zero gradient", "other"):
+            logging.getLogger("auto-attack").warning(text)
+    shown = capsys.readouterr().out
+    assert shown.count("probability distribution") == 1
+    assert "this batch after APGD-CE: 50.0 % robust" in shown
+    assert shown.endswith("AutoAttack warns: 3 points with zero gradient\nAutoAttack warns: other\n")
+    assert not caplog.text
+    attacks.autoattack(Softmax(), x, y, eps=0.1, attacks=["apgd-ce"], batch_size=2)
+    assert "probability distribution" in caplog.text, "the logger is as before"
+    assert not capsys.readouterr().out
 
 
 def test_cost_of_an_epoch():
@@ -258,13 +269,6 @@ def test_a_learning_rate_that_never_falls_is_said(capsys):
         nobody = torch.zeros(1297, dtype=torch.bool)
         next(sat.train(net(), data.train, nobody, 1.0, args, torch.device("cpu")))
         assert ("does not fall within 1 epochs (--lr-decays 15 25)" in capsys.readouterr().out) == said
-
-
-def test_a_warning_is_printed_once(capsys):
-    warn = attacks.once(print)
-    for text in ("3 points with zero gradient", "5 points with zero gradient", "other"):
-        warn(text)
-    assert capsys.readouterr().out == "3 points with zero gradient\nother\n"
 
 
 def test_choose_A(capsys):
