@@ -54,11 +54,11 @@ def single_class_claims(runs, none):
     gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], runs) for c, rs in single.items()}
     verdicts = collections.Counter(verdict("above", gain[c], rs, none) for c, rs in single.items())
     low, high = (f(told["robust_B_val"], key=told["robust_B_val"].get) for f in (min, max))
-    of = lambda c: gain[c][0]
+    ends = dict.fromkeys(f(gain, key=lambda c: gain[c][0]) for f in (min, max))  # one, if there is one class
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes)",
            f"{told['robust_B_val'][low]:+.1f} ({low}) to {told['robust_B_val'][high]:+.1f} ({high})",
-           " to ".join(f"{points(*gain[c])} ({c})" for c in (min(gain, key=of), max(gain, key=of))),
-           ", ".join(f"{v}: {n}" for v, n in verdicts.items()) + " classes")
+           " to ".join(f"{points(*gain[c])} ({c})" for c in ends),
+           ", ".join(f"{v}: {n}" for v, n in verdicts.items()) + f" class{'es' * (len(gain) > 1)}")
     order = paper.published()["class_order_hardest_first"]["cifar10"]
     pair = [next((c for c in single if paper.NAMES.get(c, c) == name), None)
             for name in (order[0], order[-1])]

@@ -253,7 +253,7 @@ def set_up(args):
         compilers = [os.environ.get("CC", "gcc"), "clang"]
     if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
         raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
-                        "install one, or leave --compile out")
+                        "install one, or give --no-compile")
     if kind == "cpu":
         keep_memory()
     if args.threads:

@@ -122,6 +122,8 @@ def train(model, split, A, w_A, args, device, state=None):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     attack = training_attack(model, args, device) if A.any() else None
+    if attack and device.type == "cuda" and not args.compile:
+        say("note: on a GPU --compile makes this several times as fast (README, Speed)")
     net = models.compiled(model, device) if args.compile else model
     if world() > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
