@@ -192,9 +192,10 @@ def difficulty_section(ranks, runs, out):
     """Fig. 3: mean entropy and clean error of each class, from every rank.json."""
     title = "Fig. 3: class entropy and class error"
     text, drawn = [f"## {title}", *([] if ranks else ["No rankings yet."])], {}
-    for r in ranks.values():
+    for path, r in ranks.items():
         n = len(r["classes_hardest_first"])
         name = f"{r['fingerprint']['name']}: {r['args']['arch']}, {r['epochs']} epochs"
+        name += f" ({path.parent.name})" if name in drawn else ""
         drawn[name] = r["classes_hardest_first"]
         said = [f"Spearman's correlation of {pair} over examples: {rho:.3f}."
                 for pair, rho in r["spearman_of_examples"].items()]
