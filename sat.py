@@ -129,8 +129,8 @@ def train(model, split, A, w_A, args, device, state=None):
         net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         began, lr = time.perf_counter(), args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in optimizer.param_groups:  # fused is in the checkpoint, perhaps of another device
+            group.update(lr=lr, fused=device.type == "cuda")
         order, generator_of_A = datasets.epoch_order(len(split), args.batch_size, args.seed, epoch)
         now = A
         if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
