@@ -15,6 +15,8 @@ import results
 from paper import theirs
 from results import accuracy_on, contrast, grouped, mean, noise, pick, points
 
+# {--weight: its name in tables} of Fig. 2: the authors' config has the first, the paper's text the second.
+FIG2 = {"balanced": "w_A = \\|B\\|/\\|A\\|", "vanilla": "w_A = 1"}
 MARGIN = 3  # points that count as no difference ("competitive", "as robust as"); fixed before the runs
 
 
@@ -44,9 +46,10 @@ def shares(runs):
     return found
 
 
-def single_class_claims(runs, none):
-    """Claims (a) and (b): how robust the classes become that were never attacked, when one other class is."""
-    single = {c: rs for c, rs in single_classes(runs).items() if mean(rs, "B_val")}
+def single_class_claims(runs, none, weight):
+    """Claims (a) and (b): how robust the classes become that were never attacked, when one other class is,
+    with --weight."""
+    single = {c: rs for c, rs in single_classes(pick(runs, weight=weight)).items() if mean(rs, "B_val")}
     if not single or not none:
         return
     classes, told = list(none[0].accuracy["classes"]), paper.published()["fig2"]
@@ -55,7 +58,8 @@ def single_class_claims(runs, none):
     verdicts = collections.Counter(verdict("above", gain[c], rs, none) for c, rs in single.items())
     low, high = (f(told["robust_B_val"], key=told["robust_B_val"].get) for f in (min, max))
     ends = dict.fromkeys(f(gain, key=lambda c: gain[c][0]) for f in (min, max))  # one, if there is one class
-    yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes)",
+    yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes), "
+           f"{FIG2[weight]}",
            f"{told['robust_B_val'][low]:+.1f} ({low}) to {told['robust_B_val'][high]:+.1f} ({high})",
            " to ".join(f"{points(*gain[c])} ({c})" for c in ends),
            ", ".join(f"{v}: {n}" for v, n in verdicts.items()) + f" class{'es' * (len(gain) > 1)}")
@@ -70,8 +74,8 @@ def single_class_claims(runs, none):
         at = [told["classes"].index(paper.NAMES.get(c, c)) for c in [*pair, *rest]]
         theirs_on_rest = [statistics.fmean(told["robust_rows_are_A"][i][j] for j in at[2:]) for i in at[:2]]
         ours = [statistics.fmean(accuracy_on(r, rest) for r in single[c]) for c in pair]
-        yield (f"(b) the hardest class ({pair[0]}) gives the {len(rest)} classes that are in neither A more "
-               f"than the easiest ({pair[1]})",
+        yield (f"(b) the hardest class ({pair[0]}) gives the {len(rest)} classes that are in "
+               f"neither A more than the easiest ({pair[1]}), {FIG2[weight]}",
                "{:.1f}, {:.1f}: {:+.1f}".format(*theirs_on_rest, theirs_on_rest[0] - theirs_on_rest[1]),
                f"{ours[0]:.1f}, {ours[1]:.1f}: {points(*d)}", verdict("above", d, *(single[c] for c in pair)))
 
@@ -172,12 +176,14 @@ def claims(runs):
         told = paper.base(data)
         if told not in ("cifar10", "cifar100->cifar10"):
             continue
-        mine = [r for r in all_ if r.attack == "pgd" and (r.weight == "vanilla" or r.transfer)]
+        mine = [r for r in all_ if r.attack == "pgd"
+                and (r.transfer or r.weight == "vanilla" or r.order == "named" and r.weight == "balanced")]
         none, full = pick(mine, split="none"), pick(mine, split="full")
         if "->" in data:
             rows = list(transfers(mine, told))
         else:
-            rows = [*single_class_claims(mine, none), *examples(mine, none, full, told),
+            rows = [*(row for weight in FIG2 for row in single_class_claims(mine, none, weight)),
+                    *examples(mine, none, full, told),
                     *clean_against_robust(mine, none, full, told)]
         if rows:
             tables[data, group] = sorted(rows, key=lambda row: row[0][:3]), noise(mine)

@@ -153,16 +153,18 @@ def matrix_table(group, classes, runs, told):
 def matrix_section(runs, out):
     """Fig. 2: CSAT on a single class: bars for A_val and B_val, and the robust accuracies class by class."""
     title = "Fig. 2: CSAT on a single class"
-    plain = pick(runs, transfer=False, weight="vanilla", attack="pgd")
-    text = [f"## {title}"]
-    for i, ((data, name), group) in enumerate(grouped(plain, "data", "group").items()):
-        if single := claims.single_classes(group):
-            classes = list(group[0].accuracy["classes"])
-            file = f"fig2{f'-{i + 1}' * (len(text) > 1)}"
-            figures.matrix(out / file, f"{title}\n{data}: {name}", classes, single, pick(group, split="none"),
-                           pick(group, split="full"))
-            told = paper.published()["fig2"] if paper.base(data) == "cifar10" else {}
-            text += [f"![{title}](figures/{file}.png)", f"### {data}: {name}",
+    text, drawn = [f"## {title}"], []
+    for (data, name), group in grouped(pick(runs, transfer=False, attack="pgd"), "data", "group").items():
+        for weight, w_A in claims.FIG2.items():
+            if not (single := claims.single_classes(pick(group, weight=weight))):
+                continue
+            classes, told = list(group[0].accuracy["classes"]), {}
+            if paper.base(data) == "cifar10":
+                told = paper.published()["fig2"]
+            drawn += [f"fig2{f'-{len(drawn) + 1}' if drawn else ''}"]
+            figures.matrix(out / drawn[-1], f"{title}, {weight}\n{data}: {name}", classes, single,
+                           pick(group, split="none"), pick(group, split="full"))
+            text += [f"![{title}](figures/{drawn[-1]}.png)", f"### {data}: {w_A}; {name}",
                      "In brackets: the paper's." if told else "", matrix_table(group, classes, single, told),
                      paper.not_the_papers(data, group[0].setting)]
     return text if len(text) > 1 else [*text, "No runs yet."]

@@ -25,29 +25,32 @@ import flags
 
 HERE = Path(__file__).resolve().parent
 TEN = "airplane automobile bird cat deer dog frog horse ship truck".split()
+ENDS = ["cat", "automobile"]  # the hardest and the easiest class
 TENTHS = {k / 10: 1 for k in range(1, 10)}
 
-# The runs on each data set. esat, csat, single: {amount: training seeds}, the amount of A being a fraction of
-# the examples, a number of classes, or one class. random: seeds of each random subset. baselines: seeds of AT
-# and no AT. metrics: of the ranking. config: if it is not the data set's name. prefix: of the runs' names.
+# The runs on each data set. esat, csat: {amount: training seeds}, the amount of A being a fraction of the
+# examples or a number of classes. single: {weight: {class: training seeds}}; Fig. 2 is "balanced" in the
+# authors' config. random: seeds of each random subset. baselines: seeds of AT and no AT. metrics: of the
+# ranking. config: if it is not the data set's name. prefix: of the runs' names.
 PAPER = {"esat": TENTHS, "baselines": 1, "metrics": "entropy svar", "prefix": ""}
 DIGITS = {**PAPER, "config": "digits", "random": 2, "prefix": "quick-", "esat": {0.1: 1, 0.3: 1, 0.5: 1},
           "flags": "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"}
 CPU = {**PAPER, "config": "cifar10-cpu", "random": 1, "prefix": "cpu-"}
 DATASETS = {
     "cifar10": {**PAPER, "n_classes": 10, "random": 10,
-                "csat": {k: 1 for k in range(1, 10)}, "single": {c: 1 for c in TEN}},
+                "csat": {k: 1 for k in range(1, 10)},
+                "single": {"balanced": {c: 1 for c in TEN}, "vanilla": {c: 1 for c in ENDS}}},
     "cifar100": {**PAPER, "n_classes": 100, "random": 5, "metrics": "entropy svar vog",
                  "csat": {k: 1 for k in range(10, 100, 10)}},
     "imagenet200": {**PAPER, "n_classes": 200, "random": 3, "csat": {k: 1 for k in range(20, 200, 20)}},
     "digits": {**DIGITS, "n_classes": 10, "metrics": "entropy svar vog",
-               "csat": {3: 1, 5: 1, 7: 1}, "single": {str(c): 1 for c in range(10)}},
+               "csat": {3: 1, 5: 1, 7: 1}, "single": {"balanced": {str(c): 1 for c in range(10)}}},
     "digits0-4": {**DIGITS, "n_classes": 5, "csat": {1: 1, 2: 1, 3: 1}},
     # Three seeds where a verdict depends on them.
     "cifar10-cpu": {**CPU, "dataset": "cifar10", "n_classes": 10, "baselines": 3,
                     "esat": {0.1: 3, 0.5: 3, 0.3: 1},
-                    "single": {c: 3 if c in ("cat", "automobile") else 1
-                               for c in ["cat", "automobile", *TEN]}},
+                    "single": {"balanced": {c: 3 if c in ENDS else 1 for c in [*ENDS, *TEN]},
+                               "vanilla": {c: 3 for c in ENDS}}},
     "cifar100-cpu": {**CPU, "dataset": "cifar100", "n_classes": 100, "metrics": "entropy",
                      "csat": {10: 3, 30: 3}, "esat": {0.3: 1, 0.1: 1}},
     # Another threat model, Linf 8/255, with one seed.
@@ -90,9 +93,10 @@ def runs_of(d, name):
     """The runs of sat.py in a figure: (name, |A|/N, --attack, flags)."""
     split, orders, compared = FIGURES[name]
     if split == "single":
-        return [(f"csat-{c}-seed{seed}", 1 / d["n_classes"], "pgd",
-                 ["--split", "csat", "--classes", c, "--seed", str(seed)])
-                for c, seeds in d["single"].items() for seed in range(seeds)]
+        return [(f"csat-{c}{f'-{weight}' * (weight != 'vanilla')}-seed{seed}", 1 / d["n_classes"], "pgd",
+                 ["--split", "csat", "--classes", c, "--weight", weight, "--seed", str(seed)])
+                for weight, classes in d["single"].items() for c, seeds in classes.items()
+                for seed in range(seeds)]
     rows = []
     plain = {"weight": "vanilla", "metric": "entropy", "attack": "pgd"}
     weights, metrics, attacks = (compared.get(flag, [plain[flag]]) for flag in plain)

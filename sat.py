@@ -1,7 +1,7 @@
 """Subset Adversarial Training (Eq. 2): trains on A and B, attacks only A, reports AutoAttack accuracy.
 
     python sat.py --split esat --frac 0.5 --order hardest                     # the embedded digits, on a CPU
-    python sat.py --config configs/cifar10.yaml --split csat --classes cat    # the paper's settings
+    python sat.py --config configs/cifar10.yaml --split csat --size 4         # the paper's settings
 
 Files in: the data; results/<dataset>/rank-<arch>-seed0/scores.pt, made if it is missing, or --scores.
 Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.

@@ -207,7 +207,7 @@ def dry_run(*argv, **env):
 
 # [runs of sat.py, transfers], each: (hardest + easiest + random subsets) x nine sizes, unless said
 COUNTS = {
-    "cifar10: baselines": [2, 0], "cifar10: fig2": [10, 0],  # one run a class
+    "cifar10: baselines": [2, 0], "cifar10: fig2": [10 + 2, 0],  # one run a class, and two with w_A = 1
     "cifar10: fig4": [9 * (2 + 10), 0], "cifar10: fig5": [9 * (2 + 10), 0],
     "cifar10: fig6": [9 * (2 + 10), 0], "cifar10: fig13": [9 * (2 + 10), 0],
     "cifar100: baselines": [2, 0], "cifar100: fig5": [9 * (2 + 5), 0], "cifar100: fig6": [9 * (2 + 5), 0],
@@ -263,8 +263,9 @@ def test_run_all_lists_every_run_of_the_paper(monkeypatch):
     assert kinds["cifar100", "csat", "hardest", "entropy", "balanced", "pgd"] == {
         (s, 0) for s in range(10, 100, 10)}
     assert kinds["cifar100", "esat", "hardest", "vog", "vanilla", "pgd"] == {(s, 0) for s in tenths}
-    assert sorted(c for r in runs if r.classes for c in r.classes) == sorted(
-        "airplane automobile bird cat deer dog frog horse ship truck".split())
+    one_class = lambda weight: sorted(r.classes[0] for r in runs if r.classes and r.weight == weight)
+    assert one_class("balanced") == "airplane automobile bird cat deer dog frog horse ship truck".split()
+    assert one_class("vanilla") == ["automobile", "cat"]
 
 
 def test_every_command_of_run_all_parses_in_order(monkeypatch):
@@ -367,15 +368,16 @@ if "report.py" not in words[0]:
 
 def test_run_all_skips_what_is_finished_and_says_what_is_missing(tmp_path):
     go = stub(tmp_path, """
-if "csat-2-seed0" in name:
+if "csat-2-balanced-seed0" in name:
     print("no such luck", file=sys.stderr)
     sys.exit(2)""" + MAKES)
-    (tmp_path / "results" / "digits" / "quick-csat-0-seed0").mkdir(parents=True)
-    (tmp_path / "results" / "digits" / "quick-csat-0-seed0" / "result.json").write_text("{}")
+    (tmp_path / "results" / "digits" / "quick-csat-0-balanced-seed0").mkdir(parents=True)
+    (tmp_path / "results" / "digits" / "quick-csat-0-balanced-seed0" / "result.json").write_text("{}")
     done, calls = go("digits", "fig2"), (tmp_path / "calls").read_text()
-    assert "csat-0-seed0" not in calls and "csat-9-seed0" in calls and "report.py" in calls
-    assert done.returncode == 1 and "1 missing" in done.stderr and "digits/quick-csat-2-seed0" in done.stderr
-    log = tmp_path / "results" / "logs" / "digits_quick-csat-2-seed0.log"
+    assert "csat-0-balanced-seed0" not in calls and "csat-9-balanced-seed0" in calls and "report.py" in calls
+    failed = "digits/quick-csat-2-balanced-seed0"
+    assert done.returncode == 1 and "1 missing" in done.stderr and failed in done.stderr
+    log = tmp_path / "results" / "logs" / f"{failed.replace('/', '_')}.log"
     assert "no such luck" in log.read_text() and "no such luck" in done.stdout
 
 
@@ -392,14 +394,15 @@ def test_two_run_alls_at_once(tmp_path):
 def test_run_all_that_was_killed_is_taken_over_at_once(tmp_path):
     """Killed with -9, its run going on: a second copy waits for that run, does not start it again,
     and makes the rest."""
-    go = stub(tmp_path, 'if "csat-3-seed0" in name: time.sleep(3)' + MAKES)
+    go = stub(tmp_path, 'if "csat-3-balanced-seed0" in name: time.sleep(3)' + MAKES)
     first = go("digits", "fig2", start=subprocess.Popen)
-    while not (tmp_path / "calls").exists() or "csat-3-seed0" not in (tmp_path / "calls").read_text():
+    calls = tmp_path / "calls"
+    while not calls.exists() or "csat-3-balanced-seed0" not in calls.read_text():
         time.sleep(0.05)
     first.kill()
     done = go("digits", "fig2")
-    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "report.py" not in line]
-    assert done.returncode == 0 and len(calls) == len(set(calls)) == 12, done.stderr
+    made = [line for line in calls.read_text().splitlines() if "report.py" not in line]
+    assert done.returncode == 0 and len(made) == len(set(made)) == 12, done.stderr
 
 
 def test_extra_flags_reach_the_scripts_that_have_them(tmp_path):
