@@ -177,7 +177,7 @@ def claims(runs):
         if told not in ("cifar10", "cifar100->cifar10"):
             continue
         mine = [r for r in all_ if r.attack == "pgd"
-                and (r.transfer or r.weight == "vanilla" or r.order == "named" and r.weight == "balanced")]
+                and (r.transfer or r.weight == "vanilla" or r.order == "named" and r.weight in FIG2)]
         none, full = pick(mine, split="none"), pick(mine, split="full")
         if "->" in data:
             rows = list(transfers(mine, told))
