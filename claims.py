@@ -62,7 +62,7 @@ def single_class_claims(runs, none, weight):
            f"{FIG2[weight]}",
            f"{told['robust_B_val'][low]:+.1f} ({low}) to {told['robust_B_val'][high]:+.1f} ({high})",
            " to ".join(f"{points(*gain[c])} ({c})" for c in ends),
-           ", ".join(f"{v}: {n}" for v, n in verdicts.items()) + f" class{'es' * (len(gain) > 1)}")
+           ", ".join(f"{v}: {n} class{'es' * (n > 1)}" for v, n in verdicts.items()))
     order = paper.published()["class_order_hardest_first"]["cifar10"]
     pair = [next((c for c in single if paper.NAMES.get(c, c) == name), None)
             for name in (order[0], order[-1])]
