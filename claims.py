@@ -89,6 +89,20 @@ def single_classes(runs):
     return found
 
 
+def likeness(classes, single, told):
+    """How our Fig. 2, {class A: runs}, goes with the paper's numbers `told`, as a sentence with Spearman's
+    correlations. Empty if the paper has no numbers or fewer than three classes have runs."""
+    if not told or len(single) < 3:
+        return ""
+    at = {c: told["classes"].index(paper.NAMES.get(c, c)) for c in classes}
+    bars = [(mean(rs, "B_val")[0], told["robust_B_val"][paper.NAMES.get(a, a)]) for a, rs in single.items()]
+    cells = [(statistics.fmean(accuracy_on(r, [c]) for r in rs), told["robust_rows_are_A"][at[a]][at[c]])
+             for a, rs in single.items() for c in classes if c != a]
+    return (f"Spearman's correlation with the paper's numbers: of B_val {results.spearman(*zip(*bars)):.2f} "
+            f"({len(bars)} classes), of the matrix without its diagonal {results.spearman(*zip(*cells)):.2f} "
+            f"({len(cells)} cells).")
+
+
 def two(one, other, part="all", kind="robust"):
     """Two mean accuracies (percent) as text."""
     return f"{mean(one, part, kind)[0]:.1f}, {mean(other, part, kind)[0]:.1f}"

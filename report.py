@@ -166,6 +166,7 @@ def matrix_section(runs, out):
                            pick(group, split="none"), pick(group, split="full"))
             text += [f"![{title}](figures/{drawn[-1]}.png)", f"### {data}: {w_A}; {name}",
                      "In brackets: the paper's." if told else "", matrix_table(group, classes, single, told),
+                     claims.likeness(classes, single, told),
                      paper.not_the_papers(data, group[0].setting)]
     return text if len(text) > 1 else [*text, "No runs yet."]
 

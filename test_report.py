@@ -26,6 +26,7 @@ import results
 import transfer
 from common import UserError
 from conftest import HERE, script
+from run_all import TEN
 
 
 def test_wilson_interval():
@@ -352,6 +353,19 @@ def test_claims_show_the_contrasts_that_they_speak_of():
     third, all_of_it = results.pick(moved, split="esat"), results.pick(moved, split="full")
     assert results.points(*results.contrast([(1, third, None), (-1, all_of_it, None)], moved)) in next(
         row[2] for row in claims.claims(moved)["cifar100->cifar10", "g"][0] if row[0].startswith("(g)"))
+
+
+def test_fig2_is_compared_with_the_papers_by_rank():
+    told = paper.published()["fig2"]
+    for sign, expected in ((1, "1.00"), (-1, "-1.00")):
+        of = {c: [run("csat", np.concatenate([first(0.5 + sign * (v - 50) / 100, 1000)[:100] for v in row]),
+                      A_classes=[c], order="named", weight="balanced")]
+              for c, row in zip(TEN, told["robust_rows_are_A"])}
+        text = claims.likeness(TEN, of, told)
+        assert f"of the matrix without its diagonal {expected} (90 cells)" in text
+        rho = float(re.search(r"of B_val (\S+) \(10 classes\)", text)[1])
+        assert sign * rho > 0.95, "the mean of a row is nearly its bar"
+    assert claims.likeness(TEN, dict(list(of.items())[:2]), told) == claims.likeness(TEN, of, {}) == ""
 
 
 def test_recovering_90_percent():
