@@ -52,15 +52,15 @@ def single_class_claims(runs, none, weight):
     single = {c: rs for c, rs in single_classes(pick(runs, weight=weight)).items() if mean(rs, "B_val")}
     if not single or not none:
         return
-    classes, told = list(none[0].accuracy["classes"]), paper.published()["fig2"]
+    classes, bars = list(none[0].accuracy["classes"]), paper.published()["fig2"]["robust_B_val"]
     others = {c: [k for k in classes if k != c] for c in single}
     gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], runs) for c, rs in single.items()}
     verdicts = collections.Counter(verdict("above", gain[c], rs, none) for c, rs in single.items())
-    low, high = (f(told["robust_B_val"], key=told["robust_B_val"].get) for f in (min, max))
+    low, high = (f(bars, key=bars.get) for f in (min, max))
     ends = dict.fromkeys(f(gain, key=lambda c: gain[c][0]) for f in (min, max))  # one, if there is one class
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes), "
            f"{FIG2[weight]}",
-           f"{told['robust_B_val'][low]:+.1f} ({low}) to {told['robust_B_val'][high]:+.1f} ({high})",
+           f"{bars[low]:+.1f} ({low}) to {bars[high]:+.1f} ({high})",
            " to ".join(f"{points(*gain[c])} ({c})" for c in ends),
            ", ".join(f"{v}: {n} class{'es' * (n > 1)}" for v, n in verdicts.items()))
     order = paper.published()["class_order_hardest_first"]["cifar10"]
@@ -71,8 +71,7 @@ def single_class_claims(runs, none, weight):
         # on the other's class, and the easiest class is easier to make robust than the hardest.
         rest = [c for c in classes if c not in pair]
         d = contrast([(1, single[pair[0]], rest), (-1, single[pair[1]], rest)], runs)
-        at = [told["classes"].index(paper.NAMES.get(c, c)) for c in [*pair, *rest]]
-        theirs_on_rest = [statistics.fmean(told["robust_rows_are_A"][i][j] for j in at[2:]) for i in at[:2]]
+        theirs_on_rest = [statistics.fmean(paper.fig2(a, c) for c in rest) for a in pair]
         ours = [statistics.fmean(accuracy_on(r, rest) for r in single[c]) for c in pair]
         yield (f"(b) the hardest class ({pair[0]}) gives the {len(rest)} classes that are in "
                f"neither A more than the easiest ({pair[1]}), {FIG2[weight]}",
@@ -89,14 +88,13 @@ def single_classes(runs):
     return found
 
 
-def likeness(classes, single, told):
-    """How our Fig. 2, {class A: runs}, goes with the paper's numbers `told`, as a sentence with Spearman's
-    correlations. Empty if the paper has no numbers or fewer than three classes have runs."""
-    if not told or len(single) < 3:
+def likeness(classes, single):
+    """How our Fig. 2, {class A: runs}, goes with the paper's, as a sentence with Spearman's correlations.
+    Empty if the paper does not have these classes, or fewer than three of them have runs."""
+    bars = [(mean(rs, "B_val")[0], paper.fig2(a)) for a, rs in single.items() if paper.fig2(a) is not None]
+    if len(bars) < 3:
         return ""
-    at = {c: told["classes"].index(paper.NAMES.get(c, c)) for c in classes}
-    bars = [(mean(rs, "B_val")[0], told["robust_B_val"][paper.NAMES.get(a, a)]) for a, rs in single.items()]
-    cells = [(statistics.fmean(accuracy_on(r, [c]) for r in rs), told["robust_rows_are_A"][at[a]][at[c]])
+    cells = [(statistics.fmean(accuracy_on(r, [c]) for r in rs), paper.fig2(a, c))
              for a, rs in single.items() for c in classes if c != a]
     return (f"Spearman's correlation with the paper's numbers: of B_val {results.spearman(*zip(*bars)):.2f} "
             f"({len(bars)} classes), of the matrix without its diagonal {results.spearman(*zip(*cells)):.2f} "

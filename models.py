@@ -101,10 +101,16 @@ def build(arch, n_classes, mean, std):
     return Classifier(features, nn.Linear(k, n_classes), mean, std).to(memory_format=torch.channels_last)
 
 
-def sgd(model, lr, weight_decay, device):
-    """The optimizer of Table 2: SGD with momentum 0.9 on the parameters that ask for a gradient."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(trained, lr, 0.9, weight_decay=weight_decay, fused=device.type == "cuda")
+def sgd(model, lr, weight_decay, device, state=None):
+    """The optimizer of Table 2: SGD with momentum 0.9 on the parameters that ask for a gradient. `state`: the
+    state_dict of one to go on from, perhaps of another device."""
+    trained, fused = [p for p in model.parameters() if p.requires_grad], device.type == "cuda"
+    optimizer = torch.optim.SGD(trained, lr, 0.9, weight_decay=weight_decay, fused=fused)
+    if state:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+    return optimizer
 
 
 def precision(amp, device):

@@ -35,6 +35,17 @@ def theirs(figure, data, line, share, kind):
     return next((v for f, v in found.items() if abs(float(f) - share) < 0.004), None)
 
 
+def fig2(a, c=None):
+    """The robust accuracy (percent) that Fig. 2 gives for CSAT on class `a` of CIFAR-10: on class c, or on
+    B_val if c is None. None for classes that CIFAR-10 does not have."""
+    told, a, c = published()["fig2"], NAMES.get(a, a), NAMES.get(c, c)
+    if c is None:
+        return told["robust_B_val"].get(a)
+    if not {a, c} <= set(told["classes"]):
+        return None
+    return told["robust_rows_are_A"][told["classes"].index(a)][told["classes"].index(c)]
+
+
 @functools.cache
 def setting_on(data):
     """The flags of the paper's runs on `data` (a data set, or source->target), from configs/: {dest: value},

@@ -125,22 +125,19 @@ def curve_section(runs, out, name, title, same, vary, panels):
     return text
 
 
-def matrix_table(group, classes, runs, told):
-    """Fig. 2's table: one row for each class A. Its last columns are the matrix, with the paper's numbers
-    `told` ({} if there are none) in brackets."""
-    names = {c: paper.NAMES.get(c, c) for c in classes}
-    at = {c: told["classes"].index(n) for c, n in names.items() if n in told.get("classes", [])}
-    rows = []
+def matrix_table(group, classes, runs, known):
+    """Fig. 2's table: one row for each class A. Its last columns are the matrix, with the paper's numbers in
+    brackets if they are `known`."""
+    rows, told = [], paper.fig2 if known else lambda a, c=None: None
     for a in classes:
         mine, cells = runs.get(a, []), []
         for c in classes:
             found = [r.accuracy["classes"][c]["robust"]["accuracy"] for r in mine]
             cells.append(f"{100 * statistics.fmean(found):.0f}" if found and None not in found else "-")
-            if {a, c} <= set(at):
-                cells[-1] += f" ({told['robust_rows_are_A'][at[a]][at[c]]})"
-        b = told["robust_B_val"][names[a]] if a in at else None
+            if told(a, c) is not None:
+                cells[-1] += f" ({told(a, c)})"
         rows.append([a if mine else f"{a}: no run yet", str(len(mine)), cell(mine, "A_val"),
-                     cell(mine, "B_val"), without_at(group, mine), *beside(mine, "B_val", "robust", b),
+                     cell(mine, "B_val"), without_at(group, mine), *beside(mine, "B_val", "robust", told(a)),
                      cell(mine), *cells])
     for line, split in BASELINES.items():
         base = pick(group, split=split)
@@ -153,21 +150,18 @@ def matrix_table(group, classes, runs, told):
 def matrix_section(runs, out):
     """Fig. 2: CSAT on a single class: bars for A_val and B_val, and the robust accuracies class by class."""
     title = "Fig. 2: CSAT on a single class"
-    text, drawn = [f"## {title}"], []
-    for (data, name), group in grouped(pick(runs, transfer=False, attack="pgd"), "data", "group").items():
-        for weight, w_A in claims.FIG2.items():
-            if not (single := claims.single_classes(pick(group, weight=weight))):
-                continue
-            classes, told = list(group[0].accuracy["classes"]), {}
-            if paper.base(data) == "cifar10":
-                told = paper.published()["fig2"]
-            drawn += [f"fig2{f'-{len(drawn) + 1}' if drawn else ''}"]
-            figures.matrix(out / drawn[-1], f"{title}, {weight}\n{data}: {name}", classes, single,
-                           pick(group, split="none"), pick(group, split="full"))
-            text += [f"![{title}](figures/{drawn[-1]}.png)", f"### {data}: {w_A}; {name}",
-                     "In brackets: the paper's." if told else "", matrix_table(group, classes, single, told),
-                     claims.likeness(classes, single, told),
-                     paper.not_the_papers(data, group[0].setting)]
+    groups = grouped(pick(runs, transfer=False, attack="pgd"), "data", "group")
+    shown = [(data, name, weight, group, single) for (data, name), group in groups.items()
+             for weight in claims.FIG2 if (single := claims.single_classes(pick(group, weight=weight)))]
+    text = [f"## {title}"]
+    for i, (data, name, weight, group, single) in enumerate(shown):
+        classes, known = list(group[0].accuracy["classes"]), paper.base(data) == "cifar10"
+        file = f"fig2{f'-{i + 1}' * (i > 0)}"
+        figures.matrix(out / file, f"{title}, {weight}\n{data}: {name}", classes, single,
+                       pick(group, split="none"), pick(group, split="full"))
+        text += [f"![{title}](figures/{file}.png)", f"### {data}: {claims.FIG2[weight]}; {name}",
+                 "In brackets: the paper's." * known, matrix_table(group, classes, single, known),
+                 claims.likeness(classes, single) * known, paper.not_the_papers(data, group[0].setting)]
     return text if len(text) > 1 else [*text, "No runs yet."]
 
 

@@ -93,7 +93,8 @@ def runs_of(d, name):
     """The runs of sat.py in a figure: (name, |A|/N, --attack, flags)."""
     split, orders, compared = FIGURES[name]
     if split == "single":
-        return [(f"csat-{c}{f'-{weight}' * (weight != 'vanilla')}-seed{seed}", 1 / d["n_classes"], "pgd",
+        tags = {weight: "" if weight == "vanilla" else f"-{weight}" for weight in d["single"]}
+        return [(f"csat-{c}{tags[weight]}-seed{seed}", 1 / d["n_classes"], "pgd",
                  ["--split", "csat", "--classes", c, "--weight", weight, "--seed", str(seed)])
                 for weight, classes in d["single"].items() for c, seeds in classes.items()
                 for seed in range(seeds)]

@@ -117,10 +117,9 @@ def train(model, split, A, w_A, args, device, state=None):
     if args.lr_decays and min(args.lr_decays) >= args.epochs:
         say(f"note: the learning rate does not fall within {args.epochs} epochs (--lr-decays "
             f"{' '.join(map(str, args.lr_decays))})")
-    optimizer = models.sgd(model, args.lr, args.weight_decay, device)
+    optimizer = models.sgd(model, args.lr, args.weight_decay, device, state and state["optimizer"])
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
     attack = training_attack(model, args, device) if A.any() else None
     if attack and device.type == "cuda" and not args.compile:
         say("note: on a GPU --compile makes this several times as fast (README, Speed)")
@@ -129,8 +128,8 @@ def train(model, split, A, w_A, args, device, state=None):
         net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         began, lr = time.perf_counter(), args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
-        for group in optimizer.param_groups:  # fused is in the checkpoint, perhaps of another device
-            group.update(lr=lr, fused=device.type == "cuda")
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         order, generator_of_A = datasets.epoch_order(len(split), args.batch_size, args.seed, epoch)
         now = A
         if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
