@@ -1,7 +1,7 @@
 """Tests the paper's claims against our runs, and bf16 against float32. report.py shows the result.
 
 Each claim becomes a row with the paper's numbers, ours, and a verdict. It "holds" when the 95 % interval
-(results.contrast: noise of the test examples and of training) lies where the claim puts it, is "contradicted"
+(stats.contrast: noise of the test examples and of training) lies where the claim puts it, is "contradicted"
 when it lies outside, and is "open" otherwise. It also stays open if any of the settings that it compares was
 trained with one seed only.
 """
@@ -13,7 +13,8 @@ from dataclasses import replace
 import paper
 import results
 from paper import theirs
-from results import accuracy_on, contrast, grouped, mean, noise, pick, points
+from results import grouped, pick
+from stats import accuracy_on, contrast, mean, noise, points, spearman
 
 # {--weight: its name in tables} of Fig. 2: the authors' config has the first, the paper's text the second.
 FIG2 = {"balanced": "w_A = \\|B\\|/\\|A\\|", "vanilla": "w_A = 1"}
@@ -96,8 +97,8 @@ def likeness(classes, single):
         return ""
     cells = [(statistics.fmean(accuracy_on(r, [c]) for r in rs), paper.fig2(a, c))
              for a, rs in single.items() for c in classes if c != a]
-    return (f"Spearman's correlation with the paper's numbers: of B_val {results.spearman(*zip(*bars)):.2f} "
-            f"({len(bars)} classes), of the matrix without its diagonal {results.spearman(*zip(*cells)):.2f} "
+    return (f"Spearman's correlation with the paper's numbers: of B_val {spearman(*zip(*bars)):.2f} "
+            f"({len(bars)} classes), of the matrix without its diagonal {spearman(*zip(*cells)):.2f} "
             f"({len(cells)} cells).")
 
 

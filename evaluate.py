@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 import sys
 from importlib.metadata import version
@@ -24,10 +25,18 @@ import data as datasets
 import flags
 import models
 from common import UserError, rank, say, world
-from results import wilson
 
 SEED = 0  # AutoAttack's, the same for every run
 CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
+
+
+def wilson(k, n, z=1.959964):
+    """The 95 % Wilson score interval (low, high) of k successes in n trials."""
+    if n == 0:
+        return 0.0, 1.0
+    p, d = k / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def accuracy(right):

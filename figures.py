@@ -1,6 +1,6 @@
 """Draws the figures of report.py and picture.py with matplotlib, laid out like the paper's.
 
-PNG for web pages, SVG for print (of photographs PNG alone). The accuracies come from results.py, the scores
+PNG for web pages, SVG for print (of photographs PNG alone). The accuracies come from stats.py, the scores
 from rank.json.
 """
 import textwrap
@@ -12,7 +12,7 @@ from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend
 
 import paper  # noqa: E402
 from common import atomic  # noqa: E402
-from results import mean  # noqa: E402
+from stats import mean  # noqa: E402
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5,
          "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False,

@@ -14,12 +14,11 @@ import data as datasets
 import flags
 import models
 import paper
-import results
 from common import UserError, rank, say, world
 from evaluate import checkpoint
-from results import spearman
 from sat import train
-from subset import class_means
+from stats import spearman
+from subset import class_means, scores_hash
 
 
 def entropy(logits, y=None):
@@ -222,7 +221,7 @@ def main(argv=None):
     scores, cost = rank_epochs(run, model, data, metrics, args, device)
     errors = class_errors(model, data, device)
     result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs,
-              "cost": cost, "scores": {m: results.scores_hash(s.numpy()) for m, s in scores.items()},
+              "cost": cost, "scores": {m: scores_hash(s) for m, s in scores.items()},
               **summary(scores, data, errors)}
     if rank() == 0:
         common.save(run / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(),

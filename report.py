@@ -17,7 +17,8 @@ import paper
 import results
 from common import UserError, say
 from paper import theirs
-from results import cell, grouped, mean, pick, without_at
+from results import grouped, pick
+from stats import cell, mean, without_at
 
 ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]

@@ -20,7 +20,6 @@ import data as datasets
 import evaluate
 import flags
 import models
-import results
 import subset
 from common import UserError, all_sum, rank, say, world
 from subset import choose_A, weight_A
@@ -290,7 +289,7 @@ def command_line(argv=None):
     args.own_scores = None
     if args.scores:  # a run's identity is what the file holds, not where it lies
         args.own_scores = args.scores.name, subset.read_scores(args.scores)
-        args.scores = results.scores_hash(args.own_scores[1].numpy())
+        args.scores = subset.scores_hash(args.own_scores[1])
     return args
 
 

@@ -2,6 +2,7 @@
 
 A is chosen by class, at random, or by difficulty scores, which are rank.py's or the user's own.
 """
+import hashlib
 import subprocess
 import sys
 
@@ -11,7 +12,6 @@ import torch
 import common
 import data as datasets
 import flags
-import results
 from common import HERE, UserError, say, world
 
 # What a pickled numpy array of numbers consists of, for torch.load(weights_only=True). numpy 1 had another
@@ -79,6 +79,11 @@ def check_scores(scores, n, what="the scores"):
         raise UserError(f"{what} are all {scores[0]:g}: they order nothing (vog needs two epochs or more)")
 
 
+def scores_hash(scores):
+    """The short hash by which a result.json names the scores (N,) that chose its A."""
+    return hashlib.sha256(scores.numpy().tobytes()).hexdigest()[:16]
+
+
 def class_means(scores, y, n_classes):
     """Mean score of each class (Eq. 3, right): (N,), (N,) -> (n_classes,) float64."""
     total = torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, scores.double())
@@ -127,7 +132,7 @@ def ranking(args, data):
         raise UserError(f"{path} has no {args.metric}: first run python rank.py {' '.join(command)} --force")
     scores = found[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
-    said = {"metric": args.metric, "epochs": found["epochs"], "scores": results.scores_hash(scores.numpy())}
+    said = {"metric": args.metric, "epochs": found["epochs"], "scores": scores_hash(scores)}
     if args.metric == "vog" and args.split == "esat":  # gradients of classes differ in size (Agarwal et al.)
         scores = within_class(scores, data.train.y)
     return scores, said

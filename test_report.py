@@ -23,6 +23,7 @@ import paper
 import picture
 import report
 import results
+import stats
 import transfer
 from common import UserError
 from conftest import HERE, script
@@ -128,7 +129,7 @@ def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
 
 def counts(right):
     """An accuracy as result.json has it, of bool (n,)."""
-    low, high = results.wilson(int(right.sum()), len(right))
+    low, high = evaluate.wilson(int(right.sum()), len(right))
     return {"n": len(right), "accuracy": float(right.mean()), "low": low, "high": high,
             "right": np.packbits(right).tobytes().hex()}
 
@@ -179,21 +180,21 @@ def test_contrast_by_hand():
     of parts, a difference of two means."""
     rng = np.random.default_rng(0)
     a, b = rng.random(100) < 0.6, rng.random(100) < 0.4
-    value, low, high = results.contrast([(1, [run("full", a)], None), (-1, [run("none", b)], None)], [])
+    value, low, high = stats.contrast([(1, [run("full", a)], None), (-1, [run("none", b)], None)], [])
     d = a.astype(float) - b
     assert (value == pytest.approx(100 * d.mean())
             and (high - low) / 2 == pytest.approx(100 * 1.98422 * d.std(ddof=1) / 10, rel=1e-3))
     # The same runs on B_val of a class: only those examples count.
     others = [c for c in run("full", a).accuracy["classes"] if c != "cat"]
-    value, low, high = results.contrast([(1, [run("full", a)], others), (-1, [run("none", b)], others)], [])
+    value, low, high = stats.contrast([(1, [run("full", a)], others), (-1, [run("none", b)], others)], [])
     kept = np.delete(d.reshape(10, 10), 3, 0)
     assert (value == pytest.approx(100 * kept.mean())
             and (high - low) / 2 == pytest.approx(100 * 1.984 * kept.std() / math.sqrt(90), rel=0.02))
     # Training noise: three seeds each, all of it between seeds, none between examples.
     seeds = [run("full", first(s), seed=i) for i, s in enumerate((0.4, 0.5, 0.6))]
-    found = results.noise(seeds)
+    found = stats.noise(seeds)
     assert (found.variance, found.df, found.spread) == (pytest.approx(100), 2, [[40, 50, 60]])
-    value, low, high = results.contrast([(1, seeds, None)], seeds)
+    value, low, high = stats.contrast([(1, seeds, None)], seeds)
     test = np.mean([first(s) for s in (0.4, 0.5, 0.6)], axis=0).var(ddof=1)
     total = 100 / 3 + 1e4 * test / 100
     df = total**2 / ((100 / 3)**2 / 2 + (1e4 * test / 100)**2 / 99)
@@ -211,10 +212,10 @@ def test_the_noise_of_training_is_that_of_the_same_classes():
         return [run(split, grid.ravel(), seed=i) for i, grid in enumerate(grids)]
     a, b = seeds("full"), seeds("none")
     others = [c for c in a[0].accuracy["classes"] if c != "cat"]
-    deviation = {tuple(classes): results.noise([*a, *b], classes=classes).variance**0.5
+    deviation = {tuple(classes): stats.noise([*a, *b], classes=classes).variance**0.5
                  for classes in (others, ["cat"], [*others, "cat"])}
     assert list(deviation.values()) == [0, pytest.approx(20), pytest.approx(2)]
-    of = lambda classes: results.contrast([(1, a, classes), (-1, b, classes)], [*a, *b])
+    of = lambda classes: stats.contrast([(1, a, classes), (-1, b, classes)], [*a, *b])
     assert of(others) == (pytest.approx(0), pytest.approx(0), pytest.approx(0))
     t = scipy.stats.t.ppf(0.975, 4)
     assert of(["cat"])[2] == pytest.approx(t * 20 * math.sqrt(2 / 3))
@@ -233,22 +234,22 @@ def test_the_parts_of_a_contrast():
                                              for r in rs], axis=0) for w, rs in ((1, a), (-0.5, b))), ddof=1)
         test, training = test / 1000, 1.25 * between / 3
         df = (test + training)**2 / (training**2 / 4 + test**2 / 999)
-        assert half(results.contrast([(1, a, None), (-0.5, b, None)], [*a, *b], kind)) == pytest.approx(
+        assert half(stats.contrast([(1, a, None), (-0.5, b, None)], [*a, *b], kind)) == pytest.approx(
             scipy.stats.t.ppf(0.975, df) * math.sqrt(test + training))
-    whole = results.contrast([(1, a, None)], [])
+    whole = stats.contrast([(1, a, None)], [])
     for r in a:
         r.accuracy["classes"]["none"] = {"robust": {"n": 0, "accuracy": None, "right": ""}}
-    assert results.contrast([(1, a, None)], []) == whole, "a class without examples"
-    assert results.noise(a).spread == [[50, 50, 50]]
+    assert stats.contrast([(1, a, None)], []) == whole, "a class without examples"
+    assert stats.noise(a).spread == [[50, 50, 50]]
     del a[0].accuracy["classes"]["cat"]["robust"]["right"]
-    assert half(results.contrast([(1, a, None)], [])) == pytest.approx(
+    assert half(stats.contrast([(1, a, None)], [])) == pytest.approx(
         1.96234 * math.sqrt(1e4 * 0.25 / 1000), rel=1e-4), "not paired: the variance of a proportion"
     heads = [run("full", first(share, 1000), seed=source + 2**31 * head, transfer=True)
              for source, share in enumerate((0.4, 0.6)) for head in range(2)]
-    found = results.noise(heads)
+    found = stats.noise(heads)
     assert found.df == 1 and found.variance == pytest.approx(200)
-    assert results.contrast([(1, heads, None)], heads) == pytest.approx(
-        results.contrast([(1, heads[::2], None)], heads)), "no tighter than with a head each"
+    assert stats.contrast([(1, heads, None)], heads) == pytest.approx(
+        stats.contrast([(1, heads[::2], None)], heads)), "no tighter than with a head each"
 
 
 @pytest.mark.parametrize("truth,sd,least,most", [(0.0, 0.03, 0, 50), (0.10, 0.015, 800, 1000)])
@@ -267,7 +268,7 @@ def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, sd, least, mo
         pool = [*sides[0], *sides[1], *others]
         names = list(sides[0][0].accuracy["classes"])
         one, other = (names[1:], names[:-1]) if draw % 2 else (None, None)
-        found = results.contrast([(1, sides[0], one), (-1, sides[1], other)], pool)
+        found = stats.contrast([(1, sides[0], one), (-1, sides[1], other)], pool)
         holds += claims.verdict("above", found, *sides) == "holds"
     assert least <= holds <= most, holds
 
@@ -345,13 +346,13 @@ def test_claims_show_the_contrasts_that_they_speak_of():
     rows = claims.claims(runs)["cifar10", "g"][0]
     rows = {row[0][:3] + " " + row[0].split()[-1]: row[2] for row in rows}
     none, but = pick(split="none"), lambda name: [c for c in cat[0].accuracy["classes"] if c != name]
-    of = lambda *terms: results.points(*results.contrast(terms, runs))
+    of = lambda *terms: stats.points(*stats.contrast(terms, runs))
     assert of((1, cat, but("cat")), (-1, none, but("cat"))) in rows[f"(a) {BALANCED}"]
     both = [c for c in but("cat") if c != "automobile"]
     assert of((1, cat, both), (-1, car, both)) in rows[f"(b) {BALANCED}"], "on the classes in neither A"
     moved = [r for r in everything() if r.transfer]
     third, all_of_it = results.pick(moved, split="esat"), results.pick(moved, split="full")
-    assert results.points(*results.contrast([(1, third, None), (-1, all_of_it, None)], moved)) in next(
+    assert stats.points(*stats.contrast([(1, third, None), (-1, all_of_it, None)], moved)) in next(
         row[2] for row in claims.claims(moved)["cifar100->cifar10", "g"][0] if row[0].startswith("(g)"))
 
 
@@ -377,7 +378,7 @@ def test_recovering_90_percent():
         (none, half, full), share = sides, (some - least) / (most - least)
         pool = [*none, *half, *full]
         row, = [row for row in claims.claims(pool)["cifar10", "g"][0] if row[0].startswith("(c)")]
-        _, *ends = results.contrast([(1, half, None), (-share, full, None), (share - 1, none, None)], pool)
+        _, *ends = stats.contrast([(1, half, None), (-share, full, None), (share - 1, none, None)], pool)
         low, high = (100 * (share + end / (most - least)) for end in ends)
         assert f"{100 * share:.0f} % [{low:.0f}, {high:.0f}]" in row[2] and row[3] == expected
 
@@ -577,7 +578,7 @@ def test_transfers_keep_the_seeds_of_source_and_target_apart():
 
 def test_two_seeds_count_their_spread():
     pair = [run("full", first(s, 1000), seed=i) for i, s in enumerate((0.4, 0.6))]
-    assert results.noise(pair).df == 1 and results.noise(pair).variance == pytest.approx(200)
+    assert stats.noise(pair).df == 1 and stats.noise(pair).variance == pytest.approx(200)
 
 
 def test_lines_of_different_rankings_are_told():
@@ -590,5 +591,5 @@ def test_lines_of_different_rankings_are_told():
 def test_noise_is_counted_where_no_setting_has_room_for_it():
     low = [run("esat", first(share, 1000), seed=seed) for seed, share in enumerate((0.01, 0.03))]
     high = [run("full", first(share, 1000), A=50000, seed=seed) for seed, share in enumerate((0.5, 0.6))]
-    assert results.noise(low).variance == pytest.approx(2) and results.noise(low).df == 1
-    assert results.noise([*low, *high]).variance == pytest.approx(50), "only where there is room for it"
+    assert stats.noise(low).variance == pytest.approx(2) and stats.noise(low).df == 1
+    assert stats.noise([*low, *high]).variance == pytest.approx(50), "only where there is room for it"

@@ -473,9 +473,13 @@ def short_training(device, compile=False, amp="off", attack=True):
     return torch.cat([(p - q).flatten().cpu() for p, q in zip(model.parameters(), before)]), row
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
-@pytest.mark.parametrize("compile,amp,alike",
-                         [(True, "off", 0.9999), (False, "bf16", 0.97), (True, "bf16", 0.97)])
+FAST = [(True, "off", 0.9999), (False, "bf16", 0.97), (True, "bf16", 0.97)]
+
+
+# Not the last on CPUs, where compiling takes a minute.
+@pytest.mark.parametrize("device,compile,amp,alike",
+                         [*(("cpu", *how) for how in FAST[:2]),
+                          *(pytest.param("cuda", *how, marks=GPU.marks) for how in FAST)])
 def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compile, amp, alike):
     """--compile (A filled up to 16 and 32 examples) and bf16 autocast, against float32 on the CPU: the same
     change of the weights, which training without the attack does not give."""
