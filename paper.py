@@ -61,6 +61,13 @@ def setting_on(data):
     return found | {f"target's {k}": v for values in of_target for k, v in values.items()}
 
 
+def known(data, setting):
+    """The name under which theirs() looks up numbers to put beside runs on `data`: `data`, or "" if norm or
+    eps are not the paper's, whose numbers then mean something else."""
+    told = setting_on(data)
+    return data if all(setting.get(k, v) == v for k, v in told.items() if k in ("norm", "eps")) else ""
+
+
 def not_the_papers(data, setting):
     """A sentence that lists where our setting differs from the paper's; empty if it does not, or if the paper
     does not have these data."""

@@ -484,6 +484,20 @@ def test_report_keeps_other_settings_apart(pipeline, tmp_path, capsys):
     assert "twin" in capsys.readouterr().out, "a repeated run is named, not counted as a seed"
 
 
+def test_another_threat_model_is_not_put_beside_the_papers_numbers(tmp_path):
+    curve = next(c for c in report.CURVES if c[0] == "fig6")
+    for norm, eps, beside in (("l2", 0.5, True), ("linf", 8 / 255, False), ("l2", 1.0, False)):
+        how = {"setting": {**SETTING, "norm": norm, "eps": eps}}
+        runs = [run("full", first(0.7), A=50000, **how), run("none", first(0.0), A=0, **how),
+                run("esat", first(0.6), A=25000, **how)]
+        (rows, _), = claims.claims(runs).values()
+        assert {row[0][:3]: row[1] != "-" for row in rows} == {"(c)": beside, "(e)": beside}
+        text = "\n".join(report.curve_section(runs, tmp_path, *curve))
+        assert ("paper robust %" in text) == beside
+        svg = (tmp_path / "fig6.svg").read_text()
+        assert ("the paper's (thin)" in svg) == beside
+
+
 def test_tables_of_curves(tmp_path):
     runs = [run("full", first(0.7), A=50000), run("esat", first(0.6), A=25000),
             run("esat", first(0.4), A=25000, order="random"),
