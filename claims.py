@@ -198,7 +198,7 @@ def claims(runs):
             rows = [*(row for weight in FIG2 for row in single_class_claims(mine, none, weight)),
                     *examples(mine, none, full, told),
                     *clean_against_robust(mine, none, full, told)]
-        if not paper.known(data, all_[0].setting):
+        if not paper.comparable(data, all_[0].setting):
             rows = [(claim, "-", ours, said) for claim, _, ours, said in rows]
         if rows:
             tables[data, group] = sorted(rows, key=lambda row: row[0][:3]), noise(mine)

@@ -68,22 +68,22 @@ def curves(path, title, name, groups, panels):
     """Accuracy against |A|/N: one row of panels for each group of runs, two rows if there are more than three
     panels.
 
-    groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}}, paper.known)}; panels: [(part,
-    kind)]. The band is one standard deviation over seeds. Thin lines are the paper's. Horizontal lines are
-    the baselines, in panels that show the accuracy on all examples.
+    groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}}, paper.comparable)}; panels:
+    [(part, kind)]. The band is one standard deviation over seeds. Thin lines are the paper's. Horizontal
+    lines are the baselines, in panels that show the accuracy on all examples.
     """
     lines_a_group = 1 if len(panels) <= 3 else 2
     columns = -(-len(panels) // lines_a_group)
     fig, axes = canvas(len(groups) * lines_a_group, columns, 4 if columns == 2 else 3, 2.5)
-    for g, ((data, group), (none, full, lines, known)) in enumerate(groups.items()):
+    for g, ((data, group), (none, full, lines, comparable)) in enumerate(groups.items()):
         rows = axes[g * lines_a_group:(g + 1) * lines_a_group]
         title_of_row = "\n".join([data.replace("->", " → "), *textwrap.wrap(group, 60)])
         rows[0, 0].set_title(title_of_row, loc="left", fontsize=7)
         for axis, (part, kind) in zip(rows.flat, panels):
-            draw_baselines(axis, known, none, full, part, kind)
+            draw_baselines(axis, comparable, none, full, part, kind)
             for line, sizes in lines.items():
                 draw_line(axis, line, sizes, part, kind)
-                draw_papers(axis, name, known, line, part, kind)
+                draw_papers(axis, name, comparable, line, part, kind)
             ylabel = f"{kind} accuracy (%)" if part == "all" else f"{kind}, {part} (%)"
             axis.set(xlabel="|A| / N", ylabel=ylabel, xlim=(0, 1.02))
             highest = axis.dataLim.y1 if axis.has_data() else 100

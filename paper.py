@@ -61,7 +61,7 @@ def setting_on(data):
     return found | {f"target's {k}": v for values in of_target for k, v in values.items()}
 
 
-def known(data, setting):
+def comparable(data, setting):
     """The name under which theirs() looks up numbers to put beside runs on `data`: `data`, or "" if norm or
     eps are not the paper's, whose numbers then mean something else."""
     told = setting_on(data)

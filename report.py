@@ -72,13 +72,13 @@ def beside(runs, part, kind, told):
 
 # --- sections: each is a list of paragraphs, of which the first is the heading ------------------------------
 
-def curve_table(name, known, group, vary, panels):
-    """The table of one data set in a figure of curves: our accuracies, and the paper's on the data `known`
-    (paper.known) with the difference where the paper has a number."""
+def curve_table(name, comparable, group, vary, panels):
+    """The table of one data set in a figure of curves: our accuracies, and the paper's on the data
+    `comparable` (paper.comparable) with the difference where the paper has a number."""
     rows = [(line, pick(group, split=split), float(line == "AT")) for line, split in BASELINES.items()]
     for line, sizes in lines_of(group, vary).items():
         rows += [(line, runs, runs[0].share) for runs in sizes.values()]
-    told = [{kind: theirs(name, known, line, share, kind) for kind in ("robust", "clean")}
+    told = [{kind: theirs(name, comparable, line, share, kind) for kind in ("robust", "clean")}
             for line, _, share in rows]
     kinds = [k for k in ("robust", "clean") if any(t[k] is not None for t in told)]
     bare = ["no AT on that B %"] * (("B_val", "robust") in panels)
@@ -117,12 +117,12 @@ def curve_section(runs, out, name, title, same, vary, panels):
     if not groups:
         return [f"## {title}", "No runs yet." if vary == "order" else "No runs yet that compare them."]
     drawn = {k: (pick(g, split="none"), pick(g, split="full"), lines_of(g, vary),
-                 paper.known(k[0], g[0].setting)) for k, g in groups.items()}
+                 paper.comparable(k[0], g[0].setting)) for k, g in groups.items()}
     figures.curves(out / name, title, name, drawn, panels)
     text = [f"## {title}", f"![{title}](figures/{name}.png)"]
     for (data, name_of_group), group in groups.items():
-        known = drawn[data, name_of_group][-1]
-        text += [f"### {data}: {name_of_group}", curve_table(name, known, group, vary, panels),
+        comparable = drawn[data, name_of_group][-1]
+        text += [f"### {data}: {name_of_group}", curve_table(name, comparable, group, vary, panels),
                  paper.not_the_papers(data, group[0].setting), results.mixed_rankings(group),
                  gaps(group, vary)]
     return text
@@ -159,7 +159,7 @@ def matrix_section(runs, out):
     text = [f"## {title}"]
     for i, (data, name, weight, group, single) in enumerate(shown):
         classes = list(group[0].accuracy["classes"])
-        known = paper.base(paper.known(data, group[0].setting)) == "cifar10"
+        known = paper.base(paper.comparable(data, group[0].setting)) == "cifar10"
         file = f"fig2{f'-{i + 1}' * (i > 0)}"
         figures.matrix(out / file, f"{title}, {weight}\n{data}: {name}", classes, single,
                        pick(group, split="none"), pick(group, split="full"))
