@@ -2,7 +2,7 @@
 and one of B.
 
 Paper: Eq. 1 and 2. If A is empty or everything, only one example is drawn.
-    python picture.py results/cifar10-small/csat-airplane-seed0/best.pt
+    python picture.py results/cifar10/csat-cat-balanced-seed0/best.pt
 Files in: a checkpoint whose A is made of classes, the data. Files out: picture.png beside the checkpoint.
 """
 import argparse

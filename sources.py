@@ -3,10 +3,11 @@
 Images are one uint8 tensor (N, C, H, W), or a list of paths if they are streamed. Labels are int64 (N,). The
 digits are part of the repository. Any other data set is looked for under --data-dir as <name>.pt, then as an
 image folder <name>/train/<class>/* with <name>/test or <name>/val, then as the files that torchvision reads,
-and else is downloaded by torchvision; cifar10-small and cifar100-small are made of the whole ones. Format of
-<name>.pt: {"train": {"x": uint8 (N, C, H, W), "y": int64 (N,)}, "test": {...}, "classes": [str]}. Paper:
-Table 1.
+and else is downloaded by torchvision; cifar10-small is made of the whole cifar10. Format of <name>.pt:
+{"train": {"x": uint8 (N, C, H, W), "y": int64 (N,)}, "test": {...}, "classes": [str]}. Paper: Table 1.
 """
+import contextlib
+import fcntl
 import hashlib
 
 import numpy as np
@@ -17,7 +18,7 @@ from common import HERE, UserError, load, progress, save, say
 
 DIGITS = {"digits": (0, 9), "digits0-4": (0, 4), "digits5-9": (5, 9)}  # first and last class
 # {name: (the whole data set, training images of each class, test images of each class)}
-SMALLER = {"cifar10-small": ("cifar10", 500, 100), "cifar100-small": ("cifar100", 50, 10)}
+SMALLER = {"cifar10-small": ("cifar10", 500, 100)}
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SMALL = 64  # a folder of equal images of at most this side is kept in memory; any other is streamed
 TABLE_1 = {  # classes, training images, test images
@@ -233,8 +234,12 @@ def publisher(name, root):
         try:
             return read(root, False)
         except RuntimeError:  # torchvision's error for files that are missing or have a wrong checksum
-            say(f"downloading {name} to {root}")
-            return read(root, True)
+            root.mkdir(parents=True, exist_ok=True)
+            with open(root / f".{name}.lock", "w") as lock:  # copies of run_all.sh start at the same time
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                say(f"downloading {name} to {root}")
+                return read(root, True)
     except UserError:  # which is a ValueError too
         raise
     except (OSError, RuntimeError, KeyError, ValueError) as e:

@@ -152,6 +152,7 @@ def run(split, right, clean=None, A=5000, A_classes=(), seed=0, **made):
     plain = {"path": f"{split}-{A}-{seed}", "data": "cifar10", "transfer": False, "setting": SETTING,
              "precision": "float32", "order": "hardest", "metric": "entropy", "weight": "vanilla",
              "attack": "pgd", "N": 50000, "w_A": 1.0, "n_classes": 10, "cost": A, "ranking": "",
+             "ranking_epochs": 0,
              "weights": f"{split}{A}{seed}", "group": "g"}
     return results.Run(split=split, A=A, A_classes=list(A_classes), seed=seed, accuracy=accuracy,
                        **{**plain, **made})
@@ -447,7 +448,7 @@ def test_report(pipeline):
     ranked = json.loads((pipeline / "digits0-4" / "rank-preactresnet8-seed0" / "rank.json").read_text())
     assert (row["A"] == "2 classes" and row["A/N"] == "0.40"
             and result["ranking"]["scores"] in ranked["scores"].values())
-    assert ("Missing runs (gaps in the figure): the baseline AT." in text
+    assert ("Missing runs of these lines: the baseline AT." in text
             and "runs of these tables used it." in text)
     assert "digits0-4->digits5-9" in text and "AutoAttack's apgd-ce, n = 24" in text
     evals = table(text, "## Evaluations under other settings", "\n## ")
@@ -508,7 +509,7 @@ def test_tables_of_curves(tmp_path):
     assert ("| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 "
             "| 64.5 | -14.5 | 91.0 | +9.0 |") in text
     assert "| AT | 50,000 | 1.00 | 1 | 1 | 70.0 [60.4, 78.1] |" in text and "| no AT | no run yet |" in text
-    assert ("Missing runs (gaps in the figure): random at |A| = 5,000, the baseline no AT." in text
+    assert ("Missing runs of these lines: random at |A| = 5,000, the baseline no AT." in text
             and "Not the paper's setting" not in text)
     assert (tmp_path / "fig6.png").stat().st_size > 5000
 
@@ -526,9 +527,8 @@ def test_readme_is_made_from_the_published_results(tmp_path):
     for copy, path in zip(copies, (HERE / "README.md", published / "README.md")):
         assert copy.read_text() == path.read_text(), \
             "report.py --results results-published --into README.md results-published/README.md"
-    for part in ("small", "precision"):  # reports of their own
-        report.main(["--results", str(tmp_path / "r" / part)])
-    for tables in ("tables.md", "small/tables.md", "precision/tables.md"):
+    report.main(["--results", str(tmp_path / "r" / "precision")])  # a report of its own
+    for tables in ("tables.md", "precision/tables.md"):
         assert (tmp_path / "r" / tables).read_text() == (published / tables).read_text()
     text = (HERE / "README.md").read_text()
     assert "| (a) CSAT on a single class" in text and "torchattacks PGDL2" in copies[1].read_text()
@@ -576,7 +576,7 @@ def test_groups_of_other_settings_have_other_names():
 def test_transfers_keep_the_seeds_of_source_and_target_apart():
     made = {"args": {"split": "full", "classes": None, "order": "hardest", "metric": "entropy",
                      "attack": "pgd", "weight": "vanilla", "weight_factor": None, "seed": 1,
-                     "arch": "a", "epochs": 1},
+                     "arch": "a", "epochs": 1, "norm": "l2", "eps": 0.5},
             "N": 9, "A": 9, "w_A": 1, "A_classes": None, "fingerprint": {"classes": ["a"], "labels": "l"},
             "cost": {"forward_equivalents": 1}, "weights": "w", "dataset": "cifar100"}
     accuracy = run("full", first(0.5)).accuracy
@@ -598,8 +598,40 @@ def test_two_seeds_count_their_spread():
 def test_lines_of_different_rankings_are_told():
     one, other, chance = (run("esat", first(0.5), A=a, ranking=r)
                           for a, r in ((9, "x"), (99, "y"), (999, "")))
-    assert results.mixed_rankings([one, chance]) == ""
-    assert "by entropy used 2 different rankings" in results.mixed_rankings([one, other, chance])
+    assert results.rankings_to_doubt([one, chance]) == ""
+    assert "by entropy used 2 different rankings" in results.rankings_to_doubt([one, other, chance])
+    one.ranking_epochs = 1  # SETTING has other epochs
+    assert "network trained for 1 epochs" in results.rankings_to_doubt([one, chance])
+    one.ranking_epochs = SETTING["epochs"]
+    assert results.rankings_to_doubt([one, chance]) == ""
+
+
+def test_a_sources_threat_model_is_part_of_the_setting():
+    path = HERE / "results-published/cifar10/cifar100-cpu-full-seed0-seed0/result.json"
+    result = json.loads(path.read_text())
+    one = results.run_of(path, result)
+    result["source"]["args"]["eps"] = 2.0
+    other = results.run_of(path, result)
+    assert one.setting != other.setting and one.setting["eps"] == other.setting["eps"] == 0.5
+    assert paper.comparable(one.data, one.setting) and not paper.comparable(other.data, other.setting)
+
+
+def test_heads_on_one_network_are_no_seeds():
+    heads = [run("full", first(share), seed=2**31 * k, transfer=True) for k, share in enumerate((0.4, 0.6))]
+    assert stats.mean(heads) == (pytest.approx(50), 0.0) and stats.cell(heads) == "50.0 (2 heads)"
+
+
+def test_classes_without_examples_end_in_no_error():
+    single = [run("csat", first(0.3), A=5000, A_classes=[c], order="named")
+              for c in ("cat", "automobile", "dog")]
+    none = [run("none", first(0.1), A=0)]
+    for r in (*single, *none):
+        r.accuracy["classes"]["frog"]["robust"] = {"n": 0, "accuracy": None, "low": None, "high": None,
+                                                   "right": ""}
+    rows = list(claims.single_class_claims([*single, *none], none, "vanilla"))
+    assert "gives the 7 classes" in rows[1][0]
+    assert "(24 cells)" in claims.likeness(list(none[0].accuracy["classes"]),
+                                           claims.single_classes(single))
 
 
 def test_noise_is_counted_where_no_setting_has_room_for_it():
