@@ -53,7 +53,8 @@ def single_class_claims(runs, none, weight):
     single = {c: rs for c, rs in single_classes(pick(runs, weight=weight)).items() if mean(rs, "B_val")}
     if not single or not none:
         return
-    classes, bars = list(none[0].accuracy["classes"]), paper.published()["fig2"]["robust_B_val"]
+    classes = [c for c, a in none[0].accuracy["classes"].items() if a["robust"]["n"]]
+    bars = paper.published()["fig2"]["robust_B_val"]
     others = {c: [k for k in classes if k != c] for c in single}
     gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], runs) for c, rs in single.items()}
     verdicts = collections.Counter(verdict("above", gain[c], rs, none) for c, rs in single.items())
@@ -67,10 +68,9 @@ def single_class_claims(runs, none, weight):
     order = paper.published()["class_order_hardest_first"]["cifar10"]
     pair = [next((c for c in single if paper.NAMES.get(c, c) == name), None)
             for name in (order[0], order[-1])]
-    if all(pair):
+    if all(pair) and (rest := [c for c in classes if c not in pair]):
         # On the same classes, those that neither run attacked: with its own B_val, each would also be tested
         # on the other's class, and the easiest class is easier to make robust than the hardest.
-        rest = [c for c in classes if c not in pair]
         d = contrast([(1, single[pair[0]], rest), (-1, single[pair[1]], rest)], runs)
         theirs_on_rest = [statistics.fmean(paper.fig2(a, c) for c in rest) for a in pair]
         ours = [statistics.fmean(accuracy_on(r, rest) for r in single[c]) for c in pair]
@@ -96,7 +96,8 @@ def likeness(classes, single):
     if len(bars) < 3:
         return ""
     cells = [(statistics.fmean(accuracy_on(r, [c]) for r in rs), paper.fig2(a, c))
-             for a, rs in single.items() for c in classes if c != a]
+             for a, rs in single.items() for c in classes
+             if c != a and rs[0].accuracy["classes"][c]["robust"]["n"]]
     return (f"Spearman's correlation with the paper's numbers: of B_val {spearman(*zip(*bars)):.2f} "
             f"({len(bars)} classes), of the matrix without its diagonal {spearman(*zip(*cells)):.2f} "
             f"({len(cells)} cells).")

@@ -18,7 +18,7 @@ def published():
 
 
 def base(data):
-    """The paper's data set behind ours: cifar10 for cifar10-small, also on either side of an arrow."""
+    """The paper's data set behind ours: cifar10 for cifar10-small."""
     return data.replace("-small", "")
 
 
@@ -58,14 +58,17 @@ def setting_on(data):
     defaults = {flag[2:].replace("-", "_"): default for group in flags.FLAGS.values()
                 for flag, default, *_ in group}
     found, *of_target = ({**defaults, **flags.from_yaml(file)} for file in files)
-    return found | {f"target's {k}": v for values in of_target for k, v in values.items()}
+    of_source = {f"source's {k}": found[k] for k in ("norm", "eps")} if target else {}
+    return found | of_source | {f"target's {k}": v for values in of_target for k, v in values.items()}
 
 
 def comparable(data, setting):
     """The name under which theirs() looks up numbers to put beside runs on `data`: `data`, or "" if norm or
-    eps are not the paper's, whose numbers then mean something else."""
+    eps (in a transfer, also those of the source's training) are not the paper's, whose numbers then mean
+    something else."""
     told = setting_on(data)
-    return data if all(setting.get(k, v) == v for k, v in told.items() if k in ("norm", "eps")) else ""
+    return data if all(setting.get(k, v) == v for k, v in told.items()
+                        if k.split()[-1] in ("norm", "eps")) else ""
 
 
 def not_the_papers(data, setting):

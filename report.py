@@ -89,7 +89,8 @@ def curve_table(name, comparable, group, vary, panels):
     for (line, runs, share), their in zip(rows, told):
         sizes = ["no run yet", f"{share:.0f}", "-", "0"]
         if runs:
-            sizes = [amount(runs[0]), f"{share:.2f}", f"{runs[0].w_A:.3g}", str(len(runs))]
+            sizes = [amount(runs[0]), f"{share:.2f}", f"{runs[0].w_A:.3g}",
+                     str(len(grouped(runs, "training_seed")))]
         text.append([line, *sizes, *(cell(runs, *p) for p in panels),
                      *(without_at(group, runs) for _ in bare),
                      *(c for k in kinds for c in beside(runs, "all", k, their[k]))])
@@ -97,13 +98,14 @@ def curve_table(name, comparable, group, vary, panels):
 
 
 def gaps(group, vary):
-    """A sentence that lists the missing baselines, and the sizes that only other lines have; may be empty."""
+    """A sentence that lists the missing baselines, and the sizes that only other lines of the table have; may
+    be empty."""
     lines = lines_of(group, vary)
     sizes = sorted({size for found in lines.values() for size in found})
     missing = [f"{line} at |A| = {size:,}" for line, found in lines.items() for size in sizes
                if size not in found]
     missing += [f"the baseline {line}" for line, split in BASELINES.items() if not pick(group, split=split)]
-    return f"Missing runs (gaps in the figure): {', '.join(missing)}." if missing else ""
+    return f"Missing runs of these lines: {', '.join(missing)}." if missing else ""
 
 
 def curve_section(runs, out, name, title, same, vary, panels):
@@ -123,7 +125,7 @@ def curve_section(runs, out, name, title, same, vary, panels):
     for (data, name_of_group), group in groups.items():
         comparable = drawn[data, name_of_group][-1]
         text += [f"### {data}: {name_of_group}", curve_table(name, comparable, group, vary, panels),
-                 paper.not_the_papers(data, group[0].setting), results.mixed_rankings(group),
+                 paper.not_the_papers(data, group[0].setting), results.rankings_to_doubt(group),
                  gaps(group, vary)]
     return text
 

@@ -42,6 +42,7 @@ class Run:
     n_classes: int
     cost: float        # of training, in forward passes
     ranking: str       # hash of the scores that chose A, or ""
+    ranking_epochs: int  # of the network that made them; 0 for scores from a file
     weights: str       # hash of the network's weights (in a transfer, of the source's)
     # {part: {kind: {"n", "accuracy", "low", "high"}}}, "classes": {class: {kind: the same and "right"}}
     accuracy: dict
@@ -90,7 +91,9 @@ def run_of(path, result):
                "eps": s["eps"], "labels": result["fingerprint"]["labels"]}
     if source:
         setting |= {f"target's {k}": v for k, v in target.items() if k not in NOT_SETTING}
+        setting |= {f"source's {k}": args[k] for k in ("norm", "eps")}  # norm and eps are the evaluation's
         data = f"{source['dataset']}->{data}"
+    ranking = made.get("ranking") or {}
     metric = f"own {args['scores']}" if args.get("scores") else args["metric"]
     if args["order"] in ("random", "redrawn"):
         metric = "entropy"  # no metric is used; this value puts them beside the runs ordered by entropy
@@ -101,8 +104,8 @@ def run_of(path, result):
         weight=f"w_A {args['weight_factor']:g}" if args["weight_factor"] else args["weight"],
         seed=args["seed"] + (2**31 * target["seed"] if source else 0), A=made["A"], N=made["N"],
         w_A=made["w_A"], A_classes=made["A_classes"] or [], n_classes=len(made["fingerprint"]["classes"]),
-        cost=made["cost"]["forward_equivalents"], ranking=(made.get("ranking") or {}).get("scores", ""),
-        weights=made["weights"], accuracy=result["accuracy"])
+        cost=made["cost"]["forward_equivalents"], ranking=ranking.get("scores", ""),
+        ranking_epochs=ranking.get("epochs", 0), weights=made["weights"], accuracy=result["accuracy"])
 
 
 def found(results, name):
@@ -191,12 +194,16 @@ def pick(runs, **like):
     return [r for r in runs if all(getattr(r, k) == v for k, v in like.items())]
 
 
-def mixed_rankings(runs):
-    """A sentence if runs by one metric used different rankings; else empty."""
+def rankings_to_doubt(runs):
+    """Sentences on runs by one metric that used different rankings, and on rankings by a network that was
+    trained for other epochs than the runs; may be empty."""
+    said = []
     for (metric,), same in grouped([r for r in runs if r.ranking], "metric").items():
         if (n := len({r.ranking for r in same})) > 1:
-            return f"Caution: the runs by {metric} used {n} different rankings."
-    return ""
+            said.append(f"Caution: the runs by {metric} used {n} different rankings.")
+        differ = sorted({r.ranking_epochs for r in same} - {0, *(r.setting["epochs"] for r in same)})
+        said += [f"Caution: a ranking by {metric} is of a network trained for {k} epochs." for k in differ]
+    return " ".join(said)
 
 
 def rankings(results):

@@ -19,8 +19,11 @@ def spearman(a, b):
 
 
 def values(runs, part, kind):
-    """The accuracies (percent) on a part, of the runs that have this part with at least one example."""
-    return [100 * a["accuracy"] for r in runs if (a := r.accuracy.get(part, {}).get(kind, {})).get("n")]
+    """The accuracies (percent) on a part, for each training seed of the runs that have this part with at
+    least one example. (Several heads on one network are averaged: they are no independent seeds.)"""
+    having = [r for r in runs if r.accuracy.get(part, {}).get(kind, {}).get("n")]
+    return [statistics.fmean(100 * r.accuracy[part][kind]["accuracy"] for r in same)
+            for same in grouped(having, "training_seed").values()]
 
 
 def mean(runs, part="all", kind="robust"):
@@ -36,8 +39,10 @@ def cell(runs, part="all", kind="robust"):
     found = mean(runs, part, kind)
     if found is None:
         return "-"
-    if len(runs) > 1:
+    if len(grouped(runs, "training_seed")) > 1:
         return f"{found[0]:.1f} ± {found[1]:.1f}"
+    if len(runs) > 1:
+        return f"{found[0]:.1f} ({len(runs)} heads)"
     one = runs[0].accuracy[part][kind]
     return f"{found[0]:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
 
