@@ -17,6 +17,8 @@ from common import HERE, UserError, say
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 METRICS = ("entropy", "svar", "vog")
 ORDERS = ("hardest", "easiest", "random", "redrawn")
+# The flags, one of which says how large A is, by --split.
+AMOUNTS = {"none": (), "full": (), "esat": ("frac", "size"), "csat": ("frac", "size", "classes")}
 # The attacks of training (--attack), with their gradient steps on an example (None: --steps), by which costs
 # are counted.
 ATTACK_STEPS = {"pgd": None, "fgsm-rs": 1}
@@ -295,6 +297,17 @@ def given(argv, flag):
     """Whether the command line has the flag."""
     words = sys.argv[1:] if argv is None else argv
     return any(word == flag or word.startswith(f"{flag}=") for word in words)
+
+
+def replace_amounts(args, argv):
+    """Drops what a config says of the amount of A if the command line says another, or a --split that takes
+    none of this kind."""
+    typed = {name for name in (*AMOUNTS["csat"], "scores") if given(argv, f"--{name}")}
+    taken = AMOUNTS[args.split] + ("scores",) * bool(AMOUNTS[args.split])
+    for name in {*AMOUNTS["csat"], "scores"} - typed:
+        replaced = name != "scores" and typed - {"scores"}
+        if replaced or name not in taken and given(argv, "--split"):
+            setattr(args, name, None)
 
 
 def without_idle(args, argv):

@@ -117,7 +117,8 @@ def precision(amp, device):
     """The arithmetic of training by the flag --amp: "bf16" (autocast) or "float32".
 
     "auto" is bf16 where the hardware multiplies in bf16. (On a CPU without such units bf16 takes 13 times as
-    long as float32, on an Intel Xeon with AVX512-BF16 but no AMX 1.3 to 1.5 times.)
+    long as float32. With AVX512-BF16 but no AMX an AMD EPYC trained 1.3 to 1.5 times as fast in bf16, a
+    virtual Intel Xeon 1.3 to 1.5 times as slowly.)
     """
     if device.type == "cuda":
         units = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -271,7 +271,8 @@ def command_line(argv=None):
     flags.add_flags(parser, *flags.SCRIPTS["sat.py"])
     args = flags.parse(parser, argv)
     args.classes = args.classes and sorted(set(args.classes))
-    sized = [f for f in ("frac", "size", "classes") if getattr(args, f) is not None]
+    flags.replace_amounts(args, argv)
+    sized = [f for f in flags.AMOUNTS["csat"] if getattr(args, f) is not None]
     parted = args.split in ("esat", "csat")
     if not parted and (sized or args.scores) or args.split == "esat" and args.classes:
         raise UserError(f"--split {args.split} takes no --{[*sized, *['scores'] * bool(args.scores)][-1]}")

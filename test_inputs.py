@@ -1,5 +1,6 @@
 """What comes in: data sets in their publishers' formats, configs,
 and inputs that must be refused in one line."""
+import fcntl
 import io
 import json
 import math
@@ -920,3 +921,31 @@ def test_a_folder_of_one_class_is_refused(tmp_path):
     write_images(tmp_path / "one", classes=("cat",))
     with pytest.raises(UserError, match="has the class cat alone"):
         sources.find("one", tmp_path)
+
+
+def test_a_typed_amount_replaces_that_of_a_config(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("dataset: digits\nfrac: 0.3\n")
+    amount = lambda *words: [getattr(sat.command_line(["--config", str(config), *words]), name)
+                             for name in ("frac", "size", "classes")]
+    assert amount() == [0.3, None, None] and amount("--frac", "0.4") == [0.4, None, None]
+    assert amount("--split", "csat") == [0.3, None, None]
+    assert amount("--size", "40") == amount("--size=40") == [None, 40, None]
+    assert amount("--split", "csat", "--classes", "3") == [None, None, ["3"]]
+    assert amount("--split", "full") == amount("--split", "none") == [None] * 3
+    with pytest.raises(UserError, match="takes one of --frac, --size"):
+        amount("--frac", "0.4", "--size", "4")
+    config.write_text("dataset: digits\nsplit: full\nfrac: 0.3\n")
+    with pytest.raises(UserError, match="--split full takes no --frac"):
+        amount()
+
+
+def test_downloads_are_locked(tmp_path, monkeypatch):
+    def read(name, root, download):
+        if not download:
+            raise RuntimeError("not found")
+        with open(root / f".{name}.lock") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return "data"
+    monkeypatch.setattr(sources, "cifar", read)
+    assert sources.publisher("cifar10", tmp_path / "new") == "data"
