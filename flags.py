@@ -17,7 +17,7 @@ from common import HERE, UserError, say
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 METRICS = ("entropy", "svar", "vog")
 ORDERS = ("hardest", "easiest", "random", "redrawn")
-# The flags, one of which says how large A is, by --split.
+# The flags that can say how large A is, by --split.
 AMOUNTS = {"none": (), "full": (), "esat": ("frac", "size"), "csat": ("frac", "size", "classes")}
 # The attacks of training (--attack), with their gradient steps on an example (None: --steps), by which costs
 # are counted.

@@ -195,14 +195,15 @@ def pick(runs, **like):
 
 
 def rankings_to_doubt(runs):
-    """Sentences on runs by one metric that used different rankings, and on rankings by a network that was
-    trained for other epochs than the runs; may be empty."""
+    """Sentences on runs of one setting: on different rankings by one metric, and on a ranking by a network
+    that was trained for other epochs than the runs. May be empty."""
     said = []
     for (metric,), same in grouped([r for r in runs if r.ranking], "metric").items():
         if (n := len({r.ranking for r in same})) > 1:
             said.append(f"Caution: the runs by {metric} used {n} different rankings.")
-        differ = sorted({r.ranking_epochs for r in same} - {0, *(r.setting["epochs"] for r in same)})
-        said += [f"Caution: a ranking by {metric} is of a network trained for {k} epochs." for k in differ]
+        epochs = same[0].setting["epochs"]
+        said += [f"Caution: a ranking by {metric} is of a network of {k} epochs, its runs are of {epochs}."
+                 for k in sorted({r.ranking_epochs for r in same} - {0, epochs})]
     return " ".join(said)
 
 

@@ -601,7 +601,7 @@ def test_lines_of_different_rankings_are_told():
     assert results.rankings_to_doubt([one, chance]) == ""
     assert "by entropy used 2 different rankings" in results.rankings_to_doubt([one, other, chance])
     one.ranking_epochs = 1  # SETTING has other epochs
-    assert "network trained for 1 epochs" in results.rankings_to_doubt([one, chance])
+    assert f"of 1 epochs, its runs are of {SETTING['epochs']}" in results.rankings_to_doubt([one, chance])
     one.ranking_epochs = SETTING["epochs"]
     assert results.rankings_to_doubt([one, chance]) == ""
 
