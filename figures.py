@@ -27,6 +27,7 @@ LOOKS = {  # line: (colour, line style, marker)
 }
 OTHERS = [("tab:brown", "-", "x"), ("tab:olive", "--", "^"), ("black", ":", "v"), ("tab:pink", "-.", "<")]
 COLOURS = {"AT": "dimgrey", "no AT": "tab:orange"}
+BAND, THIN = "±1 deviation of seeds", "the paper's (thin)"  # the last entries of a legend
 
 
 def canvas(rows, columns, width, height, **how):
@@ -53,6 +54,11 @@ def drawable(names):
     return [n if all(font.get_char_index(ord(c)) for c in n) else f"#{i}" for i, n in enumerate(names)]
 
 
+def lines_of(group):
+    """The description of a group of runs, broken into lines, but not within "n = 1,000"."""
+    return textwrap.wrap(group.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), 60)
+
+
 def legend_below(fig, axes):
     """One legend below all panels, in which each label stands once."""
     found = {}
@@ -60,8 +66,15 @@ def legend_below(fig, axes):
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
     if found:
+        labels = sorted(found, key=(BAND, THIN).__contains__)
         columns = max(1, min(len(found), round(fig.get_figwidth() / 1.15)))
-        fig.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False)
+        fig.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=columns,
+                   frameon=False)
+
+
+def explain_thin(axis):
+    """Names the paper's thin lines in the legend."""
+    axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label=THIN)
 
 
 def curves(path, title, name, groups, panels):
@@ -77,7 +90,7 @@ def curves(path, title, name, groups, panels):
     fig, axes = canvas(len(groups) * lines_a_group, columns, 4 if columns == 2 else 3, 2.5)
     for g, ((data, group), (none, full, lines, comparable)) in enumerate(groups.items()):
         rows = axes[g * lines_a_group:(g + 1) * lines_a_group]
-        title_of_row = "\n".join([data.replace("->", " → "), *textwrap.wrap(group, 60)])
+        title_of_row = "\n".join([data.replace("->", " → "), *lines_of(group)])
         rows[0, 0].set_title(title_of_row, loc="left", fontsize=7)
         for axis, (part, kind) in zip(rows.flat, panels):
             draw_baselines(axis, comparable, none, full, part, kind)
@@ -102,6 +115,7 @@ def draw_baselines(axis, data, none, full, part, kind):
             told = paper.theirs("", data, label, float(label == "AT"), kind)
             if told is not None:
                 axis.axhline(told, color=COLOURS[label], alpha=0.45, linewidth=0.8)
+                explain_thin(axis)
 
 
 def look(line):
@@ -119,8 +133,7 @@ def draw_line(axis, line, sizes, part, kind):
         low, high = ([m + sign * s for m, s in zip(y, std)] for sign in (-1, 1))
         if any(std):
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.fill_between([], [], [], color="grey", alpha=0.3, linewidth=0,
-                              label="±1 deviation of seeds")
+            axis.fill_between([], [], [], color="grey", alpha=0.3, linewidth=0, label=BAND)
 
 
 def draw_papers(axis, name, data, line, part, kind):
@@ -131,7 +144,7 @@ def draw_papers(axis, name, data, line, part, kind):
         colour, style, marker = look(line)
         axis.plot(*zip(*found), linestyle=style, marker=marker if len(found) == 1 else "", color=colour,
                   alpha=0.45, linewidth=0.8)
-        axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label="the paper's (thin)")
+        explain_thin(axis)
 
 
 def matrix(path, title, classes, single, none, full):
@@ -187,6 +200,7 @@ def difficulty(path, title, rankings):
             axis.plot(at, error, ".", color="tab:blue")
             other.plot(at, score, color="tab:green")
             axis.set_xlabel("class, hardest first")
+        axis.set_ylim(bottom=0)
         axis.set_ylabel("clean error (%)", color="tab:blue")
         other.set_ylabel(f"mean {metric}{' (nats)' * (metric == 'entropy')}", color="tab:green")
         other.set_ylim(bottom=min(0, *score))
@@ -218,7 +232,7 @@ def cost(path, title, groups, price):
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
         axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None),
                  ylim=(0, None))
-        axis.set_title("\n".join([data, *textwrap.wrap(group, 60)]), fontsize=7)
+        axis.set_title("\n".join([data, *lines_of(group)]), fontsize=7)
     legend_below(fig, axes)
     write(fig, path, title)
 
