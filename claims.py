@@ -18,7 +18,7 @@ from stats import accuracy_on, contrast, mean, noise, points, spearman
 
 # {--weight: its name in tables} of Fig. 2: the authors' config has the first, the paper's text the second.
 FIG2 = {"balanced": "w_A = \\|B\\|/\\|A\\|", "vanilla": "w_A = 1"}
-MARGIN = 3  # points that count as no difference ("competitive", "as robust as"); fixed before the runs
+MARGIN = 3  # points that count as no difference ("competitive", "as robust as"); set before the runs
 
 
 def verdict(rule, interval, *sides):

@@ -27,7 +27,7 @@ LOOKS = {  # line: (colour, line style, marker)
 }
 OTHERS = [("tab:brown", "-", "x"), ("tab:olive", "--", "^"), ("black", ":", "v"), ("tab:pink", "-.", "<")]
 COLOURS = {"AT": "dimgrey", "no AT": "tab:orange"}
-BAND, THIN = "±1 deviation of seeds", "the paper's (thin)"  # the last entries of a legend
+BAND, PALE = "±1 deviation of seeds", "the paper's (pale)"  # the last entries of a legend
 
 
 def canvas(rows, columns, width, height, **how):
@@ -66,15 +66,15 @@ def legend_below(fig, axes):
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
     if found:
-        labels = sorted(found, key=(BAND, THIN).__contains__)
+        labels = sorted(found, key=(BAND, PALE).__contains__)
         columns = max(1, min(len(found), round(fig.get_figwidth() / 1.15)))
         fig.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=columns,
                    frameon=False)
 
 
-def explain_thin(axis):
-    """Names the paper's thin lines in the legend."""
-    axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label=THIN)
+def explain_pale(axis):
+    """Names the paper's pale lines and points in the legend."""
+    axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label=PALE)
 
 
 def curves(path, title, name, groups, panels):
@@ -82,7 +82,7 @@ def curves(path, title, name, groups, panels):
     panels.
 
     groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}}, paper.comparable)}; panels:
-    [(part, kind)]. The band is one standard deviation over seeds. Thin lines are the paper's. Horizontal
+    [(part, kind)]. The band is one standard deviation over seeds. What is pale is the paper's. Horizontal
     lines are the baselines, in panels that show the accuracy on all examples.
     """
     lines_a_group = 1 if len(panels) <= 3 else 2
@@ -106,7 +106,7 @@ def curves(path, title, name, groups, panels):
 
 
 def draw_baselines(axis, data, none, full, part, kind):
-    """Draws AT and no AT as horizontal lines, the paper's as thin ones, in panels that show the accuracy on
+    """Draws AT and no AT as horizontal lines, the paper's as pale ones, in panels that show the accuracy on
     all examples."""
     if part == "all":
         for label, runs in (("AT", full), ("no AT", none)):
@@ -115,7 +115,7 @@ def draw_baselines(axis, data, none, full, part, kind):
             told = paper.theirs("", data, label, float(label == "AT"), kind)
             if told is not None:
                 axis.axhline(told, color=COLOURS[label], alpha=0.45, linewidth=0.8)
-                explain_thin(axis)
+                explain_pale(axis)
 
 
 def look(line):
@@ -137,14 +137,14 @@ def draw_line(axis, line, sizes, part, kind):
 
 
 def draw_papers(axis, name, data, line, part, kind):
-    """Draws the paper's line, thin, in panels that show the accuracy on all examples."""
+    """Draws the paper's line or point, pale, in panels that show the accuracy on all examples."""
     tenths = [k / 10 for k in range(1, 10)] if part == "all" else []
     found = [(f, v) for f in tenths if (v := paper.theirs(name, data, line, f, kind)) is not None]
     if found:
         colour, style, marker = look(line)
         axis.plot(*zip(*found), linestyle=style, marker=marker if len(found) == 1 else "", color=colour,
                   alpha=0.45, linewidth=0.8)
-        explain_thin(axis)
+        explain_pale(axis)
 
 
 def matrix(path, title, classes, single, none, full):

@@ -496,7 +496,7 @@ def test_another_threat_model_is_not_put_beside_the_papers_numbers(tmp_path):
         text = "\n".join(report.curve_section(runs, tmp_path, *curve))
         assert ("paper robust %" in text) == beside
         svg = (tmp_path / "fig6.svg").read_text()
-        assert ("the paper's (thin)" in svg) == beside
+        assert ("the paper's (pale)" in svg) == beside
 
 
 def test_tables_of_curves(tmp_path):
@@ -518,12 +518,12 @@ def test_names_that_the_font_lacks_are_drawn_as_numbers(tmp_path):
     assert figures.drawable(["cat", "猫", "été"]) == ["cat", "#1", "été"]
 
 
-def test_thin_baselines_alone_are_named_in_the_legend(tmp_path):
+def test_pale_baselines_alone_are_named_in_the_legend(tmp_path):
     group = "linf eps 0.0313725, AutoAttack's apgd-ce and apgd-t, n = 1,000"  # 60 columns end after "n ="
     figures.curves(tmp_path / "f", "title", "none", {("cifar10", group): ([], [], {}, "cifar10")},
                    [("all", "robust")])
     drawn = (tmp_path / "f.svg").read_text()
-    assert figures.THIN in drawn and ">n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}1,000<" in drawn
+    assert figures.PALE in drawn and ">n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}1,000<" in drawn
 
 
 def test_readme_is_made_from_the_published_results(tmp_path):
