@@ -266,11 +266,11 @@ def set_up(args):
 
 
 def device_name(device):
-    """The device's name, as results give it."""
+    """The device's name, as results give it. On a CPU its vector instructions, on which rounding depends."""
     import torch
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)"
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
 
 
 def remove(folder):
