@@ -27,7 +27,7 @@ LOOKS = {  # line: (colour, line style, marker)
 }
 OTHERS = [("tab:brown", "-", "x"), ("tab:olive", "--", "^"), ("black", ":", "v"), ("tab:pink", "-.", "<")]
 COLOURS = {"AT": "dimgrey", "no AT": "tab:orange"}
-BAND, PALE = "±1 deviation of seeds", "the paper's (pale)"  # the last entries of a legend
+BARS, PALE = "±1 deviation of seeds", "the paper's (pale)"  # the last entries of a legend
 
 
 def canvas(rows, columns, width, height, **how):
@@ -66,7 +66,7 @@ def legend_below(fig, axes):
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
     if found:
-        labels = sorted(found, key=(BAND, PALE).__contains__)
+        labels = sorted(found, key=(BARS, PALE).__contains__)
         columns = max(1, min(len(found), round(fig.get_figwidth() / 1.15)))
         fig.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=columns,
                    frameon=False)
@@ -82,7 +82,7 @@ def curves(path, title, name, groups, panels):
     panels.
 
     groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}}, paper.comparable)}; panels:
-    [(part, kind)]. The band is one standard deviation over seeds. What is pale is the paper's. Horizontal
+    [(part, kind)]. Bars are one standard deviation over seeds. What is pale is the paper's. Horizontal
     lines are the baselines, in panels that show the accuracy on all examples.
     """
     lines_a_group = 1 if len(panels) <= 3 else 2
@@ -124,16 +124,17 @@ def look(line):
 
 
 def draw_line(axis, line, sizes, part, kind):
-    """Draws one of our lines, with a band of one standard deviation over seeds."""
+    """Draws one of our lines, with a bar of one standard deviation where there are several seeds."""
     found = [(runs[0].share, *m) for runs in sizes.values() if (m := mean(runs, part, kind))]
     if found:
-        x, y, std = zip(*found)
+        x, y, _ = zip(*found)
         colour, style, marker = look(line)
         axis.plot(x, y, linestyle=style, marker=marker, color=colour, label=line, clip_on=False)
-        low, high = ([m + sign * s for m, s in zip(y, std)] for sign in (-1, 1))
-        if any(std):
-            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.fill_between([], [], [], color="grey", alpha=0.3, linewidth=0, label=BAND)
+    several = [point for point in found if point[2] > 0]
+    if several:
+        bars = {"fmt": "none", "capsize": 3, "elinewidth": 1}
+        axis.errorbar(*zip(*several), ecolor=colour, **bars)
+        axis.errorbar([], [], [], ecolor="grey", label=BARS, **bars)
 
 
 def draw_papers(axis, name, data, line, part, kind):
