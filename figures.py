@@ -37,10 +37,15 @@ def canvas(rows, columns, width, height, **how):
                            layout="constrained", **how)
 
 
+def wrapped(text, width):
+    """A text as lines of at most `width` characters, which do not break within "n = 1,000"."""
+    return textwrap.wrap(text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), width)
+
+
 def write(fig, path, title, vector=True):
     """Writes a figure as <path>.png and, with `vector`, as <path>.svg."""
     width = round(15 * fig.get_figwidth())  # of the title, in characters
-    fig.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=9)
+    fig.suptitle("\n".join(part for line in title.splitlines() for part in wrapped(line, width)), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic(f"{path}.png", lambda f: fig.savefig(f, format="png", dpi=120))
     if vector:
@@ -52,11 +57,6 @@ def drawable(names):
     """The names; one with a letter that the font lacks becomes # and its position in the list."""
     font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
     return [n if all(font.get_char_index(ord(c)) for c in n) else f"#{i}" for i, n in enumerate(names)]
-
-
-def lines_of(group):
-    """The description of a group of runs, broken into lines, but not within "n = 1,000"."""
-    return textwrap.wrap(group.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), 60)
 
 
 def legend_below(fig, axes):
@@ -90,7 +90,7 @@ def curves(path, title, name, groups, panels):
     fig, axes = canvas(len(groups) * lines_a_group, columns, 4 if columns == 2 else 3, 2.5)
     for g, ((data, group), (none, full, lines, comparable)) in enumerate(groups.items()):
         rows = axes[g * lines_a_group:(g + 1) * lines_a_group]
-        title_of_row = "\n".join([data.replace("->", " → "), *lines_of(group)])
+        title_of_row = "\n".join([data.replace("->", " → "), *wrapped(group, 60)])
         rows[0, 0].set_title(title_of_row, loc="left", fontsize=7)
         for axis, (part, kind) in zip(rows.flat, panels):
             draw_baselines(axis, comparable, none, full, part, kind)
@@ -233,7 +233,7 @@ def cost(path, title, groups, price):
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
         axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None),
                  ylim=(0, None))
-        axis.set_title("\n".join([data, *lines_of(group)]), fontsize=7)
+        axis.set_title("\n".join([data, *wrapped(group, 60)]), fontsize=7)
     legend_below(fig, axes)
     write(fig, path, title)
 
