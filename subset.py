@@ -177,7 +177,7 @@ def read_scores(path):
         if found.ndim != 1 or found.dtype.kind not in "iuf":
             raise ValueError(f"it holds {found.dtype} {found.shape}")
     except Exception as e:  # numpy and torch raise many kinds on foreign files
-        why = " ".join(str(e).split())[:100]
+        why = " ".join(str(e).split()).partition(". ")[0][:100]  # torch adds advice on its own flags
         raise UserError(f"--scores {path}: {why}; valid: N numbers in a .pt or .pth, a .npy, or a .npz "
                         "with one array") from None
     n, ascending = len(found), numpy.sort(found)

@@ -710,8 +710,9 @@ def test_scores_of_ones_own(tmp_path):
     torch.save({"entropy": torch.ones(3)}, tmp_path / "dict.pt")
     torch.save(Malicious(tmp_path), tmp_path / "bad.pt")
     torch.save(np.array([Malicious(tmp_path)]), tmp_path / "bad.pth")
-    for name in ("two.npz", "objects.npy", "matrix.npy", "dict.pt", "bad.pt", "bad.pth"):
-        with pytest.raises(UserError, match=f"{name}: .*valid: N numbers in a .pt or"):
+    (tmp_path / "foreign.pt").write_bytes(bytes(range(256)))
+    for name in ("two.npz", "objects.npy", "matrix.npy", "dict.pt", "bad.pt", "bad.pth", "foreign.pt"):
+        with pytest.raises(UserError, match=f"{name}: (?!.*weights_only).*; valid: N numbers in a .pt or"):
             subset.read_scores(tmp_path / name)
     assert not (tmp_path / "pwned").exists()
     np.save(tmp_path / "none.npy", np.zeros(0))
