@@ -21,7 +21,7 @@ ORDERS = ("hardest", "easiest", "random", "redrawn")
 AMOUNTS = {"none": (), "full": (), "esat": ("frac", "size"), "csat": ("frac", "size", "classes")}
 # The attacks of training (--attack), with their gradient steps on an example (None: --steps), by which costs
 # are counted.
-ATTACK_STEPS = {"pgd": None, "fgsm-rs": 1}
+ATTACK_STEPS = {"pgd": None, "fgsm-rs": 1, "pgd-authors": None}
 ARCHS = ("preactresnet8", "preactresnet18", "preactresnet18-authors", "resnet50")
 
 
@@ -130,7 +130,8 @@ FLAGS = {
     ],
     "attack in training": [
         ("--attack", "pgd", tuple(ATTACK_STEPS),
-         "attack on A; fgsm-rs: one step of 1.25 eps from a random start"),
+         "attack on A; fgsm-rs: one step of 1.25 eps from a random start; pgd-authors: the iterate of the "
+         "highest loss, as in the authors' code"),
         ("--steps", 7, count, "PGD steps"),
         ("--step-size", 0.1, number(float, 0), "PGD step, in the units of --eps"),
         ("--random-start", False, bool, "start PGD uniformly in the ball, not at 0"),

@@ -140,4 +140,6 @@ def compiled(function, device):
     if device.type != "cuda":
         return torch.compile(function, fullgraph=True)
     graph = torch.compile(function, fullgraph=True, mode="reduce-overhead")
-    return graph if isinstance(function, torch.nn.Module) else lambda *args: graph(*args).clone()
+    if isinstance(function, torch.nn.Module):
+        return graph
+    return lambda *args: torch.utils._pytree.tree_map(torch.clone, graph(*args))

@@ -69,13 +69,17 @@ def epoch_plan(order, A, w_A, device):
     return positions.split(in_A.sum(1).tolist()), w.to(device).unbind()
 
 
-def training_attack(model, args, device):
-    """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
-    step = models.compiled(attacks.pgd_step, device) if args.compile else attacks.pgd_step
+def training_attack(model, args, device, limit=10.0):
+    """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples. limit:
+    that of pgd_authors."""
+    step = attacks.authors_step if args.attack == "pgd-authors" else attacks.pgd_step
+    step = models.compiled(step, device) if args.compile else step
     how = {"eps": args.eps, "norm": args.norm, "step": step, "values": False}  # data.py gives [0, 1]
     attack = {
         "pgd": functools.partial(attacks.pgd, model, step_size=args.step_size, steps=args.steps, **how),
         "fgsm-rs": functools.partial(attacks.fgsm_rs, model, **how),
+        "pgd-authors": functools.partial(attacks.pgd_authors, model, step_size=args.step_size,
+                                         steps=args.steps, limit=limit, **how),
     }[args.attack]
     # On CPUs one graph serves all sizes of A.
     return filled(attack) if args.compile and device.type == "cuda" else attack
@@ -119,7 +123,8 @@ def train(model, split, A, w_A, args, device, state=None):
     optimizer = models.sgd(model, args.lr, args.weight_decay, device, state and state["optimizer"])
     if state:
         model.load_state_dict(state["model"])
-    attack = training_attack(model, args, device) if A.any() else None
+    limit = 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A  # as in the authors' code
+    attack = training_attack(model, args, device, limit) if A.any() else None
     if attack and device.type == "cuda" and not args.compile:
         say("note: on a GPU --compile makes this several times as fast (README, Speed)")
     net = models.compiled(model, device) if args.compile else model

@@ -55,13 +55,15 @@ def test_pgd_is_its_definition(norm, eps, step):
 
 def every_attack():
     for norm, eps in (("l2", 0.5), ("linf", 0.1)):
-        for kind in ("pgd", "pgd-random", "fgsm-rs"):
+        for kind in ("pgd", "pgd-random", "fgsm-rs", "pgd-authors"):
             yield norm, eps, kind
 
 
 def run_attack(model, x, y, norm, eps, kind):
     if kind == "fgsm-rs":
         return attacks.fgsm_rs(model, x, y, eps=eps, norm=norm)
+    if kind == "pgd-authors":
+        return attacks.pgd_authors(model, x, y, eps=eps, step_size=eps / 2, norm=norm)
     start = attacks.random_start(x, eps, norm) if kind == "pgd-random" else None
     return attacks.pgd(model, x, y, eps=eps, step_size=eps / 2, steps=7, norm=norm, start=start)
 
@@ -78,6 +80,34 @@ def test_ball_and_box(norm, eps, kind):
     assert not adv.requires_grad
     assert torch.equal(run_attack(model, x, y, norm, 0.0, kind), x), "eps = 0"
     assert run_attack(model, x[:0], y[:0], norm, eps, kind).shape == (0, 1, 8, 8), "a batch of none"
+
+
+@pytest.mark.parametrize("norm,eps,step", [("l2", 0.5, 0.4), ("linf", 0.1, 0.09)])
+def test_pgd_authors_keeps_the_iterate_of_the_highest_loss(norm, eps, step):
+    model, (x, y) = net().eval(), images()
+    iterates = [x, *(oracle_pgd(model, x, y, eps, step, k, norm) for k in range(1, 7))]
+    losses = torch.stack([F.cross_entropy(model(z), y, reduction="none") for z in iterates]).detach()
+    assert losses.argmax(0).unique().numel() > 1, "the highest is not always the last"
+    expected = torch.stack([iterates[k][i] for i, k in enumerate(losses.argmax(0).tolist())])
+    how = {"eps": eps, "step_size": step, "norm": norm}
+    torch.testing.assert_close(attacks.pgd_authors(model, x, y, **how), expected, atol=2e-5, rtol=0)
+    means = losses.mean(1)
+    assert means[1] < means[2], "so that it stops at the third of seven"
+    stopped = attacks.pgd_authors(model, x, y, limit=float(means[1:3].mean()), **how)
+    best = torch.stack([iterates[k][i] for i, k in enumerate(losses[:2].argmax(0).tolist())])
+    torch.testing.assert_close(stopped, best, atol=2e-5, rtol=0)
+    assert torch.equal(attacks.pgd_authors(model, x, y, limit=0.0, **how), x), "the start is not left out"
+
+
+def test_the_authors_attack_stops_by_the_weights_of_eq_2(monkeypatch):
+    """One class of ten with w_A = |B|/|A| = 9: their weight of A is 5, so a mean cross-entropy of 2."""
+    seen = []
+    monkeypatch.setattr(attacks, "pgd_authors", lambda model, x, y, *, limit, **how: seen.append(limit) or x)
+    args = sat.command_line(["--attack", "pgd-authors", "--epochs", "1", "--lr-decays"])
+    x, y = torch.randint(0, 256, (640, 1, 8, 8), dtype=torch.uint8), torch.arange(10).repeat(64)
+    for _ in sat.train(net(), datasets.Split(x, y), y == 3, 9.0, args, torch.device("cpu")):
+        pass
+    assert seen == [pytest.approx(2.0)] * 10
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -122,7 +152,7 @@ def test_random_start_is_uniform_in_the_ball():
     assert flat.abs().max() <= 0.3 and abs(flat.mean()) < 0.01 and abs(flat.std() - 0.3 / math.sqrt(3)) < 0.01
 
 
-@pytest.mark.parametrize("kind", ["pgd", "fgsm-rs", "autoattack"])
+@pytest.mark.parametrize("kind", ["pgd", "pgd-authors", "fgsm-rs", "autoattack"])
 def test_attacks_leave_the_model_as_it_was(kind):
     model, (x, y) = net(), images()
     model.train()
