@@ -18,10 +18,11 @@ import torch
 from torch.nn import functional as F
 
 import attacks
-import data as datasets
+import data as data_
 import flags
 import models
 import sat
+import runs
 from common import UserError, say
 
 NAIVE, PEER = "naive", "torchattacks PGDL2"
@@ -62,7 +63,7 @@ class Steps:
         self.args, self.device, g = args, device, torch.Generator().manual_seed(0)
         n, shape = 8 * args.batch_size, (3, args.side, args.side)
         x = torch.randint(0, 256, (n, *shape), generator=g, dtype=torch.uint8)
-        self.split = datasets.Split(x, torch.randint(0, 10, (n,), generator=g)).to(device)
+        self.split = data_.Split(x, torch.randint(0, 10, (n,), generator=g)).to(device)
         torch.manual_seed(0)
         self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device).train()
         # The others' code leaves its network in the default memory format.
@@ -80,7 +81,7 @@ class Steps:
     def batch(self):
         """The next batch, augmented as in training."""
         while (found := next(self.todo, None)) is None:
-            self.todo = datasets.batches(self.split, self.args.batch_size, 0, self.epoch, "full", self.device)
+            self.todo = data_.training_batches(self.split, self.args.batch_size, 0, self.epoch, "full", self.device)
             self.epoch += 1
         return found
 
@@ -221,7 +222,7 @@ def main(argv=None):
     show(result["steps"])
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        common.write_json(args.json, result)
+        runs.write_json(args.json, result)
 
 
 if __name__ == "__main__":

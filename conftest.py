@@ -12,9 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny; set for t
 import torch  # noqa: E402
 
 import common  # noqa: E402
-import data as datasets  # noqa: E402
+import data as data_  # noqa: E402
 import models  # noqa: E402
 import sat  # noqa: E402
+import runs
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,7 +46,7 @@ def script(name, *argv, cwd=None, env=None):
 @pytest.fixture(scope="session")
 def trained():
     """A digits network after two epochs, and 12 test images of which it gets most right."""
-    args, data = sat.command_line(["--split", "none", *QUICK]), datasets.get("digits", "data")
+    args, data = sat.command_line(["--split", "none", *QUICK]), data_.load_dataset("digits", "data")
     torch.manual_seed(0)
     model = models.build("preactresnet8", 10, *data.mean_std())
     for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0,
@@ -105,7 +106,7 @@ import importlib, os, signal, sys, torch
 marker, phase, moment, stage, *argv = sys.argv[1:]
 import attacks, common, data
 seen = {"epoch": 0, "chunk": 0, "save": 0}
-real_batches, real_chunk, real_fsync = data.batches, attacks.attack_batch, os.fsync
+real_batches, real_chunk, real_fsync = data.training_batches, attacks.attack_batch, os.fsync
 
 def at(where):
     seen[where] += 1
@@ -130,7 +131,7 @@ def fsync(file):
     at("save")  # written beside its place, and not yet in it
     real_fsync(file)
 
-data.batches, attacks.attack_batch, os.fsync = batches, attack_batch, fsync
+data.training_batches, attacks.attack_batch, os.fsync = batches, attack_batch, fsync
 common.script(lambda: importlib.import_module(stage).main(argv))
 print("SEEN", seen["epoch"], seen["chunk"], seen["save"])
 """
@@ -172,7 +173,7 @@ def contents(folder):
         if isinstance(value, (list, tuple)):
             return [plain(v) for v in value]
         return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
-    read = {".json": common.read_json, ".pt": lambda p: torch.load(p, weights_only=True),
+    read = {".json": runs.read_json, ".pt": lambda p: torch.load(p, weights_only=True),
             ".jsonl": lambda p: [json.loads(r) for r in open(p)]}
     return {p.relative_to(folder).as_posix(): plain(read[p.suffix](p))
             for p in folder.rglob("*") if p.suffix in read}

@@ -2,7 +2,7 @@
 Fig. 9, and batches.
 
     python data.py NAME --data-dir DIR    # lists unreadable images; saves small images as <name>.pt
-Files in: those that sources.py describes. Batches are (x, y, index): images in [0, 1], labels, positions in
+Files in: those that datasets.py describes. Batches are (x, y, index): images in [0, 1], labels, positions in
 the training set.
 """
 import functools
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import flags
-import sources
-from common import UserError, barrier, rank, say, world
+import datasets
+from common import UserError, barrier, process_index, say, process_count
 
 SPLIT_SEED = 90622  # of the only permutation of the test set, which does not depend on the seed of a run
 # Mean and standard deviation of ImageNet, for streamed images, because reading all of them would take long.
@@ -44,7 +44,7 @@ class Files(Dataset):
         from torchvision.transforms import RandomResizedCrop
         from torchvision.transforms import functional as T
         index, seed = item
-        image = sources.open_image(self.paths[index])
+        image = datasets.open_image(self.paths[index])
         if seed is None:
             image = T.center_crop(T.resize(image, round(self.side * 256 / 224)), [self.side, self.side])
         else:
@@ -136,13 +136,13 @@ class DataSet:
         return mean.tolist(), std.tolist()
 
 
-def get(name, data_dir, device="cpu", side=224, workers=0):
+def load_dataset(name, data_dir, device="cpu", side=224, workers=0):
     """The data set `name`, with images in memory on `device`. Rank 0 reads (or downloads) it first; then the
     others read what it saved."""
-    if rank() > 0:
+    if process_index() > 0:
         barrier()
-    train, test, classes = sources.find(name, Path(data_dir))
-    if rank() == 0:
+    train, test, classes = datasets.find(name, Path(data_dir))
+    if process_index() == 0:
         barrier()
     splits = (Split(x if isinstance(x, torch.Tensor) else Files(x, side, workers), y).to(device)
               for x, y in (train, test))
@@ -158,13 +158,13 @@ def check_fingerprint(data, other, what):
                         "remake it from this data, or find its data")
 
 
-def check_batch(data, batch_size):
+def check_batch_size(data, batch_size):
     """UserError unless the training set holds a whole batch, each process gets a part of it, and the test set
     can be split."""
     selection_and_final(len(data.test))
-    if not world() <= batch_size <= len(data.train):
-        raise UserError(f"--batch-size {batch_size} with {world()} processes and {len(data.train)} training "
-                        f"images of {data.name}: it must be {world()} to {len(data.train)}")
+    if not process_count() <= batch_size <= len(data.train):
+        raise UserError(f"--batch-size {batch_size} with {process_count()} processes and {len(data.train)} training "
+                        f"images of {data.name}: it must be {process_count()} to {len(data.train)}")
 
 
 def selection_and_final(n):
@@ -177,7 +177,7 @@ def selection_and_final(n):
     return order[:k], order[k:]
 
 
-def draw(b, shape, how, streamed, generator):
+def draw_augmentation(b, shape, how, streamed, generator):
     """Augmentation parameters of b examples of `shape` (..., H, W), drawn on the CPU, as {name: tensor (b,
     ...)}. `how`: "full" (Fig. 9), "crop" (only the crop) or "none" ({}).
 
@@ -215,7 +215,7 @@ def jitter(x, factor, order):
 
 
 def augment(x, params):
-    """Applies draw()'s parameters to x (N, C, H, W) in [0, 1], to each example its own: crop, flip, colour
+    """Applies draw_augmentation()'s parameters to x (N, C, H, W) in [0, 1], to each example its own: crop, flip, colour
     jitter and rotation, in this order (Fig. 9)."""
     n, _, h, w = x.shape
     each = torch.arange(n, device=x.device)[:, None, None]
@@ -242,7 +242,7 @@ def epoch_order(n, batch_size, seed, epoch):
     return order.view(-1, batch_size), generator
 
 
-def batches(split, batch_size, seed, epoch, how, device):
+def training_batches(split, batch_size, seed, epoch, how, device):
     """The training batches of an epoch (epoch_order): x (b, C, H, W), augmented, on `device` and in
     channels_last, in which convolutions are fastest; y (b,), on `device` too; index (b,), on the CPU.
 
@@ -251,9 +251,9 @@ def batches(split, batch_size, seed, epoch, how, device):
     """
     order, generator = epoch_order(len(split), batch_size, seed, epoch)
     n, order = order.numel(), order.flatten()
-    params = draw(n, split.x.shape, how, split.streamed, generator)
+    params = draw_augmentation(n, split.x.shape, how, split.streamed, generator)
     # (steps, b): the places of this process's slice of each batch in `order`
-    mine = torch.arange(n).view(-1, batch_size).tensor_split(world(), 1)[rank()]
+    mine = torch.arange(n).view(-1, batch_size).tensor_split(process_count(), 1)[process_index()]
     if split.streamed:
         seeds = params.pop("seed")[mine].tolist() if params else [[None] * mine.shape[1]] * len(mine)
         read = split.x.load([list(zip(index.tolist(), s)) for index, s in zip(order[mine], seeds)])
@@ -268,7 +268,7 @@ def batches(split, batch_size, seed, epoch, how, device):
         yield x.contiguous(memory_format=torch.channels_last), y[i], order[i]
 
 
-def ordered(split, index, batch_size, device):
+def plain_batches(split, index, batch_size, device):
     """Batches (x, y, index) of the examples `index`, in that order and not augmented."""
     parts = index.split(batch_size)
     read = split.x.load([[(i, None) for i in part.tolist()] for part in parts]) if split.streamed else None
@@ -282,7 +282,7 @@ def check_images(paths, name):
     bad = 0
     for path in common.progress(paths, desc=f"checking {name}", unit="image"):
         try:
-            sources.open_image(path)
+            datasets.open_image(path)
         except UserError as e:
             bad += 1
             say(f"{e}")
@@ -297,10 +297,10 @@ def main(argv=None):
     parser.add_argument("name", type=flags.plain_name, help="the data set")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     args = parser.parse_args(argv)
-    files = sorted(p for p in (args.data_dir / args.name).rglob("*") if p.suffix.lower() in sources.IMAGES)
+    files = sorted(p for p in (args.data_dir / args.name).rglob("*") if p.suffix.lower() in datasets.IMAGES)
     check_images(files, args.name)
-    data = get(args.name, args.data_dir)
-    if not files:  # its images may be in folders of the publisher, which get() knows
+    data = load_dataset(args.name, args.data_dir)
+    if not files:  # its images may be in folders of the publisher, which load_dataset() knows
         check_images([p for s in (data.train, data.test) if s.streamed for p in s.x.paths], args.name)
     say(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images, {len(data.classes)} "
         f"classes, {'streamed' if data.train.streamed else 'in memory'}")

@@ -21,10 +21,11 @@ import numpy
 import torch
 
 import attacks
-import data as datasets
+import data as data_
 import flags
 import models
-from common import UserError, rank, say, world
+import runs
+from common import UserError, process_index, say, process_count
 
 SEED = 0  # AutoAttack's, the same for every run
 CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
@@ -96,7 +97,7 @@ def attack(model, data, index, setting, folder):
     what = json.dumps([digest(model.state_dict()), same, index.tolist(), setting], sort_keys=True)
     folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = list(enumerate(index.split(setting["batch_size"])))[rank()::world()]
+    chunks = list(enumerate(index.split(setting["batch_size"])))[process_index()::process_count()]
     device = next(model.parameters()).device
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
     with common.progress(None, total=sum(len(part) for _, part in chunks), unit="example",
@@ -104,10 +105,10 @@ def attack(model, data, index, setting, folder):
         for c, part in chunks:
             kept, found = folder / f"chunk{c:05d}.pt", None
             with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
-                found = common.load(kept)
+                found = runs.load(kept)
             if not isinstance(found, torch.Tensor) or found.shape != (2, len(part)):
                 found = attack_chunk(model, data.test, part, setting, c)
-                common.save(kept, found)
+                runs.save(kept, found)
             at = c * setting["batch_size"]
             right[:, at:at + len(part)] = found.to(device)
             bar.n += len(part)
@@ -179,7 +180,7 @@ def head_line(result):
 
 def finished(run):
     """The lines that are printed for a run that is finished."""
-    result = common.read_json(run / "result.json", ("settings", "accuracy"))
+    result = runs.read_json(run / "result.json", ("settings", "accuracy"))
     try:
         return f"{run} is finished (--force repeats it)\n{head_line(result)}"
     except (KeyError, TypeError, AttributeError) as e:
@@ -195,7 +196,7 @@ def versions():
 def checkpoint(model, data, args, epoch, A_classes=None, **more):
     """The content of a checkpoint: the weights, and all that is needed to use them without the configs."""
     return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear",
-            "classes": data.classes, "fingerprint": data.fingerprint(), "args": common.identity(args),
+            "classes": data.classes, "fingerprint": data.fingerprint(), "args": runs.identity(args),
             "epoch": epoch, "A_classes": A_classes, **more}
 
 
@@ -204,7 +205,7 @@ def read_checkpoint(path):
     for a foreign file."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
-    ckpt = common.load(path, CHECKPOINT_KEYS)
+    ckpt = runs.load(path, CHECKPOINT_KEYS)
     args, classes, a = ckpt["args"], ckpt["classes"], ckpt["A_classes"]
     if not (isinstance(args, dict) and {"dataset", "side"} <= set(args)
             and isinstance(ckpt["fingerprint"], dict)
@@ -262,24 +263,24 @@ def main(argv=None):
     args = command_line(argv)
     device = common.set_up(args)
     model, ckpt = load_model(args.checkpoint)
-    data = datasets.get(ckpt["args"]["dataset"], args.data_dir, device, ckpt["args"]["side"], args.workers)
-    datasets.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
+    data = data_.load_dataset(ckpt["args"]["dataset"], args.data_dir, device, ckpt["args"]["side"], args.workers)
+    data_.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
     setting = settings(args, data)
     key = hashlib.sha256(json.dumps([digest(ckpt["model"]), setting],
                                     sort_keys=True).encode()).hexdigest()[:8]
     out = args.checkpoint.parent / f"eval-{key}.json"
     if out.exists() and not args.force:
-        say(f"{out} is there already (--force repeats it)\n{head_line(common.read_json(out))}")
+        say(f"{out} is there already (--force repeats it)\n{head_line(runs.read_json(out))}")
         return
     say(f"evaluating {args.checkpoint} ({data.name}, epoch {ckpt['epoch']}) on {device}")
-    index = datasets.selection_and_final(len(data.test))[1][:args.eval_n or None]
+    index = data_.selection_and_final(len(data.test))[1][:args.eval_n or None]
     folder = args.checkpoint.parent / f"eval-{key}-chunks"
     clean, robust = attack(model.to(device), data, index, setting, folder)
     result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": setting,
               "versions": versions(), "fingerprint": ckpt["fingerprint"], "weights": digest(ckpt["model"]),
               "accuracy": summary(clean, robust, data.test.y[index], data.classes, ckpt["A_classes"])}
-    if rank() == 0:
-        common.write_json(out, result)
+    if process_index() == 0:
+        runs.write_json(out, result)
     common.remove(folder)
     say(f"{head_line(result)}\nwrote {out}")
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend must be set first)
 
 import paper  # noqa: E402
-from common import atomic  # noqa: E402
+from runs import atomic  # noqa: E402
 from stats import mean  # noqa: E402
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5,

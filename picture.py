@@ -12,7 +12,7 @@ import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 
 import attacks
-import data as datasets
+import data as data_
 import evaluate
 import figures
 import flags
@@ -44,7 +44,7 @@ def command_line(argv=None):
 def first_right(model, data, index, classes, device):
     """The position of the first test example among `index` whose class is in `classes` and that the network
     classifies correctly. UserError if there is none."""
-    for x, y, i in datasets.ordered(data.test, index[torch.isin(data.test.y[index], classes)], 50, device):
+    for x, y, i in data_.plain_batches(data.test, index[torch.isin(data.test.y[index], classes)], 50, device):
         with torch.no_grad():
             right = model(x).argmax(1).cpu() == y.cpu()
         if right.any():
@@ -75,13 +75,13 @@ def main(argv=None):
     if made.get("split") not in ("csat", "none", "full"):
         raise UserError(f"{args.checkpoint} has no A made of whole classes, which would part the test set "
                         "too: give the best.pt of sat.py --split csat")
-    data = datasets.get(made["dataset"], args.data_dir, device, made["side"], args.workers)
-    datasets.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
+    data = data_.load_dataset(made["dataset"], args.data_dir, device, made["side"], args.workers)
+    data_.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
     say(f"attacking an example of A and one of B of {data.name} with {args.checkpoint}: PGD-{STEPS}, "
         f"{made['norm']} eps {made['eps']:g}")
     model = model.to(device).eval()
     A_classes = ckpt["A_classes"] or (data.classes if made["split"] == "full" else [])
-    index, rows = datasets.selection_and_final(len(data.test))[1], {}
+    index, rows = data_.selection_and_final(len(data.test))[1], {}
     for part, wanted in (("A", True), ("B", False)):
         classes = torch.tensor([i for i, c in enumerate(data.classes) if (c in A_classes) == wanted])
         if len(classes):

@@ -10,11 +10,12 @@ import itertools
 import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 
-import data as datasets
+import data as data_
 import flags
 import models
 import paper
-from common import UserError, rank, say, world
+import runs
+from common import UserError, process_index, say, process_count
 from evaluate import checkpoint
 from sat import train
 from stats import spearman
@@ -81,7 +82,7 @@ def score(model, split, device, metrics, vog=None):
     if vog:
         vog.epochs += 1
     model.eval()
-    for x, y, index in datasets.ordered(split, part_of(split), 500, device):
+    for x, y, index in data_.plain_batches(split, part_of(split), 500, device):
         # GPUs may use TF32 in convolutions: even bf16, which is coarser, hardly changes the order
         # (results-published/README.md).
         tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=True)
@@ -96,16 +97,16 @@ def score(model, split, device, metrics, vog=None):
 
 def part_of(split):
     """The consecutive training examples that this process scores."""
-    return torch.arange(len(split)).tensor_split(world())[rank()]
+    return torch.arange(len(split)).tensor_split(process_count())[process_index()]
 
 
 def class_errors(model, data, device):
     """[(clean error, n)] of each class on the 90 % part of the test set. The error is None if n = 0."""
-    index = datasets.selection_and_final(len(data.test))[1]
+    index = data_.selection_and_final(len(data.test))[1]
     model.eval()
     with torch.no_grad():
         wrong = torch.cat([(model(x).argmax(1) != y).cpu()
-                           for x, y, _ in datasets.ordered(data.test, index, 500, device)])
+                           for x, y, _ in data_.plain_batches(data.test, index, 500, device)])
     y = data.test.y[index]
     n = torch.bincount(y, minlength=len(data.classes))
     return [(wrong[y == c].float().mean().item() if n[c] else None, int(n[c])) for c in range(len(n))]
@@ -167,9 +168,9 @@ def rank_epochs(run, model, data, metrics, args, device):
     (N,)} averaged over the epochs (Eq. 3), and the cost in forward passes."""
     state, path = None, run / "last.pt"
     if path.exists():
-        state = common.load(path, ("args", "fingerprint", "optimizer", "log", "sums", "vog"))
-        datasets.check_fingerprint(data, state["fingerprint"], path)
-        if differ := common.differing(state["args"], common.identity(args)):
+        state = runs.load(path, ("args", "fingerprint", "optimizer", "log", "sums", "vog"))
+        data_.check_fingerprint(data, state["fingerprint"], path)
+        if differ := runs.differing(state["args"], runs.identity(args)):
             raise UserError(f"{path} was trained with other flags ({differ}): "
                             "name this run with --run, or --force")
         say(f"going on after epoch {state['epoch']} of {path}")
@@ -188,8 +189,8 @@ def rank_epochs(run, model, data, metrics, args, device):
             "{seconds:.1f} s".format(**log[-1]))
         if state["epoch"] % every == 0 or state["epoch"] == args.epochs:
             kept = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
-            if rank() == 0:
-                common.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept))
+            if process_index() == 0:
+                runs.save_epoch(run, checkpoint(model, data, args, state["epoch"], **kept))
     scoring = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
     cost = sum(row["forward_equivalents"] for row in log) + scoring
     return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}, cost
@@ -198,15 +199,15 @@ def rank_epochs(run, model, data, metrics, args, device):
 def main(argv=None):
     """Trains, scores, writes scores.pt and rank.json, and prints the classes hardest first."""
     args = command_line(argv)
-    run, finished = common.run_dir(args, ["rank", args.arch], set(vars(args)), done="rank.json")
+    run, finished = runs.run_dir(args, ["rank", args.arch], set(vars(args)), done="rank.json")
     needed = ("classes_hardest_first", "spearman_of_examples", "spearman_of_classes_with_paper")
     told = lambda: say(f"{run} is finished (--force repeats it)\n"
-                       f"{table(common.read_json(run / 'rank.json', needed))}")
+                       f"{table(runs.read_json(run / 'rank.json', needed))}")
     if finished:
         return told()
     device = common.set_up(args)
-    data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
-    datasets.check_batch(data, args.batch_size)
+    data = data_.load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
+    data_.check_batch_size(data, args.batch_size)
     metrics = args.metrics or [m for m in flags.METRICS if m != "vog" or not data.train.streamed]
     if "vog" in metrics and data.train.streamed:
         raise UserError(f"--metrics vog keeps two numbers a pixel, too much for {data.name}'s streamed "
@@ -214,20 +215,20 @@ def main(argv=None):
     say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by "
         f"{', '.join(metrics)} over {args.epochs} epochs of non-robust training; {args.arch} on "
         f"{common.device_name(device)} -> {run}")
-    if common.start_run(run, args, "rank.json"):
+    if runs.start_run(run, args, "rank.json"):
         return told()
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
     scores, cost = rank_epochs(run, model, data, metrics, args, device)
     errors = class_errors(model, data, device)
-    result = {"args": common.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs,
+    result = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs,
               "cost": cost, "scores": {m: scores_hash(s) for m, s in scores.items()},
               **summary(scores, data, errors)}
-    if rank() == 0:
-        common.save(run / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(),
-                                        "args": common.identity(args)})
-        common.write_json(run / "rank.json", result)
-    common.end_run(run)
+    if process_index() == 0:
+        runs.save(run / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(),
+                                        "args": runs.identity(args)})
+        runs.write_json(run / "rank.json", result)
+    runs.end_run(run)
     say(f"{table(result)}\nwrote {run}/scores.pt and rank.json")
 
 

@@ -16,6 +16,7 @@ import flags
 import paper
 import results
 from common import UserError, say
+from runs import atomic, read_json
 from paper import theirs
 from results import grouped, pick
 from stats import cell, mean, without_at
@@ -237,7 +238,7 @@ def evaluation_section(folder):
     """What evaluate.py measured with other threat models or attacks."""
     rows = []
     for path in results.found(folder, "eval-*.json"):
-        r = common.read_json(path)
+        r = read_json(path)
         try:
             s, a = r["settings"], r["accuracy"]["all"]
             shown = [f"{100 * a[k]['accuracy']:.1f} [{100 * a[k]['low']:.1f}, {100 * a[k]['high']:.1f}]"
@@ -271,7 +272,7 @@ def speed_section(folder):
     training, and others' steps in float32, with which the rest is compared, have no row."""
     groups, text = {}, ["## The cost of a training step"]
     for path in sorted(folder.glob("bench/*.json")):
-        r = common.read_json(path)
+        r = read_json(path)
         try:
             steps = {(s["step"], s["precision"], s["compile"]): s for s in r["steps"]}
             arch, batch, shared = r["setting"].split(", ", 2)
@@ -312,7 +313,7 @@ def into(path, sections):
 
     before = path.read_text(encoding="utf-8")
     after = re.sub(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", body, before, flags=re.S)
-    common.atomic(path, lambda f: f.write(after.encode()))
+    atomic(path, lambda f: f.write(after.encode()))
 
 
 def main(argv=None):
@@ -338,7 +339,7 @@ def main(argv=None):
             "test examples that were not used for selecting a checkpoint. Runs that differ in threat model, "
             "attack, n, network or epochs are in tables of their own."]
     text += [t for section in sections for t in section if t]
-    common.atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(text) + "\n").encode()))
+    atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(text) + "\n").encode()))
     for path in args.into:
         into(path, sections)
     say(f"{len(runs)} runs -> {args.results / 'tables.md'} and {out}/")

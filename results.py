@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy
 
-import common
 from common import UserError, say
+from runs import read_json
 
 # Flags in which the runs of one table may differ.
 SUBSET = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor",
@@ -122,7 +122,7 @@ def read(results):
     runs = []
     for path in found(results, "result.json"):
         try:
-            runs.append(run_of(path, common.read_json(path)))
+            runs.append(run_of(path, read_json(path)))
         except (KeyError, TypeError, AttributeError, IndexError) as e:
             why = f"{type(e).__name__}: {e}"
             raise UserError(f"{path} is not a result of this project ({why}): move it away") from None
@@ -209,7 +209,7 @@ def rankings_to_doubt(runs):
 
 def rankings(results):
     """{path: content} of every rank.json below the folder `results`."""
-    ranks = {path: common.read_json(path) for path in found(results, "rank.json")}
+    ranks = {path: read_json(path) for path in found(results, "rank.json")}
     needed = {"classes_hardest_first", "spearman_of_examples", "fingerprint", "args"}
     for path, r in ranks.items():
         if not isinstance(r, dict) or not needed <= set(r):

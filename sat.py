@@ -16,12 +16,13 @@ import torch
 from torch.nn import functional as F
 
 import attacks
-import data as datasets
+import data as data_
 import evaluate
 import flags
 import models
 import subset
-from common import UserError, all_sum, rank, say, world
+import runs
+from common import UserError, all_sum, process_index, say, process_count
 from subset import choose_A, weight_A
 
 # A checkpoint's accuracies on the selection examples, and its epoch. The largest tuple is selected (Sec. 4).
@@ -63,8 +64,8 @@ def epoch_plan(order, A, w_A, device):
     """
     in_A = A[order]
     w = torch.where(in_A, w_A, 1.0)
-    w = w * world() / w.sum(1, keepdim=True)
-    in_A, w = (t.tensor_split(world(), 1)[rank()] for t in (in_A, w))
+    w = w * process_count() / w.sum(1, keepdim=True)
+    in_A, w = (t.tensor_split(process_count(), 1)[process_index()] for t in (in_A, w))
     positions = in_A.nonzero()[:, 1].to(device)  # one copy an epoch: a step that copies makes a GPU wait
     return positions.split(in_A.sum(1).tolist()), w.to(device).unbind()
 
@@ -106,7 +107,7 @@ def random_starts(args, x, a, draw, generator):
         return None
     generator.manual_seed(draw)
     start = attacks.random_start(x.new_empty(args.batch_size, *x.shape[1:]), args.eps, args.norm, generator)
-    return start.tensor_split(world())[rank()][a]
+    return start.tensor_split(process_count())[process_index()][a]
 
 
 def train(model, split, A, w_A, args, device, state=None):
@@ -128,21 +129,21 @@ def train(model, split, A, w_A, args, device, state=None):
     if attack and device.type == "cuda" and not args.compile:
         say("note: on a GPU --compile makes this several times as fast (README, Speed)")
     net = models.compiled(model, device) if args.compile else model
-    if world() > 1:
+    if process_count() > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         began, lr = time.perf_counter(), args.lr * 0.1 ** sum(epoch >= d for d in args.lr_decays)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        order, generator_of_A = datasets.epoch_order(len(split), args.batch_size, args.seed, epoch)
+        order, generator_of_A = data_.epoch_order(len(split), args.batch_size, args.seed, epoch)
         now = A
         if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
             now = A[torch.randperm(len(A), generator=generator_of_A)]
         plan = zip(*epoch_plan(order, now, w_A, device))
-        batches = datasets.batches(split, args.batch_size, args.seed, epoch, args.augment, device)
+        batches = data_.training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
         model.train()
         loss, hits = train_epoch(net, optimizer, attack, zip(batches, plan), len(order), args, epoch, device)
-        if world() > 1:
+        if process_count() > 1:
             for buffer in model.buffers():  # each process has batch statistics of its own
                 torch.distributed.broadcast(buffer, 0)
         row = {"epoch": epoch + 1, "precision": models.precision(args.amp, device), "lr": lr, "loss": loss,
@@ -165,7 +166,7 @@ def train_epoch(net, optimizer, attack, todo, steps, args, epoch, device):
         on_a = attack and functools.partial(attack, start=random_starts(args, x, a, draw, generator))
         with amp:
             loss, logits = sat_step(net, optimizer, x, y, a, w, on_a)
-        sums += torch.stack([loss / world(), (logits.argmax(1) == y).sum()])
+        sums += torch.stack([loss / process_count(), (logits.argmax(1) == y).sum()])
         bad = torch.where((bad == steps) & ~(loss.isfinite() & logits.isfinite().all()), step, bad)
     loss, hits = all_sum(sums).tolist()
     if (first := int(all_sum(bad, "MIN"))) < steps:
@@ -199,9 +200,9 @@ def go_on(run, data, args, A):
     path = run / "last.pt"
     if not path.exists():
         return None, [], Best(-1, -1, 0)
-    state = common.load(path, ("A", "fingerprint", "args", "optimizer", "log", "best"))
-    datasets.check_fingerprint(data, state["fingerprint"], path)
-    differ = common.differing(state["args"], common.identity(args))
+    state = runs.load(path, ("A", "fingerprint", "args", "optimizer", "log", "best"))
+    data_.check_fingerprint(data, state["fingerprint"], path)
+    differ = runs.differing(state["args"], runs.identity(args))
     if differ or state["A"] != A:
         raise UserError(f"{path} was trained with {differ and 'other flags' or 'another A'} "
                         f"({differ or 'the flags agree'}): name this run with --run, or --force")
@@ -209,8 +210,8 @@ def go_on(run, data, args, A):
     log, best = state.pop("log"), Best(*(state.pop("best") or (-1, -1, 0)))
     if 0 < best.epoch < state["epoch"] and not (run / "best.pt").exists():
         raise UserError(f"{run / 'best.pt'}, of epoch {best.epoch}, is missing: --force repeats the run")
-    if best.epoch == state["epoch"] and rank() == 0:  # it may have stopped between last.pt and best.pt
-        common.save(run / "best.pt", {k: v for k, v in state.items() if k != "optimizer"})
+    if best.epoch == state["epoch"] and process_index() == 0:  # it may have stopped between last.pt and best.pt
+        runs.save(run / "best.pt", {k: v for k, v in state.items() if k != "optimizer"})
     return state, log, best
 
 
@@ -221,7 +222,7 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
     The checkpoint is selected by AutoAttack's robust accuracy one epoch after each decay and at the end
     (Sec. 4). Ties go to the higher clean accuracy, then to the later epoch.
     """
-    select, final = datasets.selection_and_final(len(data.test))
+    select, final = data_.selection_and_final(len(data.test))
     select, final = select[:args.select_n or None], final[:args.eval_n or None]
     when, how = {d + 1 for d in args.lr_decays} | {args.epochs}, evaluate.settings(args, data, "select")
     hash_of_A = hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16]
@@ -237,13 +238,13 @@ def fit(run, model, data, A, w_A, args, device, A_classes=None, **more):
             say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select)} examples")
             best = max(best, Best(robust, clean, epoch))
         log = [*log, row]
-        if rank() == 0:
+        if process_index() == 0:
             kept = evaluate.checkpoint(model, data, args, epoch, A_classes, A=hash_of_A)
-            common.save_epoch(run, {**kept, "optimizer": state["optimizer"], "log": log, "best": list(best)})
+            runs.save_epoch(run, {**kept, "optimizer": state["optimizer"], "log": log, "best": list(best)})
             if best.epoch == epoch:
-                common.save(run / "best.pt", kept)
+                runs.save(run / "best.pt", kept)
     common.barrier()
-    model.load_state_dict(common.load(run / "best.pt")["model"])
+    model.load_state_dict(runs.load(run / "best.pt")["model"])
     return conclude(run, model, data, final, args, log, {
         "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "epoch": best.epoch,
         "selection": {**how, "n": len(select)}, "device": common.device_name(device),
@@ -257,15 +258,15 @@ def conclude(run, model, data, index, args, log, about):
     clean, robust = evaluate.attack(model, data, index, setting, run / "chunks")
     accuracy = evaluate.summary(clean, robust, data.test.y[index], data.classes, about["A_classes"])
     counted = ("attacked", "forward", "backward", "forward_equivalents", "seconds")
-    result = {"args": common.identity(args), "fingerprint": data.fingerprint(),
+    result = {"args": runs.identity(args), "fingerprint": data.fingerprint(),
               "versions": evaluate.versions(), **about, "settings": setting, "accuracy": accuracy,
               "cost": {k: sum(row[k] for row in log) for k in counted},
-              "weights": evaluate.digest(model.state_dict()), "processes": world()}
-    if rank() == 0:
-        common.save(run / "robust.pt", {"index": index, "clean": clean, "robust": robust})
-        common.write_json(run / "result.json", result)
+              "weights": evaluate.digest(model.state_dict()), "processes": process_count()}
+    if process_index() == 0:
+        runs.save(run / "robust.pt", {"index": index, "clean": clean, "robust": robust})
+        runs.write_json(run / "result.json", result)
     common.remove(run / "chunks")
-    common.end_run(run)
+    runs.end_run(run)
     return result
 
 
@@ -310,7 +311,7 @@ def run_folder(args):
         lead += [args.order, args.size or args.frac, *(by if args.order in ("hardest", "easiest") else [])]
     if args.weight_factor or args.weight != "vanilla":
         lead.append(f"w{args.weight_factor}" if args.weight_factor else args.weight)
-    return common.run_dir(args, lead, told)
+    return runs.run_dir(args, lead, told)
 
 
 def main(argv=None):
@@ -320,8 +321,8 @@ def main(argv=None):
     if finished:
         return say(evaluate.finished(run))
     device = common.set_up(args)
-    data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
-    datasets.check_batch(data, args.batch_size)
+    data = data_.load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
+    data_.check_batch_size(data, args.batch_size)
     evaluate.settings(args, data), evaluate.settings(args, data, "select")  # before the work
     y, amount, scores, ranked = data.train.y, args.frac or args.size, None, None
     if amount and args.order in ("hardest", "easiest"):
@@ -341,7 +342,7 @@ def main(argv=None):
         f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}){names}, w_A {w_A:.3g}; "
         f"{args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, "
         f"seed {args.seed} -> {run}")
-    if common.start_run(run, args):
+    if runs.start_run(run, args):
         return say(evaluate.finished(run))
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)

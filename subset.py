@@ -10,9 +10,10 @@ import numpy
 import torch
 
 import common
-import data as datasets
+import data as data_
 import flags
-from common import HERE, UserError, say, world
+import runs
+from common import HERE, UserError, say, process_count
 
 # What a pickled numpy array of numbers consists of, for torch.load(weights_only=True). numpy 1 had another
 # name for the function.
@@ -114,15 +115,15 @@ def ranking(args, data):
     path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
     command = rank_command(args)
     if not path.exists():
-        if world() > 1:
+        if process_count() > 1:
             raise UserError(f"--order {args.order} needs {path}: first run python rank.py "
                             f"{' '.join(command)}")
         say(f"no {path}: ranking the examples first (python rank.py {' '.join(command)})")
         if subprocess.run([sys.executable, str(HERE / "rank.py"), *command]).returncode:
             raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message "
                             "is above")
-    found = common.load(path, ("fingerprint", "args", "epochs"))
-    datasets.check_fingerprint(data, found["fingerprint"], path)
+    found = runs.load(path, ("fingerprint", "args", "epochs"))
+    data_.check_fingerprint(data, found["fingerprint"], path)
     differ = [f"{k} {v} there, {getattr(args, k)} here" for k, v in found["args"].items()
               if k not in ("seed", "metrics") and getattr(args, k) != v]
     if differ:

@@ -20,7 +20,7 @@ from torch import nn
 import attacks
 import bench
 import common
-import data as datasets
+import data as data_
 import evaluate
 import flags
 import picture
@@ -28,22 +28,23 @@ import rank
 import report
 import results
 import sat
-import sources
+import datasets
 import subset
 import transfer
+import runs
 from common import UserError
 from conftest import HERE, QUICK, script, write_images, write_jpeg
 
 
 def test_digits():
-    data = datasets.get("digits", "nowhere")
+    data = data_.load_dataset("digits", "nowhere")
     assert (data.train.x.shape == (1297, 1, 8, 8) and data.test.x.shape == (500, 1, 8, 8)
             and data.train.x.max() == 255)
     assert torch.bincount(data.train.y).tolist() == [128, 131, 128, 132, 130, 131, 130, 129, 128, 130]
-    low, high = datasets.get("digits0-4", "nowhere"), datasets.get("digits5-9", "nowhere")
+    low, high = data_.load_dataset("digits0-4", "nowhere"), data_.load_dataset("digits5-9", "nowhere")
     assert (len(low.train) + len(high.train) == 1297 and high.classes == ["5", "6", "7", "8", "9"]
             and high.train.y.unique().tolist() == [0, 1, 2, 3, 4])
-    assert low.fingerprint() != high.fingerprint() == datasets.get("digits5-9", "nowhere").fingerprint()
+    assert low.fingerprint() != high.fingerprint() == data_.load_dataset("digits5-9", "nowhere").fingerprint()
     x = data.train.pixels(torch.arange(1297), "cpu")
     mean, std = data.mean_std()
     assert (mean == pytest.approx([x.mean().item()], abs=1e-5)
@@ -52,24 +53,24 @@ def test_digits():
 
 def test_selection_and_final_parts():
     for n in (500, 10000, 1020, 15):
-        select, final = datasets.selection_and_final(n)
+        select, final = data_.selection_and_final(n)
         assert len(select) == round(0.1 * n) and sorted([*select.tolist(), *final.tolist()]) == list(range(n))
         torch.manual_seed(n)  # the global generator plays no part
-        assert torch.equal(select, datasets.selection_and_final(n)[0])
+        assert torch.equal(select, data_.selection_and_final(n)[0])
 
 
 def test_augmentation_against_torchvision():
     from torchvision.transforms import functional as T
     g = torch.Generator().manual_seed(1)
     x = torch.rand(40, 3, 32, 32, generator=g)
-    params = datasets.draw(40, x.shape, "full", False, g)
+    params = data_.draw_augmentation(40, x.shape, "full", False, g)
     assert (params["crop"].min() == 0 and params["crop"].max() == 8
             and 0.75 <= params["factor"].min() < params["factor"].max() <= 1.25)
     assert (params["flip"].any() and not params["flip"].all()
             and 0 < params["angle"].abs().max() <= math.radians(2))
     assert (len(params["angle"].unique()) == 40
             and len({tuple(o) for o in params["order"].tolist()}) == 6), "each example its own"
-    mine = datasets.augment(x, params)
+    mine = data_.augment(x, params)
     for i in range(40):
         row, column = params["crop"][i].tolist()
         one = T.pad(x[i], 4)[:, row:row + 32, column:column + 32]
@@ -80,42 +81,42 @@ def test_augmentation_against_torchvision():
         one = T.rotate(one, math.degrees(params["angle"][i].item()))
         differ = ((mine[i] - one).abs() > 1e-3).float().mean()
         assert differ < 0.01, "torchvision may round a pixel's origin the other way"
-    assert torch.equal(datasets.augment(x, {"crop": torch.full((40, 2), 4)}), x), "a crop from the middle"
+    assert torch.equal(data_.augment(x, {"crop": torch.full((40, 2), 4)}), x), "a crop from the middle"
 
 
 def test_batches_are_slices_of_one_global_batch(monkeypatch):
-    data = datasets.get("digits", "data")
-    everything = list(datasets.batches(data.train, 64, 0, 3, "crop", "cpu"))
+    data = data_.load_dataset("digits", "data")
+    everything = list(data_.training_batches(data.train, 64, 0, 3, "crop", "cpu"))
     assert (len(everything) == 1297 // 64
             and len(set(torch.cat([i for _, _, i in everything]).tolist())) == 64 * 20)
-    again, other = (list(datasets.batches(data.train, 64, 0, e, "crop", "cpu")) for e in (3, 4))
+    again, other = (list(data_.training_batches(data.train, 64, 0, e, "crop", "cpu")) for e in (3, 4))
     assert torch.equal(everything[5][0], again[5][0]) and not torch.equal(everything[5][2], other[5][2])
     for r in range(3):
         monkeypatch.setenv("RANK", str(r)), monkeypatch.setenv("WORLD_SIZE", "3")
-        for k, mine in enumerate(datasets.batches(data.train, 64, 0, 3, "crop", "cpu")):
+        for k, mine in enumerate(data_.training_batches(data.train, 64, 0, 3, "crop", "cpu")):
             assert all(torch.equal(a, b.tensor_split(3)[r]) for a, b in zip(mine, everything[k]))
 
 
 def test_image_folder_and_tensor_file_agree(tmp_path):
     from PIL import Image
     write_images(tmp_path / "mine")
-    folder = datasets.get("mine", tmp_path)
+    folder = data_.load_dataset("mine", tmp_path)
     assert ((tmp_path / "mine.pt").exists() and folder.classes == ["cat", "dog"]
             and folder.train.y.tolist() == [0] * 6 + [1] * 6)
     pixel = np.asarray(Image.open(tmp_path / "mine" / "train" / "dog" / "2.png"))
     assert np.array_equal(folder.train.x[8].permute(1, 2, 0).numpy(), pixel)
-    packed = datasets.get("mine", tmp_path)
+    packed = data_.load_dataset("mine", tmp_path)
     assert torch.equal(packed.test.x, folder.test.x) and packed.fingerprint() == folder.fingerprint()
 
 
 def test_the_fingerprint_sees_every_image(tmp_path):
-    data, other = datasets.get("digits", "data"), datasets.get("digits", "data")
+    data, other = data_.load_dataset("digits", "data"), data_.load_dataset("digits", "data")
     other.test.x = other.test.x.clone()
     other.test.x[499, 0, 7, 7] += 1
     with pytest.raises(UserError, match="scores.pt belongs to other data .images: "):
-        datasets.check_fingerprint(other, data.fingerprint(), "scores.pt")
-    streamed = lambda name: datasets.Split(datasets.Files([Path("a", name)]), torch.zeros(1))
-    one, same, two = (datasets.DataSet("f", *[streamed(name)] * 2, []).images for name in "11\udcff")
+        data_.check_fingerprint(other, data.fingerprint(), "scores.pt")
+    streamed = lambda name: data_.Split(data_.Files([Path("a", name)]), torch.zeros(1))
+    one, same, two = (data_.DataSet("f", *[streamed(name)] * 2, []).images for name in "11\udcff")
     assert one == same != two
 
 
@@ -134,7 +135,7 @@ def test_cifar_in_its_publishers_format(tmp_path, monkeypatch):
         meta = {"label_names" if key == "labels" else "fine_label_names":
                 [str(c) for c in range(10 if key == "labels" else 100)]}
         (tmp_path / folder / ("batches.meta" if key == "labels" else "meta")).write_bytes(pickle.dumps(meta))
-    ten, hundred = datasets.get("cifar10", tmp_path), datasets.get("cifar100", tmp_path)
+    ten, hundred = data_.load_dataset("cifar10", tmp_path), data_.load_dataset("cifar100", tmp_path)
     assert (len(ten.train), len(ten.test), len(hundred.train)) == (20, 4, 4) and len(ten.classes) == 10
     assert np.array_equal(ten.train.x[5].numpy(), blocks["data_batch_2"][1].reshape(3, 32, 32))
     assert (np.array_equal(hundred.test.x[3].numpy(), blocks["test"][3].reshape(3, 32, 32))
@@ -144,7 +145,7 @@ def test_cifar_in_its_publishers_format(tmp_path, monkeypatch):
 @pytest.fixture
 def table_1(monkeypatch):
     """Lets a test have data sets of its own sizes without the check of the number of classes."""
-    return lambda name, n_classes: monkeypatch.setitem(sources.TABLE_1, name, (n_classes, 1, 1))
+    return lambda name, n_classes: monkeypatch.setitem(datasets.TABLE_1, name, (n_classes, 1, 1))
 
 
 def test_svhn_in_its_publishers_format(tmp_path, monkeypatch, capsys):
@@ -156,7 +157,7 @@ def test_svhn_in_its_publishers_format(tmp_path, monkeypatch, capsys):
     for s in x:
         savemat(tmp_path / f"{s}_32x32.mat",
                 {"X": x[s], "y": np.arange(1, x[s].shape[3] + 1, dtype=np.uint8)[:, None] % 10 + 1})
-    data = datasets.get("svhn", tmp_path)
+    data = data_.load_dataset("svhn", tmp_path)
     assert (data.classes == list("0123456789")
             and np.array_equal(data.train.x[7].permute(1, 2, 0).numpy(), x["train"][..., 7]))
     assert data.train.y.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3], \
@@ -165,7 +166,7 @@ def test_svhn_in_its_publishers_format(tmp_path, monkeypatch, capsys):
     (tmp_path / "svhn.pt").unlink()
     savemat(tmp_path / "train_32x32.mat", {"X": x["train"][:16], "y": np.ones((12, 1))})
     with pytest.raises(UserError, match="train_32x32.mat is not SVHN's cropped digits"):
-        datasets.get("svhn", tmp_path)
+        data_.load_dataset("svhn", tmp_path)
 
 
 def test_flowers102_in_its_publishers_format(tmp_path, monkeypatch, capsys):
@@ -178,7 +179,7 @@ def test_flowers102_in_its_publishers_format(tmp_path, monkeypatch, capsys):
     savemat(folder / "imagelabels.mat", {"labels": np.array([[5, 102, 1, 7, 7, 2, 3]])})
     savemat(folder / "setid.mat", {"trnid": np.array([[2, 4, 6]]), "valid": np.array([[1, 7]]),
                                    "tstid": np.array([[3, 5]])})
-    data = datasets.get("flowers102", tmp_path)
+    data = data_.load_dataset("flowers102", tmp_path)
     assert (data.train.y.tolist() == [101, 6, 1] and data.test.y.tolist() == [4, 2]
             and len(data.classes) == 102)
     assert (data.train.streamed
@@ -194,11 +195,11 @@ def test_caltech256_in_its_publishers_format(tmp_path, table_1):
                        mode="L" if i == 2 else "RGB")
     (tmp_path / "caltech256" / "256_ObjectCategories" / "001.ak47" / "RENAME2").write_text(
         "a stray file of the real archive")
-    data = datasets.get("caltech256", tmp_path)
+    data = data_.load_dataset("caltech256", tmp_path)
     assert (data.classes == ["ak47", "american-flag", "clutter"]
             and (len(data.train), len(data.test)) == (12, 3))
     assert (not set(data.train.x.paths) & set(data.test.x.paths)
-            and data.train.x.paths == datasets.get("caltech256", tmp_path).train.x.paths)
+            and data.train.x.paths == data_.load_dataset("caltech256", tmp_path).train.x.paths)
     assert data.train.pixels(torch.arange(12), "cpu").shape == (12, 3, 224, 224), "grey images become RGB"
 
 
@@ -209,7 +210,7 @@ def test_caltech256_after_a_download_that_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     for _ in range(2):  # torchvision leaves an empty caltech256/ behind, which is no image folder
         with pytest.raises(UserError, match="no caltech256 under .* put caltech256/256_ObjectCategories/"):
-            datasets.get("caltech256", tmp_path)
+            data_.load_dataset("caltech256", tmp_path)
 
 
 def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
@@ -219,12 +220,12 @@ def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
     for wnid in [*wnids, "n99999999"]:
         for part in ("train", "val"):
             write_jpeg(tmp_path / "imagenet" / part / wnid / "a.JPEG")
-    data = datasets.get("imagenet200", tmp_path)
+    data = data_.load_dataset("imagenet200", tmp_path)
     assert len(data.train) == len(data.test) == 200 and data.train.streamed and len(set(data.classes)) == 200
     assert data.classes[0] == "stingray" and data.train.x.paths[0].parent.name == wnids[0]
     shutil.rmtree(tmp_path / "imagenet" / "val" / wnids[3])
     with pytest.raises(UserError, match=f"val lacks 1 class folders: {wnids[3]}"):
-        datasets.get("imagenet200", tmp_path)
+        data_.load_dataset("imagenet200", tmp_path)
 
 
 def test_streamed_views(tmp_path):
@@ -237,31 +238,31 @@ def test_streamed_views(tmp_path):
         path = tmp_path / "mine" / ("train" if i < 6 else "test") / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(ramp).save(path)
-    data = datasets.get("mine", tmp_path)
+    data = data_.load_dataset("mine", tmp_path)
     x = data.test.pixels(torch.arange(2), "cpu")
     # The shortest side 300 becomes 256, so 400 becomes 341; the centre 224 of each are left.
     assert x.shape == (2, 3, 224, 224)
     assert (x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01)
             and x[0, 0, :, 0].mean().item() == pytest.approx(58.5 / 341, abs=0.01))
-    first, again, other = (next(datasets.batches(data.train, 6, 0, e, "full", "cpu"))[0] for e in (0, 0, 1))
+    first, again, other = (next(data_.training_batches(data.train, 6, 0, e, "full", "cpu"))[0] for e in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (6, 3, 224, 224)
-    half = next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0]
+    half = next(data_.training_batches(data.train, 3, 0, 0, "full", "cpu"))[0]
     width = [(c[0].amax() - c[0].amin()).item()
-             for c in next(datasets.batches(data.train, 6, 0, 2, "crop", "cpu"))[0]]
+             for c in next(data_.training_batches(data.train, 6, 0, 2, "crop", "cpu"))[0]]
     assert len({round(w, 3) for w in width}) == 6 and min(width) > 0.1 and max(width) < 1.01, \
         "each example has a crop of its own"
-    params = datasets.draw(1000, (3, 224, 224), "full", True, torch.Generator().manual_seed(0))
+    params = data_.draw_augmentation(1000, (3, 224, 224), "full", True, torch.Generator().manual_seed(0))
     assert (0.9 <= params["factor"].min() < 0.91 and 1.09 < params["factor"].max() <= 1.1
             and "crop" not in params)
     data.train.x.workers, data.train.x.loader = 2, None
     for _ in range(2):  # the same workers twice, the first time left before the epoch's end
-        assert torch.equal(next(datasets.batches(data.train, 3, 0, 0, "full", "cpu"))[0], half), \
+        assert torch.equal(next(data_.training_batches(data.train, 3, 0, 0, "full", "cpu"))[0], half), \
             "workers change nothing"
-    assert [len(x) for x, _, _ in datasets.batches(data.train, 3, 0, 0, "full", "cpu")] == [3, 3]
+    assert [len(x) for x, _, _ in data_.training_batches(data.train, 3, 0, 0, "full", "cpu")] == [3, 3]
 
 
 def test_small_cifar_is_the_same_whatever_the_order_of_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SMALLER", {"few": ("many", 3, 2)})
+    monkeypatch.setattr(datasets, "SMALLER", {"few": ("many", 3, 2)})
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(0, 256, (60, 3, 8, 8), generator=g, dtype=torch.uint8), torch.arange(60) % 4
     for folder, order in ((tmp_path / "a", torch.arange(60)),
@@ -269,7 +270,7 @@ def test_small_cifar_is_the_same_whatever_the_order_of_the_files(tmp_path, monke
         folder.mkdir()
         torch.save({"train": {"x": x[order], "y": y[order]}, "test": {"x": x[order], "y": y[order]},
                     "classes": list("abcd")}, folder / "many.pt")
-    a, b = (datasets.get("few", tmp_path / f) for f in "ab")
+    a, b = (data_.load_dataset("few", tmp_path / f) for f in "ab")
     assert (torch.equal(a.train.x, b.train.x) and a.fingerprint() == b.fingerprint()
             and (tmp_path / "a" / "few.pt").exists())
     assert a.train.y.bincount().tolist() == [3] * 4 and a.test.y.bincount().tolist() == [2] * 4
@@ -285,20 +286,20 @@ def test_corrupt_and_doubled(tmp_path, capsys):
             for c in ("cat", "dog"):
                 write_jpeg(tmp_path / "mine" / part / c / f"{i}.jpg")
     (tmp_path / "mine" / "train" / "dog" / "1.jpg").write_bytes(b"\xff\xd8 no jpeg")
-    data = datasets.get("mine", tmp_path, workers=1)
+    data = data_.load_dataset("mine", tmp_path, workers=1)
     with pytest.raises(UserError, match="dog/1.jpg is not an image .* python data.py NAME") as e:
-        list(datasets.ordered(data.train, torch.arange(6), 2, "cpu"))
+        list(data_.plain_batches(data.train, torch.arange(6), 2, "cpu"))
     assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="1 images of mine cannot be read"):
-        datasets.main(["mine", "--data-dir", str(tmp_path)])
+        data_.main(["mine", "--data-dir", str(tmp_path)])
     assert "dog/1.jpg" in capsys.readouterr().out
     (tmp_path / "mine" / "train" / "Cat").mkdir()
     with pytest.raises(UserError, match="holds the class folder 'Cat' twice, also as 'cat'"):
-        datasets.get("mine", tmp_path)
+        data_.load_dataset("mine", tmp_path)
     with pytest.raises(UserError, match="has 2 classes, not 10"):
         (tmp_path / "mine" / "train" / "Cat").rmdir()
         (tmp_path / "mine").rename(tmp_path / "svhn")
-        datasets.get("svhn", tmp_path)
+        data_.load_dataset("svhn", tmp_path)
 
 
 def test_resnet50_through_every_stage(tmp_path, monkeypatch, capsys):
@@ -385,7 +386,7 @@ def test_steps_and_step_size_are_those_of_the_table():
     typed = ["--norm", "linf", "--eps", "0.03", "--step-size", "0.008", "--steps", "5", "--random-start"]
     settings = []
     for how in (["--split", "none"], ["--split", "full"], ["--split", "esat"], ["--attack", "fgsm-rs"]):
-        kept = common.identity(sat.command_line([*how, *typed]))
+        kept = runs.identity(sat.command_line([*how, *typed]))
         settings.append({k: v for k, v in kept.items() if k not in results.SUBSET | results.NOT_SETTING})
     assert all(s == settings[0] for s in settings) and settings[0]["step_size"] == 0.008
 
@@ -503,8 +504,8 @@ OTHERS = {  # main, arguments, message
     "evaluate a folder": (evaluate.main, ["."], ". is a folder: give the checkpoint in it, say best.pt"),
     "a picture of text": (picture.main, ["x.pt", "--out", "x.txt"], "'x.txt' is not the name of a PNG file"),
     "report of nothing": (report.main, ["--results", "nowhere"], "nowhere"),
-    "data is a path": (datasets.main, ["../x"], "not a plain name"),
-    "data unknown": (datasets.main, ["mnist"], "no data set 'mnist'"),
+    "data is a path": (data_.main, ["../x"], "not a plain name"),
+    "data unknown": (data_.main, ["mnist"], "no data set 'mnist'"),
     "bench without 1": (bench.main, ["--fractions", "0.5"], "lacks 1"),
     "bench of 2": (bench.main, ["--fractions", "2"],
                    "'2' is not a finite number of at least 0 and at most 1"),
@@ -592,27 +593,27 @@ def pack(root, name, *, x=None, x_test=None, y=None, classes=("a", "b")):
 ])
 def test_bad_packs(how, message, tmp_path):
     pack(tmp_path, "good"), pack(tmp_path, "bad", **how)
-    assert len(sources.find("good", tmp_path)[2]) == 2
+    assert len(datasets.find("good", tmp_path)[2]) == 2
     with pytest.raises(UserError, match=re.escape(message)):
-        sources.find("bad", tmp_path)
+        datasets.find("bad", tmp_path)
 
 
 def test_a_folder_that_has_changed_is_read_again(tmp_path, capsys):
     write_images(tmp_path / "pets")
-    assert sources.find("pets", tmp_path)[2] == ["cat", "dog"] and (tmp_path / "pets.pt").exists()
+    assert datasets.find("pets", tmp_path)[2] == ["cat", "dog"] and (tmp_path / "pets.pt").exists()
     capsys.readouterr()
-    sources.find("pets", tmp_path)
+    datasets.find("pets", tmp_path)
     assert "reading it again" not in capsys.readouterr().out
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "pets" / part / "dog", tmp_path / "pets" / part / "emu")
-    assert (sources.find("pets", tmp_path)[2] == ["cat", "dog", "emu"]
+    assert (datasets.find("pets", tmp_path)[2] == ["cat", "dog", "emu"]
             and "has changed" in capsys.readouterr().out)
 
 
 def test_small_images_of_unequal_sizes_are_streamed(tmp_path):
     write_images(tmp_path / "mixed", side=32)
     write_jpeg(tmp_path / "mixed" / "train" / "cat" / "large.jpg", size=(80, 60))
-    (train, _), (test, _), _ = sources.find("mixed", tmp_path)
+    (train, _), (test, _), _ = datasets.find("mixed", tmp_path)
     assert isinstance(train, list) and isinstance(test, list) and not (tmp_path / "mixed.pt").exists()
 
 
@@ -914,14 +915,14 @@ def test_unreadable_images_of_a_small_folder_are_all_named(tmp_path, capsys):
     for name in ("0.png", "2.png"):
         (tmp_path / "bad" / "train" / "dog" / name).write_bytes(b"no image")
     with pytest.raises(UserError, match="2 images of bad cannot be read"):
-        datasets.main(["bad", "--data-dir", str(tmp_path)])
+        data_.main(["bad", "--data-dir", str(tmp_path)])
     assert capsys.readouterr().out.count("is not an image") == 2 and not (tmp_path / "bad.pt").exists()
 
 
 def test_a_folder_of_one_class_is_refused(tmp_path):
     write_images(tmp_path / "one", classes=("cat",))
     with pytest.raises(UserError, match="has the class cat alone"):
-        sources.find("one", tmp_path)
+        datasets.find("one", tmp_path)
 
 
 def test_a_typed_amount_replaces_that_of_a_config(tmp_path):
@@ -948,5 +949,5 @@ def test_downloads_are_locked(tmp_path, monkeypatch):
         with open(root / f".{name}.lock") as other, pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return "data"
-    monkeypatch.setattr(sources, "cifar", read)
-    assert sources.publisher("cifar10", tmp_path / "new") == "data"
+    monkeypatch.setattr(datasets, "cifar", read)
+    assert datasets.publisher("cifar10", tmp_path / "new") == "data"

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import common
-import data as datasets
+import data as data_
 import flags
 import models
 import rank
@@ -28,13 +28,14 @@ import run_all
 import sat
 import subset
 import transfer
+import runs
 from common import UserError
 from conftest import HERE, QUICK, script, KILLER, CHAIN, run_stage, contents
 
 
 def test_best_is_mended_when_stopped_before_it_was_written(tmp_path, monkeypatch):
     argv = ["--split", "none", *QUICK, "--results", str(tmp_path), "--run", "r"]
-    real = common.save
+    real = runs.save
     def stop(path, value):
         if path.name == "best.pt":
             raise KeyboardInterrupt
@@ -46,19 +47,19 @@ def test_best_is_mended_when_stopped_before_it_was_written(tmp_path, monkeypatch
     assert ((tmp_path / "digits" / "r" / "last.pt").exists()
             and not (tmp_path / "digits" / "r" / "best.pt").exists())
     sat.main(argv)
-    assert common.load(tmp_path / "digits" / "r" / "best.pt")["epoch"] == 2
+    assert runs.load(tmp_path / "digits" / "r" / "best.pt")["epoch"] == 2
 
 
 def test_going_on_without_a_best_checkpoint(tmp_path):
     """Before the first selection there is none (None in files of an earlier version);
     a lost one is noticed before the rest is trained."""
-    args, digits = sat.command_line([]), datasets.get("digits", "data")
-    state = {"A": "a", "fingerprint": digits.fingerprint(), "args": common.identity(args), "optimizer": {},
+    args, digits = sat.command_line([]), data_.load_dataset("digits", "data")
+    state = {"A": "a", "fingerprint": digits.fingerprint(), "args": runs.identity(args), "optimizer": {},
              "log": [], "epoch": 2}
     for best in (None, [-1, -1, 0]):
-        common.save(tmp_path / "last.pt", {**state, "best": best})
+        runs.save(tmp_path / "last.pt", {**state, "best": best})
         assert sat.go_on(tmp_path, digits, args, "a")[2] == (-1, -1, 0)
-    common.save(tmp_path / "last.pt", {**state, "best": [0.5, 0.5, 1]})
+    runs.save(tmp_path / "last.pt", {**state, "best": [0.5, 0.5, 1]})
     with pytest.raises(UserError, match="best.pt, of epoch 1, is missing: --force repeats the run"):
         sat.go_on(tmp_path, digits, args, "a")
 
@@ -79,9 +80,9 @@ def train(case, w_A, flags):
     model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
     model.frozen = False
     A = torch.arange(300) % 29 == 0  # so few that batches of a process often hold none
-    state = common.load(f"{folder}/{start}-{case}-1") if start != "-" else None
+    state = runs.load(f"{folder}/{start}-{case}-1") if start != "-" else None
     for state in sat.train(model, digits.train, A, w_A, args, device, state):
-        if common.rank() == 0:
+        if common.process_index() == 0:
             torch.save(state, f"{folder}/{name}-{case}-{state['epoch']}")
 def main():
     train("weighted", 5.0, [])
@@ -139,15 +140,15 @@ def test_stages_with_two_processes(pipeline, tmp_path):
                         ignore=shutil.ignore_patterns("eval*"))
         done = processes(n, tmp_path / "stages.py", tmp_path / f"{n}", tmp_path / f"b{n}" / "best.pt")
         assert done.returncode == 0 and done.stdout.count("SAT on digits0-4") == 1, done.stderr + done.stdout
-    one, two = (common.read_json(tmp_path / f"{n}" / "digits0-4" / "n" / "result.json") for n in (1, 2))
+    one, two = (runs.read_json(tmp_path / f"{n}" / "digits0-4" / "n" / "result.json") for n in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2) and one["A"] == two["A"] == round(0.3 * 649)
-    masks = [common.load(tmp_path / f"{n}" / "digits0-4" / "n" / "last.pt")["A"] for n in (1, 2)]
+    masks = [runs.load(tmp_path / f"{n}" / "digits0-4" / "n" / "last.pt")["A"] for n in (1, 2)]
     assert masks[0] == masks[1], "the hash of A"
     shape = lambda v: {k: shape(w) for k, w in v.items()} if isinstance(v, dict) else None
     evaluated = {k: v["clean"]["n"] for k, v in one["accuracy"].items() if k != "classes"}
     assert shape(one) == shape(two) and evaluated == {"all": 24}
     assert one["cost"]["attacked"] == two["cost"]["attacked"] > 0 and one["ranking"] == two["ranking"]
-    evals = [common.read_json(*(tmp_path / f"b{n}").glob("eval-*.json")) for n in (1, 2)]
+    evals = [runs.read_json(*(tmp_path / f"b{n}").glob("eval-*.json")) for n in (1, 2)]
     assert evals[0] == evals[1], "AutoAttack in chunks of 7, dealt to two"
 
 
@@ -158,12 +159,12 @@ def test_a_process_that_dies_ends_the_job(undisturbed, tmp_path):
     command = [f"{tmp_path}/marker", "epoch", str(undisturbed[1]["rank"]["epoch"] // 2), stage, *argv,
                "--results", str(tmp_path)]
     (tmp_path / "killer.py").write_text(
-        KILLER.replace("if where == phase", "if common.rank() == 1 and where == phase"))
+        KILLER.replace("if where == phase", "if common.process_index() == 1 and where == phase"))
     done = processes(2, tmp_path / "killer.py", *command)
     assert (done.returncode != 0 and "exitcode  : -9" in done.stderr
             and "[rank0]: Traceback" not in done.stderr)
     folder = tmp_path / "digits0-4" / "rank-preactresnet8-seed0"
-    assert common.load(folder / "last.pt")["epoch"] == 1 and not (folder / "scores.pt").exists()
+    assert runs.load(folder / "last.pt")["epoch"] == 1 and not (folder / "scores.pt").exists()
     done, _ = run_stage(tmp_path, stage, argv)
     assert done.returncode == 0 and "going on after epoch 1" in done.stdout
     assert set(contents(tmp_path)) == {p for p in undisturbed[0] if "/rank-" in p}
@@ -178,7 +179,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, m
     monkeypatch.setattr(sat, "sat_loss", poisoned)
     with pytest.raises(UserError, match="not finite in epoch 2, step 5"):
         sat.main(argv)
-    kept = common.load(tmp_path / "digits" / "r" / "last.pt")
+    kept = runs.load(tmp_path / "digits" / "r" / "last.pt")
     assert kept["epoch"] == 1 and all(v.isfinite().all() for v in kept["model"].values())
 
 
@@ -417,7 +418,7 @@ def test_extra_flags_reach_the_scripts_that_have_them(tmp_path):
 def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
     argv = ["--split", "full", *QUICK, "--epochs", "3", "--steps", "2", "--random-start", "--results"]
     sat.main([*argv, str(tmp_path / "whole")])
-    real = common.save_epoch
+    real = runs.save_epoch
     def stop(*a):
         real(*a)
         raise KeyboardInterrupt
@@ -430,10 +431,10 @@ def test_resumed_run_is_bit_identical(tmp_path, monkeypatch):
     sat.main([*argv, str(tmp_path / "parts")])
     whole, parts = (next((tmp_path / d / "digits").iterdir()) for d in ("whole", "parts"))
     for name in ("best.pt", "last.pt"):
-        a, b = common.load(whole / name)["model"], common.load(parts / name)["model"]
+        a, b = runs.load(whole / name)["model"], runs.load(parts / name)["model"]
         assert all(torch.equal(a[k], b[k]) for k in a)
     drop = lambda r: {k: v for k, v in r.items() if k not in ("cost", "args")}
-    assert drop(common.read_json(whole / "result.json")) == drop(common.read_json(parts / "result.json"))
+    assert drop(runs.read_json(whole / "result.json")) == drop(runs.read_json(parts / "result.json"))
 
 
 # KILLS=20 [KILLS_AMP=bf16] python -m pytest -k killed
@@ -465,7 +466,7 @@ def test_sigterm_and_ctrl_c(undisturbed, tmp_path, name, code):
     done, marker = run_stage(tmp_path, stage, argv, "epoch", undisturbed[1]["rank"]["epoch"] // 2, WITH=name)
     assert done.returncode == code and marker
     assert done.stderr.splitlines()[-1].startswith("stopped: the same command, without --force, goes on")
-    kept = common.load(tmp_path / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt")
+    kept = runs.load(tmp_path / "digits0-4" / "rank-preactresnet8-seed0" / "last.pt")
     assert "Traceback" not in done.stderr and len(kept["log"]) == 1
     done, _ = run_stage(tmp_path, stage, argv)
     assert "going on after epoch 1" in done.stdout
@@ -516,7 +517,7 @@ def test_force_keeps_the_old_run_until_the_new_one_is_whole(tmp_path, monkeypatc
     sat.main(argv)
     folder, old = tmp_path / "digits" / "r", tmp_path / "digits" / ".old-r"
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    real = common.save
+    real = runs.save
     def full_disk(path, value):
         raise UserError(f"cannot write {path}: the disk is full")
     monkeypatch.setattr(common, "save", full_disk)
@@ -610,8 +611,8 @@ def test_extra_flags_do_not_change_the_names_that_run_all_waits_for(monkeypatch,
 
 
 def test_a_resumed_redrawn_run_is_the_run_that_was_never_stopped():
-    data = datasets.get("digits", "data")
-    split = datasets.Split(data.train.x[:192], data.train.y[:192])
+    data = data_.load_dataset("digits", "data")
+    split = data_.Split(data.train.x[:192], data.train.y[:192])
     args = sat.command_line([*QUICK, "--epochs", "3", "--order", "redrawn", "--steps", "1"])
     A, cpu = sat.choose_A("esat", split.y, data.classes, amount=48, order="redrawn"), torch.device("cpu")
     model = lambda: (torch.manual_seed(0), models.build("preactresnet8", 10, [0.3], [0.35]))[1]

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 
 import attacks
 import common
-import data as datasets
+import data as data_
 import evaluate
 import models
 import rank
 import sat
 import subset
+import runs
 from common import UserError
 from conftest import HERE, QUICK, net, images, GPU
 
@@ -105,7 +106,7 @@ def test_the_authors_attack_stops_by_the_weights_of_eq_2(monkeypatch):
     monkeypatch.setattr(attacks, "pgd_authors", lambda model, x, y, *, limit, **how: seen.append(limit) or x)
     args = sat.command_line(["--attack", "pgd-authors", "--epochs", "1", "--lr-decays"])
     x, y = torch.randint(0, 256, (640, 1, 8, 8), dtype=torch.uint8), torch.arange(10).repeat(64)
-    for _ in sat.train(net(), datasets.Split(x, y), y == 3, 9.0, args, torch.device("cpu")):
+    for _ in sat.train(net(), data_.Split(x, y), y == 3, 9.0, args, torch.device("cpu")):
         pass
     assert seen == [pytest.approx(2.0)] * 10
 
@@ -293,7 +294,7 @@ def test_cost_of_an_epoch():
 
 
 def test_a_learning_rate_that_never_falls_is_said(capsys):
-    data = datasets.get("digits", "data")
+    data = data_.load_dataset("digits", "data")
     for epochs, said in (("1", True), ("16", False)):  # the config's first decay is after epoch 15
         args = sat.command_line(["--split", "none", "--epochs", epochs])
         nobody = torch.zeros(1297, dtype=torch.bool)
@@ -330,11 +331,11 @@ def test_choose_A(capsys):
 
 def test_random_A_is_spread_over_the_batches():
     """The permutation that picks A must not be the one that deals the first epoch's batches."""
-    data = datasets.get("digits", "data")
+    data = data_.load_dataset("digits", "data")
     for seed in range(3):
         A = sat.choose_A("esat", data.train.y, data.classes, amount=0.5, order="random", seed=seed)
         shares = [A[index].float().mean().item()
-                  for _, _, index in datasets.batches(data.train, 64, seed, 0, "none", "cpu")]
+                  for _, _, index in data_.training_batches(data.train, 64, seed, 0, "none", "cpu")]
         assert 0.25 < min(shares) and max(shares) < 0.75
 
 
@@ -441,7 +442,7 @@ def oracle_training(model, data, args, attack):
     momentum = {}
     for epoch in range(args.epochs):
         lr = args.lr * 0.1 ** len([d for d in args.lr_decays if d <= epoch])
-        for x, y, _ in datasets.batches(data.train, args.batch_size, args.seed, epoch, args.augment, "cpu"):
+        for x, y, _ in data_.training_batches(data.train, args.batch_size, args.seed, epoch, args.augment, "cpu"):
             model.eval()
             delta = torch.zeros_like(x)
             for _ in range(args.steps if attack else 0):
@@ -465,8 +466,8 @@ def oracle_training(model, data, args, attack):
 @pytest.mark.parametrize("everything", [False, True])
 def test_empty_A_is_vanilla_training_and_full_A_is_AT(everything):
     args = sat.command_line(["--split", "full", *QUICK, "--lr", "0.05", "--lr-decays", "1", "--steps", "3"])
-    data = datasets.get("digits", "data")
-    data.train = datasets.Split(data.train.x[:192], data.train.y[:192])
+    data = data_.load_dataset("digits", "data")
+    data.train = data_.Split(data.train.x[:192], data.train.y[:192])
     mine, other, opposite = net(), net(), net()
     rows = [s["row"] for s in sat.train(mine, data.train, torch.full((192,), everything), 9.0,
                                         args, torch.device("cpu"))]
@@ -491,11 +492,11 @@ def short_training(device, compile=False, amp="off", attack=True):
     args = sat.command_line(["--split", "full", *QUICK, "--epochs", "1", "--batch-size", "40", "--steps", "3",
                              "--step-size", "0.5", "--eps", "1.5", "--lr", "0.05", "--amp", amp,
                              "--compile" if compile else "--no-compile"])
-    data = datasets.get("digits", "data", device)
+    data = data_.load_dataset("digits", "data", device)
     torch.manual_seed(0)
     model = models.Classifier(models.preactresnet(1, (8, 8), 1), nn.Linear(8, 10), [0.3], [0.35]).to(device)
     before = [p.detach().clone() for p in model.parameters()]
-    split, A = datasets.Split(data.train.x[:160], data.train.y[:160]), torch.arange(160) % 3 == 0
+    split, A = data_.Split(data.train.x[:160], data.train.y[:160]), torch.arange(160) % 3 == 0
     row, = [s["row"] for s in sat.train(model, split, A & attack, 2.0 if attack else 1.0,
                                         args, torch.device(device))]
     assert not [k for k in model.state_dict() if "_orig_mod" in k], \
@@ -531,14 +532,14 @@ def test_no_step_waits_for_the_gpu(request):
     args = sat.command_line(["--split", "full", *QUICK, "--augment", "full",
                              "--batch-size", "64", "--random-start"])
     g = torch.Generator().manual_seed(0)
-    split = datasets.Split(torch.randint(0, 256, (256, 3, 32, 32), generator=g, dtype=torch.uint8),
+    split = data_.Split(torch.randint(0, 256, (256, 3, 32, 32), generator=g, dtype=torch.uint8),
                            torch.randint(0, 10, (256,), generator=g)).to(device)
     model, generator = net(channels=3).to(device).train(), torch.Generator(device)
     optimizer, attack = models.sgd(model, 0.1, 0.0, device), sat.training_attack(model, args, device)
-    plan = list(zip(*sat.epoch_plan(datasets.epoch_order(256, 64, 0, 0)[0],
+    plan = list(zip(*sat.epoch_plan(data_.epoch_order(256, 64, 0, 0)[0],
                                     torch.arange(256) % 2 == 0, 2.0, device)))
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
-    for i, (x, y, _) in enumerate(datasets.batches(split, 64, 0, 0, "full", device)):
+    for i, (x, y, _) in enumerate(data_.training_batches(split, 64, 0, 0, "full", device)):
         a, w = plan[i]
         start = sat.random_starts(args, x, a, i, generator)
         with models.autocast("bf16", device):
@@ -606,8 +607,8 @@ def test_only_A_is_attacked(trained):
 
 def test_train_uses_w_A():
     """One SGD step with weights, against autograd on the weighted loss written out."""
-    data = datasets.get("digits", "data")
-    split = datasets.Split(data.train.x[:64], data.train.y[:64])
+    data = data_.load_dataset("digits", "data")
+    split = data_.Split(data.train.x[:64], data.train.y[:64])
     args = sat.command_line(["--split", "full", *QUICK, "--epochs", "1", "--eps", "0",
                              "--augment", "none", "--weight-decay", "0"])
     A, model, other = torch.arange(64) < 16, *(net().to(memory_format=torch.channels_last) for _ in range(2))
@@ -615,7 +616,7 @@ def test_train_uses_w_A():
         pass
     other.train()
     # in this order: another would round, and ReLU has kinks
-    (x, y, index), = datasets.batches(split, 64, 0, 0, "none", "cpu")
+    (x, y, index), = data_.training_batches(split, 64, 0, 0, "none", "cpu")
     loss = F.cross_entropy(other(x), y, reduction="none")
     ((5 * loss[index < 16].sum() + loss[index >= 16].sum()) / (5 * 16 + 48)).backward()
     for p, q in zip(model.parameters(), other.parameters()):
@@ -635,7 +636,7 @@ def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, mon
     monkeypatch.setattr(evaluate, "attack", attack)
     sat.main(argv)
     folder = tmp_path / "digits" / "r"
-    result, best = common.read_json(folder / "result.json"), common.load(folder / "best.pt")
+    result, best = runs.read_json(folder / "result.json"), runs.load(folder / "best.pt")
     rows = [json.loads(r) for r in open(folder / "log.jsonl")]
     assert [r["epoch"] for r in rows if "selection" in r] == list(scripted), \
         "one epoch after each decay, and at the end"
@@ -647,9 +648,9 @@ def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, mon
 
 
 def test_logits_that_are_not_finite_stop_although_the_loss_is_finite():
-    data = datasets.get("digits", "data")
+    data = data_.load_dataset("digits", "data")
     args = sat.command_line(["--split", "full", *QUICK, "--batch-size", "64"])
-    split, model = datasets.Split(data.train.x[data.train.y > 0], data.train.y[data.train.y > 0]), net()
+    split, model = data_.Split(data.train.x[data.train.y > 0], data.train.y[data.train.y > 0]), net()
     with torch.no_grad():
         model.head.bias[0] = -math.inf  # of a class that never occurs: each example's loss is finite
         assert F.cross_entropy(model(split.pixels(torch.arange(64), "cpu")), split.y[:64]).isfinite()
@@ -673,7 +674,7 @@ def test_svar_by_hand():
 def test_vog_by_hand():
     """A linear network whose weights change by epoch: the gradient of the true class's logit is
     that class's weight row."""
-    split = datasets.Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0]))
+    split = data_.Split(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0]))
     rows = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
     vog = rank.Vog((3, 1, 2, 2), torch.arange(3), "cpu")
     for w in rows:
@@ -704,8 +705,8 @@ def test_class_order_is_compared_with_the_papers():
 
 def test_pipeline_ranking(pipeline):
     folder = pipeline / "digits0-4" / "rank-preactresnet8-seed0"
-    scores, ranked = common.load(folder / "scores.pt"), json.loads((folder / "rank.json").read_text())
-    y = datasets.get("digits0-4", "data").train.y
+    scores, ranked = runs.load(folder / "scores.pt"), json.loads((folder / "rank.json").read_text())
+    y = data_.load_dataset("digits0-4", "data").train.y
     assert (scores["entropy"].shape == y.shape and 0 < scores["entropy"].min()
             and scores["entropy"].max() <= math.log(5))
     hardest = ranked["classes_hardest_first"]
@@ -715,7 +716,7 @@ def test_pipeline_ranking(pipeline):
     assert [r["entropy"] for r in hardest] == sorted((r["entropy"] for r in hardest), reverse=True)
     b = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())
     assert sorted(b["A_classes"]) == sorted(r["class"] for r in hardest[:2])
-    data = datasets.get("digits0-4", "data")
+    data = data_.load_dataset("digits0-4", "data")
     by_vog = lambda split: subset.ranking(sat.command_line(
         ["--dataset", "digits0-4", "--metric", "vog", "--split", split, "--results", str(pipeline)]), data)[0]
     assert torch.equal(by_vog("esat"), subset.within_class(scores["vog"], y)), "comparable between classes"
@@ -726,7 +727,7 @@ def test_ranking_averages_the_epochs(tmp_path):
     """Eq. 3 from the definition: train again, and average the entropy
     of every epoch's eval-mode predictions."""
     rank.main([*QUICK[:3], "--results", str(tmp_path)])
-    data, args = datasets.get("digits", "data"), rank.command_line([*QUICK[:3]])
+    data, args = data_.load_dataset("digits", "data"), rank.command_line([*QUICK[:3]])
     torch.manual_seed(0)
     model, total = models.build("preactresnet8", 10, *data.mean_std()), 0
     for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0,
@@ -736,7 +737,7 @@ def test_ranking_averages_the_epochs(tmp_path):
             p = model(data.train.pixels(torch.arange(1297), "cpu")).softmax(1).double()
         total = total - (p * p.clamp_min(1e-30).log()).sum(1)
         model.train()
-    scores = common.load(tmp_path / "digits" / "rank-preactresnet8-seed0" / "scores.pt")
+    scores = runs.load(tmp_path / "digits" / "rank-preactresnet8-seed0" / "scores.pt")
     torch.testing.assert_close(scores["entropy"].double(), total / 2, atol=1e-4, rtol=1e-3)
 
 
@@ -750,7 +751,7 @@ def test_evaluate_repeats_the_runs_own_numbers(pipeline):
 
 def test_transfer_leaves_the_backbone_unchanged(pipeline):
     folder, = (pipeline / "digits5-9").iterdir()
-    source, target = common.load(pipeline / "digits0-4" / "a" / "best.pt"), common.load(folder / "best.pt")
+    source, target = runs.load(pipeline / "digits0-4" / "a" / "best.pt"), runs.load(folder / "best.pt")
     shared = [k for k in source["model"] if not k.startswith("head")]
     assert shared and all(torch.equal(source["model"][k], target["model"][k]) for k in shared)
     assert any("running_mean" in k for k in shared)
@@ -771,8 +772,8 @@ def test_redrawn_attacks_other_examples_every_epoch(monkeypatch):
         plans.append(set(order.flatten()[A[order.flatten()]].tolist()))
         return real(order, A, *a)
     monkeypatch.setattr(sat, "epoch_plan", watched)
-    data = datasets.get("digits", "data")
-    split = datasets.Split(data.train.x[:192], data.train.y[:192])
+    data = data_.load_dataset("digits", "data")
+    split = data_.Split(data.train.x[:192], data.train.y[:192])
     args = sat.command_line([*QUICK, "--order", "redrawn", "--steps", "1"])
     A = sat.choose_A("esat", split.y, data.classes, amount=48, order="redrawn")
     rows = [[s["row"]["attacked"] for s in sat.train(net(), split, A, 1.0, args, torch.device("cpu"))]
@@ -784,8 +785,8 @@ def test_redrawn_attacks_other_examples_every_epoch(monkeypatch):
 def test_every_step_draws_random_starts_of_its_own(monkeypatch):
     draws, real = [], sat.random_starts
     monkeypatch.setattr(sat, "random_starts", lambda *a: draws.append(a[3]) or real(*a))
-    data = datasets.get("digits", "data")
-    split = datasets.Split(data.train.x[:192], data.train.y[:192])
+    data = data_.load_dataset("digits", "data")
+    split = data_.Split(data.train.x[:192], data.train.y[:192])
     for seed in ("0", "1", "1"):
         args = sat.command_line(["--split", "full", *QUICK, "--steps", "1", "--random-start", "--seed", seed])
         list(sat.train(net(), split, torch.ones(192, dtype=torch.bool), 1.0, args, torch.device("cpu")))

@@ -11,9 +11,10 @@ from pathlib import Path
 import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 
-import data as datasets
+import data as data_
 import evaluate
 import flags
+import runs
 from common import UserError, say
 from sat import fit
 
@@ -34,7 +35,7 @@ def source_of(ckpt, path):
     """What the target's result says about its source run: data set, name, weights, ranking, and what SOURCE
     lists. UserError if there is no result.json of these weights beside the checkpoint `path`."""
     about = path.parent / "result.json"
-    result = common.read_json(about, SOURCE) if about.exists() else {}
+    result = runs.read_json(about, SOURCE) if about.exists() else {}
     if result.get("weights") != evaluate.digest(ckpt["model"]):
         raise UserError(f"{about} {'was not made by' if result else 'is missing beside'} {path}: give the "
                         "best.pt of a finished run of sat.py")
@@ -53,12 +54,12 @@ def main(argv=None):
     args.arch = args.base["arch"] = ckpt["arch"]
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
     lead = [*flags.second_config(args), source["dataset"], source["run"]]
-    run, finished = common.run_dir(args, lead, {"source", "source_weights"})
+    run, finished = runs.run_dir(args, lead, {"source", "source_weights"})
     if finished:
         return say(evaluate.finished(run))
     device = common.set_up(args)
-    data = datasets.get(args.dataset, args.data_dir, device, args.side, args.workers)
-    datasets.check_batch(data, args.batch_size)
+    data = data_.load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
+    data_.check_batch_size(data, args.batch_size)
     evaluate.settings(args, data)  # so that an error in the flags comes before the work
     evaluate.settings(args, data, "select")
     if data.train.x.shape[1] != ckpt["model"]["mean"].shape[1]:
@@ -67,7 +68,7 @@ def main(argv=None):
     say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> "
         f"{data.name} ({len(data.train):,} training images, {len(data.classes)} classes): features frozen, "
         f"new head; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {run}")
-    if common.start_run(run, args):
+    if runs.start_run(run, args):
         return say(evaluate.finished(run))
     torch.manual_seed(args.seed)
     model = model.transfer(len(data.classes)).to(device)

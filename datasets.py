@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import HERE, UserError, load, progress, save, say
+from common import HERE, UserError, progress, say
+from runs import load, save
 
 DIGITS = {"digits": (0, 9), "digits0-4": (0, 4), "digits5-9": (5, 9)}  # first and last class
 # {name: (the whole data set, training images of each class, test images of each class)}
