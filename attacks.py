@@ -5,11 +5,13 @@ Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,); eps and step siz
 `model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), A.1 (PGD-7), A.5 (FGSM-RS).
 """
 import contextlib
+import functools
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch.nn import functional as F
 
-TINY = 1e-12  # keeps 0 / 0 out of the norms: a zero gradient gives a zero step
+TINY = 1e-12  # the smallest norm that is divided by: a zero gradient gives a zero step
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # standard AutoAttack
 
 
@@ -65,79 +67,106 @@ def ascent(grad, norm):
 def random_start(x, eps, norm, generator=None):
     """A uniform draw from the eps-ball, of x's shape; `generator` must live on x's device."""
     check_norm(norm)
-    how = {"generator": generator, "device": x.device, "dtype": x.dtype}
+    like_x = {"generator": generator, "device": x.device, "dtype": x.dtype}
     if norm == "linf":
-        return (2 * torch.rand(x.shape, **how) - 1) * eps
-    direction = ascent(torch.randn(x.shape, **how), "l2")
-    radius = torch.rand((len(x), 1, 1, 1), **how) ** (1 / max(1, x[0].numel() if len(x) else 1))
+        return (2 * torch.rand(x.shape, **like_x) - 1) * eps
+    direction = ascent(torch.randn(x.shape, **like_x), "l2")
+    radius = torch.rand((len(x), 1, 1, 1), **like_x) ** (1 / max(1, x.shape[1:].numel()))
     return direction * radius * eps
 
 
-def pgd_step(model, x, y, delta, eps, step_size, norm):
-    """One iteration of PGD: a step of steepest ascent on the cross-entropy, the projection onto the eps-ball,
-    the clamp of x + delta to [0, 1]. Returns the new delta (N, C, H, W). `delta` must ask for a gradient."""
-    # Summed, not averaged: an example's gradient must not depend on the batch around it.
-    loss = F.cross_entropy(model(x + delta).float(), y, reduction="sum")
-    grad, = torch.autograd.grad(loss, delta)  # only of the input: no weight gradients are computed
-    delta = project(delta.detach() + step_size * ascent(grad, norm), eps, norm)
-    return (x + delta).clamp(0, 1) - x
-
-
-def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step, values=True):
-    """Projected gradient ascent on the cross-entropy (Madry et al. 2018; A.1). Returns the last x + delta.
-
-    It starts at delta = `start`, for instance random_start(x, eps, norm), or at 0. The model is attacked in
-    eval mode; its mode, parameters and their .grad are left as they were. An empty batch, eps = 0 and zero
-    gradients are valid. `step` does one iteration, for instance a compiled pgd_step. Raises ValueError as
-    check() does, which explains `values`.
-    """
-    check(x, y, norm, eps, values)
+def check(x, y, norm, eps, start=None, steps=0, step_size=0.0):
+    """Raises ValueError unless the arguments are what an attack takes."""
+    check_norm(norm)
+    if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps = {eps}: a finite number of 0 or more, pixels in [0, 1]")
+    if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each of the {len(x)} images, "
+                         "int64")
+    if len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false of nan too
+        raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start is {tuple(start.shape)}, x {tuple(x.shape)}: a perturbation for each image")
     if not isinstance(steps, int) or steps < 0 or not isinstance(step_size, (int, float)) \
             or not 0 <= step_size < float("inf"):
         raise ValueError(f"{steps} steps of {step_size}: 0 or more, of a finite size")
-    x = x.detach()
-    if len(x) == 0:
-        return x
-    delta = torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
-    with eval_mode(model), torch.enable_grad():
-        for _ in range(steps):
-            delta = step(model, x, y, delta.requires_grad_(), eps, step_size, norm)
-    return (x + delta).clamp(0, 1)
 
 
-def fgsm_rs(model, x, y, *, eps, step_size=None, norm="l2", start=None, step=pgd_step, values=True):
-    """FGSM from a random start (Wong et al. 2020; A.5): one projected step of 1.25 eps, or `step_size`."""
-    check(x, y, norm, eps, values)
-    start = random_start(x, eps, norm) if start is None else start
-    step_size = 1.25 * eps if step_size is None else step_size
-    return pgd(model, x, y, eps=eps, step_size=step_size, steps=1, norm=norm, start=start, step=step,
-               values=False)
+def checked(attack):
+    """Makes an attack check() its arguments. Training calls unchecked(attack) instead: it makes x itself, and
+    to look at x would make a GPU wait."""
+    @functools.wraps(attack)
+    def checked_attack(model, x, y, *, eps, norm="l2", **settings):
+        """attack, after check()."""
+        check(x, y, norm, eps, **{k: settings[k] for k in ("start", "steps", "step_size") if k in settings})
+        return attack(model, x, y, eps=eps, norm=norm, **settings)
+    return checked_attack
 
 
-def authors_step(model, x, y, delta, eps, step_size, norm):
-    """pgd_step, which also returns the cross-entropies (N,) of x + delta before the step."""
+def unchecked(attack):
+    """The attack without its check(), if it has one."""
+    return getattr(attack, "__wrapped__", attack)
+
+
+def pgd_step(model, x, y, delta, eps, step_size, norm):
+    """One iteration of PGD: a step of steepest ascent on the cross-entropy, the projection onto the eps-ball,
+    the clamp of x + delta to [0, 1]. Returns the new delta (N, C, H, W) and the cross-entropies (N,) before
+    the step. `delta` must ask for a gradient."""
     losses = F.cross_entropy(model(x + delta).float(), y, reduction="none")
-    grad, = torch.autograd.grad(losses.sum(), delta)
+    # Summed, not averaged: an example's gradient must not depend on the batch around it.
+    grad, = torch.autograd.grad(losses.sum(), delta)  # only of the input: no weight gradients are computed
     delta = project(delta.detach() + step_size * ascent(grad, norm), eps, norm)
     return (x + delta).clamp(0, 1) - x, losses.detach()
 
 
-def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", limit=10.0, start=None, step=authors_step,
-                values=True):
-    """PGD as in the code of the paper's authors: returns, of the start and the first steps - 1 iterates, that
-    of the highest loss for each example. It ends for the whole batch at the first iterate whose mean
-    cross-entropy exceeds `limit`, and leaves that iterate out (its start excepted).
+def first_delta(x, start, eps, norm):
+    """The delta from which an attack starts: `start`, moved into the ball and the box, or 0 for None."""
+    return torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
 
-    Theirs stops at a mean of 10 of the loss that they train with, in which the weights of Eq. 2 have the mean
-    1 over the training set: limit = 10 (w_A |A| + |B|) / (N w_A).
+
+@checked
+def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step):
+    """Projected gradient ascent on the cross-entropy (Madry et al. 2018; A.1). Returns the last x + delta.
+
+    It starts at delta = `start`, for instance random_start(x, eps, norm), or at 0. The model is attacked in
+    eval mode; its mode, parameters and their .grad are left as they were. An empty batch, eps = 0 and zero
+    gradients are valid. `step` does one iteration, for instance a compiled pgd_step. Raises ValueError as
+    check() does.
     """
-    check(x, y, norm, eps, values)
     x = x.detach()
     if len(x) == 0:
         return x
-    delta = torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
+    delta = first_delta(x, start, eps, norm)
+    with eval_mode(model), torch.enable_grad():
+        for _ in range(steps):
+            delta, _ = step(model, x, y, delta.requires_grad_(), eps, step_size, norm)
+    return (x + delta).clamp(0, 1)
+
+
+@checked
+def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step=pgd_step):
+    """FGSM from a random start (Wong et al. 2020; A.5): one projected step of 1.25 eps. `start`: drawn
+    uniformly from the ball if it is None."""
+    start = random_start(x, eps, norm) if start is None else start
+    return unchecked(pgd)(model, x, y, eps=eps, step_size=1.25 * eps, steps=1, norm=norm, start=start,
+                          step=step)
+
+
+@checked
+def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step, limit=10.0):
+    """PGD as in the code of the paper's authors. Returns for each example the iterate of the highest loss, of
+    the start and the first steps - 1 iterates.
+
+    The attack ends for the whole batch at the first iterate whose mean cross-entropy exceeds `limit`, and
+    leaves that iterate out (except the start). Their limit is 10 for the mean of the loss that they train
+    with, in which the weights of Eq. 2 have the mean 1: limit = 10 (w_A |A| + |B|) / (N w_A).
+    """
+    x = x.detach()
+    if len(x) == 0:
+        return x
+    delta = first_delta(x, start, eps, norm)
     best, highest = delta, torch.full((len(x),), -float("inf"), device=x.device)
     with eval_mode(model), torch.enable_grad():
         for _ in range(steps):
@@ -150,29 +179,34 @@ def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", limit=10.0, 
     return (x + best.detach()).clamp(0, 1)
 
 
-def usable(attacks, n_classes):
+class Attack(NamedTuple):
+    """An attack that training can use: sat.py --attack NAME.
+
+    function(model, x, y, **settings) returns adversarial images of x's shape. It gets those of the settings
+    eps, norm, step_size, steps, start, step and limit that it has parameters for. It must leave nothing in
+    .grad: use torch.autograd.grad, not backward().
+    """
+    function: Callable
+    gradient_steps: Optional[int] = None  # on an example, by which costs are counted; None: --steps
+    random_start: bool = False            # it always starts at random
+    step: Optional[Callable] = None       # its inner step, which --compile compiles
+
+
+ATTACKS = {  # an attack of your own is one more line
+    "pgd": Attack(pgd, step=pgd_step),
+    "fgsm-rs": Attack(fgsm_rs, gradient_steps=1, random_start=True, step=pgd_step),
+    "pgd-authors": Attack(pgd_authors, step=pgd_step),
+}
+
+
+def usable_attacks(attacks, n_classes):
     """Those of the attacks that exist for this many classes: apgd-t's DLR loss needs four. Raises ValueError
     if none is left, and for names that are not in STANDARD."""
-    found = [a for a in attacks if n_classes >= 4 or a != "apgd-t"]
-    if not found or not set(attacks) <= set(STANDARD):
+    usable = [a for a in attacks if n_classes >= 4 or a != "apgd-t"]
+    if not usable or not set(attacks) <= set(STANDARD):
         raise ValueError(f"{' '.join(attacks) or 'no attack'} on {n_classes} classes: valid are "
-                         f"{' '.join(usable(STANDARD, n_classes))}")
-    return found
-
-
-def check(x, y, norm, eps, values=True):
-    """Raises ValueError unless x, y, norm and eps are what an attack takes. `values`: check also that x lies
-    in [0, 1], for which one waits for a GPU."""
-    check_norm(norm)
-    if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps < float("inf"):
-        raise ValueError(f"eps = {eps}: a finite number of 0 or more, pixels in [0, 1]")
-    if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
-    if y.shape != x.shape[:1] or y.dtype != torch.int64:
-        raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each of the {len(x)} images, "
-                         "int64")
-    if values and len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false of nan too
-        raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
+                         f"{' '.join(usable_attacks(STANDARD, n_classes))}")
+    return usable
 
 
 def attack_batch(model, x, y, *, eps, norm, attacks, seed):
@@ -190,7 +224,7 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed):
         raise ValueError(f"labels {int(y.min())} to {int(y.max())} on {logits.shape[1]} classes")
     aa = AutoAttack(model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, version="standard",
                     device=x.device, seed=seed)
-    aa.attacks_to_run = usable(attacks, logits.shape[1])
+    aa.attacks_to_run = usable_attacks(attacks, logits.shape[1])
     aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, logits.shape[1] - 1)
     x_adv, predicted = aa.run_standard_evaluation(x, y, batch_size=len(x))
     with torch.no_grad():
@@ -214,7 +248,7 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     (N,) on the CPU.
 
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
-    they change the result. The package tells its progress and warnings to the logger "auto-attack". Raises
+    they change the result. The package logs its progress and warnings to the logger "auto-attack". Raises
     what attack_batch does.
     """
     clean, robust = (torch.zeros(len(y), dtype=torch.bool) for _ in range(2))
@@ -222,7 +256,7 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     with fixed_weights(model), eval_mode(model):
         for b, i in enumerate(range(0, len(y), batch_size)):
             part = slice(i, i + batch_size)
-            found = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device), eps=eps,
+            right = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device), eps=eps,
                                  norm=norm, attacks=attacks, seed=seed + b)
-            clean[part], robust[part] = (right.cpu() for right in found)
+            clean[part], robust[part] = (r.cpu() for r in right)
     return clean, robust

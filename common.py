@@ -1,6 +1,4 @@
-"""What the scripts share besides mathematics: run folders and their locks, atomic files, torchrun, errors."""
-import contextlib
-import ctypes
+"""What the scripts share besides mathematics: processes (torchrun), the device, progress, signals, errors."""
 import datetime
 import os
 import shutil
@@ -9,23 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-
-def quiet(kind, value, trace, before=sys.excepthook):
-    """An excepthook of the scripts: Ctrl-C while they are still importing ends in one line."""
-    if kind is KeyboardInterrupt:
-        print("stopped before anything was done", file=sys.stderr)
-    else:
-        before(kind, value, trace)
-
-
 HERE = Path(__file__).resolve().parent
-SCRIPT = Path(sys.argv[0]).resolve()
-if SCRIPT.parent == HERE and SCRIPT.is_file():  # not in other people's programs
-    sys.excepthook = quiet
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the scripts print it as one line and exit with 2. For code that
+    """A mistake that the user can fix. The scripts print it as one line and exit with 2; for code that
     imports them it is a ValueError."""
 
 
@@ -55,13 +41,14 @@ def all_sum(tensor, op="SUM"):
     return tensor
 
 
-def keep_memory():
-    """Lets glibc keep freed memory. Else it gives that of each large tensor back to the kernel, which has to
-    zero it page by page for the next one: a tenth of the time of a training step of PreActResNet-8."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large tensors lie in the heap, too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+def from_process_0(value):
+    """Process 0's value, in all processes: they must agree on what to do next."""
+    if process_count() > 1:
+        import torch.distributed as dist
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+    return value
 
 
 def set_up(args):
@@ -76,24 +63,29 @@ def set_up(args):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} "
-                            "GPUs: start one a GPU, or --device cpu")
+                            "GPUs: start one per GPU, or give --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if kind == "cuda":  # Triton compiles C
-        compilers = [os.environ.get("CC", "gcc"), "clang"]
-    if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
-        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
-                        "install one, or give --no-compile")
-    if kind == "cpu":
-        keep_memory()
+    if getattr(args, "compile", False):
+        check_compiler(kind)
     if args.threads:
         torch.set_num_threads(args.threads)
     if process_count() > 1 and not torch.distributed.is_initialized():
-        # The others wait while rank 0 downloads data, and for the slowest chunk of AutoAttack: hours.
-        how = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
-        torch.distributed.init_process_group(**how, timeout=datetime.timedelta(hours=12))
+        # The others wait while process 0 downloads data, and for the slowest chunk of AutoAttack: hours.
+        backend = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
+        torch.distributed.init_process_group(**backend, timeout=datetime.timedelta(hours=12))
     return device
+
+
+def check_compiler(kind):
+    """UserError if there is no compiler for --compile on a device of this kind: Triton compiles C on GPUs,
+    Inductor C++ on CPUs."""
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if kind == "cuda":
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, compilers)):
+        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
+                        "install one, or give --no-compile")
 
 
 def device_name(device):
@@ -104,24 +96,17 @@ def device_name(device):
     return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
 
 
-def remove(folder):
-    """Deletes a folder, on rank 0 and when all processes are through."""
-    barrier()
-    if process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def say(text):
-    """Prints a line, only on rank 0."""
+    """Prints a line, in process 0 only."""
     if process_index() == 0:
         print(text, flush=True)
 
 
-def progress(steps, **how):
-    """A tqdm bar over `steps`, shown on rank 0 when stderr is a terminal."""
+def progress(steps, **bar):
+    """A tqdm bar over `steps`, shown by process 0 when stderr is a terminal. `bar`: tqdm's own arguments."""
     from tqdm import tqdm
     terminal = sys.stderr and sys.stderr.isatty()
-    return tqdm(steps, disable=process_index() != 0 or not terminal, leave=False, dynamic_ncols=True, **how)
+    return tqdm(steps, disable=process_index() != 0 or not terminal, leave=False, dynamic_ncols=True, **bar)
 
 
 class Stopped(KeyboardInterrupt):
@@ -136,16 +121,16 @@ def stop(number, frame):
 def outcome(main):
     """Runs main() and returns the exit code. A user's mistake (2), a signal (128 + its number) and a lost
     process (1) end in one line on stderr."""
-    who = f"[rank {process_index()}] " if process_index() else ""
+    prefix = f"[rank {process_index()}] " if process_index() else ""
     try:
         main()
         barrier()
         return 0
     except (UserError, OSError) as e:
-        if process_index():  # a mistake that all processes find is told by rank 0; torchrun then ends the others
+        if process_index():  # process 0 prints a mistake that all of them find; torchrun then ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f"error: {who}{e}", file=sys.stderr)
+        print(f"error: {prefix}{e}", file=sys.stderr)
         return 2
     except Stopped as e:
         if process_index() == 0:
@@ -157,7 +142,7 @@ def outcome(main):
         if process_count() == 1 or not any(word in str(e) for word in lost):
             raise
         why = " ".join(str(e).split())[:100]
-        print(f"error: {who}another process of this run is gone, or was never reached ({why}); the same "
+        print(f"error: {prefix}another process of this run is gone, or was never reached ({why}); the same "
               "command goes on from the last whole epoch", file=sys.stderr)
         return 1
 

@@ -149,6 +149,12 @@ def load_dataset(name, data_dir, device="cpu", side=224, workers=0):
     return DataSet(name, *splits, classes)
 
 
+def open_dataset(args, device):
+    data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
+    check_batch_size(data, args.batch_size)
+    return data
+
+
 def check_fingerprint(data, other, what):
     """UserError unless `other`, the fingerprint stored in `what`, equals that of `data`."""
     mine = data.fingerprint()

@@ -3,32 +3,30 @@ not used for selecting a checkpoint (Sec. 4, "Training and evaluation details").
 
     python evaluate.py results/digits/esat-hardest-0.5-seed0/best.pt
 
-Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json beside the checkpoint. The other
-scripts have the content of checkpoints from here.
+Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json beside the checkpoint.
 """
+import argparse
 import contextlib
 import hashlib
 import json
 import logging
 import math
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import common  # first, so that Ctrl-C while torch loads ends in one line
 import numpy
 import torch
 
 import attacks
-import data as data_
+import common
 import flags
 import models
 import runs
-from common import UserError, process_index, say, process_count
+from common import UserError, process_count, process_index, say
+from data import load_dataset, selection_and_final
 
 SEED = 0  # AutoAttack's, the same for every run
-CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
 
 
 def wilson(k, n, z=1.959964):
@@ -48,25 +46,33 @@ def accuracy(right):
     return {"n": n, "accuracy": k / n if n else None, "low": low, "high": high}
 
 
-def summary(clean, robust, y, classes, A_classes=None):
+def accuracies(clean, robust, y, classes, A_classes=None):
     """Clean and robust accuracy on all examples, per class and, if A consists of the classes `A_classes`, on
-    A_val and B_val. For each class also which examples were right, in their order, as bits in hexadecimal:
-    paired comparisons of runs need them."""
-    parts = {"all": torch.ones_like(clean)}
+    A_val and B_val: {part: {"clean", "robust": accuracy()}}, "classes": {class: the same}.
+
+    clean, robust: bool (n,). Each class also has which of its examples were right, in their order, as bits in
+    hexadecimal: paired comparisons of runs need them.
+    """
+    def both(part):
+        """The two accuracies on the examples of `part`, bool (n,)."""
+        return {"clean": accuracy(clean[part]), "robust": accuracy(robust[part])}
+
+    def bits(right):
+        """Bool (n,) as hexadecimal digits."""
+        return numpy.packbits(right.numpy()).tobytes().hex()
+
+    result = {"all": both(torch.ones_like(clean))}
     if A_classes:
-        parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
-        parts["B_val"] = ~parts["A_val"]
-    both = lambda part: {"clean": accuracy(clean[part]), "robust": accuracy(robust[part])}
-    result = {name: both(part) for name, part in parts.items()}
-    bits = lambda right: numpy.packbits(right.numpy()).tobytes().hex()
+        in_A = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
+        result |= {"A_val": both(in_A), "B_val": both(~in_A)}
     by_class = {c: both(y == i) for i, c in enumerate(classes)}
-    for i, found in enumerate(by_class.values()):
-        found["clean"]["right"], found["robust"]["right"] = bits(clean[y == i]), bits(robust[y == i])
+    for i, row in enumerate(by_class.values()):
+        row["clean"]["right"], row["robust"]["right"] = bits(clean[y == i]), bits(robust[y == i])
     return {**result, "classes": by_class}
 
 
-def digest(state):
-    """A short hash of a state dict: equal for equal weights."""
+def weights_hash(state):
+    """A short hash of a state dict, equal for equal weights."""
     h = hashlib.sha256()
     for key, value in sorted(state.items()):
         h.update(key.encode())
@@ -74,53 +80,60 @@ def digest(state):
     return h.hexdigest()[:16]
 
 
-def settings(args, data, which="eval"):
+def eval_settings(args, data, prefix="eval"):
     """What AutoAttack's numbers depend on besides network and data: threat model, attacks (those that exist
-    for this many classes), number of examples, batch size and seed. `which`: "eval" or "select"."""
+    for this many classes), number of examples, batch size and seed. They come from the flags --eval-* or,
+    with the prefix "select", --select-*. UserError for what AutoAttack does not take."""
     try:
-        usable = attacks.usable(getattr(args, f"{which}_attacks"), len(data.classes))
+        usable = attacks.usable_attacks(getattr(args, f"{prefix}_attacks"), len(data.classes))
     except ValueError as e:
-        raise UserError(f"--{which}-attacks: {e}") from None
+        raise UserError(f"--{prefix}-attacks: {e}") from None
     if args.norm == "linf" and args.eps > 1:
         raise UserError(f"--norm linf --eps {args.eps:g}: pixels are in [0, 1] (8/255 is --eps 0.0314)")
     return {"norm": args.norm, "eps": args.eps, "attacks": usable,
-            "n": getattr(args, f"{which}_n"), "batch_size": args.eval_batch, "seed": SEED}
+            "n": getattr(args, f"{prefix}_n"), "batch_size": args.eval_batch, "seed": SEED}
 
 
-def attack(model, data, index, setting, folder):
-    """AutoAttack on the test examples `index`: bool (n,) clean and robust.
+def check_settings(args, data):
+    """UserError, before the work, for flags that AutoAttack does not take."""
+    eval_settings(args, data, "select")
+    eval_settings(args, data)
+
+
+def autoattack_accuracy(model, data, index, settings, folder):
+    """AutoAttack on the test examples `index`: bool (n,) clean and robust. settings: of eval_settings.
 
     They are dealt to the processes in chunks of a batch, chunk c with the seed seed + c. Finished chunks are
-    kept in `folder`, under a hash of all that they depend on: a stopped evaluation goes on from there.
+    saved in `folder`, under a hash of all that they depend on: a stopped evaluation goes on from there.
     """
     same = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
-    what = json.dumps([digest(model.state_dict()), same, index.tolist(), setting], sort_keys=True)
-    folder = Path(folder) / hashlib.sha256(what.encode()).hexdigest()[:16]
+    key = json.dumps([weights_hash(model.state_dict()), same, index.tolist(), settings], sort_keys=True)
+    folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = list(enumerate(index.split(setting["batch_size"])))[process_index()::process_count()]
+    chunks = list(enumerate(index.split(settings["batch_size"])))[process_index()::process_count()]
     device = next(model.parameters()).device
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
     with common.progress(None, total=sum(len(part) for _, part in chunks), unit="example",
-                         desc=f"AutoAttack ({' '.join(setting['attacks'])})") as bar, watched(bar):
+                         desc=f"AutoAttack ({' '.join(settings['attacks'])})") as bar, watched(bar):
         for c, part in chunks:
-            kept, found = folder / f"chunk{c:05d}.pt", None
+            path, chunk = folder / f"chunk{c:05d}.pt", None
             with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
-                found = runs.load(kept)
-            if not isinstance(found, torch.Tensor) or found.shape != (2, len(part)):
-                found = attack_chunk(model, data.test, part, setting, c)
-                runs.save(kept, found)
-            at = c * setting["batch_size"]
-            right[:, at:at + len(part)] = found.to(device)
+                chunk = runs.load(path)
+            if not isinstance(chunk, torch.Tensor) or chunk.shape != (2, len(part)):
+                chunk = attack_chunk(model, data.test, part, settings, c)
+                runs.save(path, chunk)
+            first = c * settings["batch_size"]
+            right[:, first:first + len(part)] = chunk.to(device)
             bar.n += len(part)
     return tuple(common.all_sum(right).bool().cpu())
 
 
-def attack_chunk(model, test, part, setting, c):
+def attack_chunk(model, test, part, settings, c):
     """AutoAttack on the examples `part`, chunk c of an evaluation: clean and robust, bool (2, n)."""
     try:
         return torch.stack(attacks.autoattack(
-            model, test.pixels(part, "cpu"), test.y[part], eps=setting["eps"], norm=setting["norm"],
-            attacks=setting["attacks"], batch_size=len(part), seed=setting["seed"] + c))
+            model, test.pixels(part, "cpu"), test.y[part], eps=settings["eps"], norm=settings["norm"],
+            attacks=settings["attacks"], batch_size=len(part), seed=settings["seed"] + c))
     except ArithmeticError as e:  # FloatingPointError too
         raise UserError(str(e)) from None
 
@@ -131,14 +144,14 @@ class Watch(logging.Handler):
 
     def __init__(self, bar):
         super().__init__()
-        self.bar, self.known = bar, set()
+        self.bar, self.warned = bar, set()
 
     def emit(self, record):
         """Called by logging with every record of the package."""
         text = record.getMessage()
         kind = re.sub(r"\d", "", text)  # warnings of one kind differ in their numbers
-        if record.levelno >= logging.WARNING and kind not in self.known:
-            self.known.add(kind)
+        if record.levelno >= logging.WARNING and kind not in self.warned:
+            self.warned.add(kind)
             say(f"AutoAttack warns: {text}")
         elif record.levelno < logging.WARNING:
             self.bar.set_postfix_str(text[:60])
@@ -164,25 +177,29 @@ def watched(bar):
         log.propagate = propagate
 
 
-def head_line(result):
+def accuracy_lines(result):
     """The accuracies of a result for people: with n, interval, attacks and threat model."""
-    s, text = result["settings"], []
+    settings, lines = result["settings"], []
     for part in ("all", "A_val", "B_val"):
         if part in result["accuracy"]:
-            shown = [f"{kind} {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
-                     if a["n"] else f"{kind} -"
-                     for kind, a in result["accuracy"][part].items()]
-            text.append(f"{part:>6}: {', '.join(shown)}  (n = {result['accuracy'][part]['clean']['n']})")
-    standard = set(s["attacks"]) == set(attacks.STANDARD)
-    aa = "standard AutoAttack" if standard else f"AutoAttack's {' and '.join(s['attacks'])}"
-    return "\n".join([f"{aa}, {s['norm']} eps {s['eps']}; 95 % Wilson intervals", *text])
+            texts = []
+            for kind, a in result["accuracy"][part].items():
+                value = "-"
+                if a["n"]:
+                    value = f"{100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
+                texts.append(f"{kind} {value}")
+            lines.append(f"{part:>6}: {', '.join(texts)}  (n = {result['accuracy'][part]['clean']['n']})")
+    name = f"AutoAttack's {' and '.join(settings['attacks'])}"
+    if set(settings["attacks"]) == set(attacks.STANDARD):
+        name = "standard AutoAttack"
+    return "\n".join([f"{name}, {settings['norm']} eps {settings['eps']}; 95 % Wilson intervals", *lines])
 
 
 def finished(run):
     """The lines that are printed for a run that is finished."""
     result = runs.read_json(run / "result.json", ("settings", "accuracy"))
     try:
-        return f"{run} is finished (--force repeats it)\n{head_line(result)}"
+        return f"{run} is finished (--force repeats it)\n{accuracy_lines(result)}"
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{run / 'result.json'} is not a result of this project ({type(e).__name__}): "
                         "--force makes its run again") from None
@@ -193,34 +210,9 @@ def versions():
     return {name: version(name) for name in ("torch", "torchvision", "pyautoattack")}
 
 
-def checkpoint(model, data, args, epoch, A_classes=None, **more):
-    """The content of a checkpoint: the weights, and all that is needed to use them without the configs."""
-    return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear",
-            "classes": data.classes, "fingerprint": data.fingerprint(), "args": runs.identity(args),
-            "epoch": epoch, "A_classes": A_classes, **more}
-
-
-def read_checkpoint(path):
-    """The content of a checkpoint, checked as far as that goes without building the network. Raises UserError
-    for a foreign file."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
-    ckpt = runs.load(path, CHECKPOINT_KEYS)
-    args, classes, a = ckpt["args"], ckpt["classes"], ckpt["A_classes"]
-    if not (isinstance(args, dict) and {"dataset", "side"} <= set(args)
-            and isinstance(ckpt["fingerprint"], dict)
-            and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-            and isinstance(ckpt["epoch"], int)
-            and (a is None or isinstance(a, list) and set(a) <= set(classes))
-            and isinstance(ckpt["model"], dict)):
-        raise UserError(f"{path} is not a checkpoint of this project: its args, classes or fingerprint are "
-                        "not as sat.py writes them")
-    return ckpt
-
-
 def load_model(path):
     """The Classifier of a checkpoint and the checkpoint's content. Raises UserError for a foreign file."""
-    ckpt = read_checkpoint(path)
+    ckpt = runs.read_checkpoint(path)
     try:
         mean, std = (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
         model = models.build(ckpt["arch"], len(ckpt["classes"]), mean, std)
@@ -228,34 +220,24 @@ def load_model(path):
             model.transfer(len(ckpt["classes"]))
         model.load_state_dict(ckpt["model"], strict=True)
     except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
-        why = " ".join(str(e).split())[:200]
-        raise UserError(f"{path} is not a checkpoint of this project: {why}") from None
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from None
     return model, ckpt
 
 
-def command_line(argv):
+def command_line(argv=None):
     """Parses the command line. Flags that it leaves out have their values of the checkpoint's run."""
-    usage = "python evaluate.py CHECKPOINT [--flag VALUE ...]"
-    parser = flags.Parser(prog="evaluate.py", usage=usage, description=__doc__, formatter_class=flags.Help)
-    parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
-    flags.add_flags(parser, *flags.SCRIPTS["evaluate.py"])
+    parser = flags.script_parser("evaluate.py", __doc__, flags.DEFAULTS, "best.pt or last.pt of a run")
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=Path, default=Path("data"),
                         help="folder that holds the data sets")
-    words, theirs = sys.argv[1:] if argv is None else argv, {}
-    told = [word for word in words if word not in ("-h", "--help")]
-    try:
-        ckpt, valid = read_checkpoint(parser.parse_args(told).checkpoint), {a.dest for a in parser._actions}
-        theirs = {k: v for k, v in ckpt["args"].items() if k in valid}
-    except UserError:
-        if told == words:
-            raise  # else --help shows the defaults without a checkpoint
-    parser.set_defaults(**theirs)
-    args = parser.parse_args(words)
-    if args.norm != theirs.get("norm", args.norm) and not flags.given(argv, "--eps"):
-        raise UserError(f"--norm {args.norm} needs an --eps of its own: the checkpoint's {theirs['eps']} is "
-                        f"in {theirs['norm']} (linf: 0.0314 is 8/255)")
-    return args
+    typed = vars(parser.parse_args(argv))
+    of_run = runs.read_checkpoint(typed["checkpoint"])["args"]
+    base = {k: of_run.get(k, default) for k, default in flags.DEFAULTS.items()}
+    if typed.get("norm", base["norm"]) != base["norm"] and "eps" not in typed:
+        raise UserError(f"--norm {typed['norm']} needs an --eps of its own: the checkpoint's {base['eps']} "
+                        f"is in {base['norm']} (linf: 0.0314 is 8/255)")
+    return argparse.Namespace(**{**base, **typed})
 
 
 def main(argv=None):
@@ -263,26 +245,24 @@ def main(argv=None):
     args = command_line(argv)
     device = common.set_up(args)
     model, ckpt = load_model(args.checkpoint)
-    data = data_.load_dataset(ckpt["args"]["dataset"], args.data_dir, device, ckpt["args"]["side"], args.workers)
-    data_.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
-    setting = settings(args, data)
-    key = hashlib.sha256(json.dumps([digest(ckpt["model"]), setting],
-                                    sort_keys=True).encode()).hexdigest()[:8]
-    out = args.checkpoint.parent / f"eval-{key}.json"
-    if out.exists() and not args.force:
-        say(f"{out} is there already (--force repeats it)\n{head_line(runs.read_json(out))}")
-        return
+    data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
+    runs.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
+    settings, weights = eval_settings(args, data), weights_hash(ckpt["model"])
+    key = hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()[:8]
+    path = args.checkpoint.parent / f"eval-{key}.json"
+    if path.exists() and not args.force:
+        return say(f"{path} is there already (--force repeats it)\n{accuracy_lines(runs.read_json(path))}")
     say(f"evaluating {args.checkpoint} ({data.name}, epoch {ckpt['epoch']}) on {device}")
-    index = data_.selection_and_final(len(data.test))[1][:args.eval_n or None]
+    index = selection_and_final(len(data.test))[1][:args.eval_n or None]
     folder = args.checkpoint.parent / f"eval-{key}-chunks"
-    clean, robust = attack(model.to(device), data, index, setting, folder)
-    result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": setting,
-              "versions": versions(), "fingerprint": ckpt["fingerprint"], "weights": digest(ckpt["model"]),
-              "accuracy": summary(clean, robust, data.test.y[index], data.classes, ckpt["A_classes"])}
+    clean, robust = autoattack_accuracy(model.to(device), data, index, settings, folder)
+    result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": settings,
+              "versions": versions(), "fingerprint": ckpt["fingerprint"], "weights": weights,
+              "accuracy": accuracies(clean, robust, data.test.y[index], data.classes, ckpt["A_classes"])}
     if process_index() == 0:
-        runs.write_json(out, result)
-    common.remove(folder)
-    say(f"{head_line(result)}\nwrote {out}")
+        runs.write_json(path, result)
+    runs.remove(folder)
+    say(f"{accuracy_lines(result)}\nwrote {path}")
 
 
 if __name__ == "__main__":

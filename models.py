@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common import process_count
 from flags import ARCHS
 
 
@@ -143,3 +144,16 @@ def compiled(function, device):
     if isinstance(function, torch.nn.Module):
         return graph
     return lambda *args: torch.utils._pytree.tree_map(torch.clone, graph(*args))
+
+
+def training_network(model, args, device):
+    net = compiled(model, device) if args.compile else model
+    if process_count() > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    return net
+
+
+def share_batch_statistics(model):
+    if process_count() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)

@@ -3,17 +3,12 @@
 A is chosen by class, at random, or by difficulty scores, which are rank.py's or the user's own.
 """
 import hashlib
-import subprocess
-import sys
 
 import numpy
 import torch
 
-import common
-import data as data_
 import flags
-import runs
-from common import HERE, UserError, say, process_count
+from common import UserError, say
 
 # What a pickled numpy array of numbers consists of, for torch.load(weights_only=True). numpy 1 had another
 # name for the function.
@@ -22,7 +17,7 @@ ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray
          *(type(numpy.dtype(kind)) for kind in ("i4", "i8", "f4", "f8"))]
 
 
-def how_many(amount, n, unit):
+def subset_size(amount, n, unit):
     """|A| from a fraction (float) of n, or a number (int). Raises UserError outside 1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
     if not isinstance(k, int) or not 1 <= k <= n:
@@ -52,7 +47,7 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
                             "(classes of another data set need --dataset or --config)")
         return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
     n, unit = (len(classes), "classes") if split == "csat" else (len(y), "examples")
-    k = how_many(amount, n, unit)
+    k = subset_size(amount, n, unit)
     if order in ("random", "redrawn"):
         # A stream of its own: the batches of an epoch are dealt by a permutation drawn from the same seed.
         first = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + 700_000))[:k]
@@ -108,37 +103,6 @@ def weight_A(kind, n_A, n):
     return named[kind] if isinstance(kind, str) else kind
 
 
-def ranking(args, data):
-    """The scores (N,) of args.metric from rank.py's scores.pt for this data and network, and what result.json
-    says of them. Runs rank.py if they are missing. Scores that were made with other flags, such as another
-    number of epochs, are used, and the user is told."""
-    path = args.results / args.dataset / f"rank-{args.arch}-seed0" / "scores.pt"
-    command = rank_command(args)
-    if not path.exists():
-        if process_count() > 1:
-            raise UserError(f"--order {args.order} needs {path}: first run python rank.py "
-                            f"{' '.join(command)}")
-        say(f"no {path}: ranking the examples first (python rank.py {' '.join(command)})")
-        if subprocess.run([sys.executable, str(HERE / "rank.py"), *command]).returncode:
-            raise UserError(f"rank.py failed, so there is no ranking for --order {args.order}; its message "
-                            "is above")
-    found = runs.load(path, ("fingerprint", "args", "epochs"))
-    data_.check_fingerprint(data, found["fingerprint"], path)
-    differ = [f"{k} {v} there, {getattr(args, k)} here" for k, v in found["args"].items()
-              if k not in ("seed", "metrics") and getattr(args, k) != v]
-    if differ:
-        say(f"note: {path} was made with other flags ({'; '.join(differ)}); python rank.py "
-            f"{' '.join(command)} --force remakes it")
-    if args.metric not in found:
-        raise UserError(f"{path} has no {args.metric}: first run python rank.py {' '.join(command)} --force")
-    scores = found[args.metric]
-    check_scores(scores, len(data.train), f"{path}: its {args.metric}")
-    said = {"metric": args.metric, "epochs": found["epochs"], "scores": scores_hash(scores)}
-    if args.metric == "vog" and args.split == "esat":  # gradients of classes differ in size (Agarwal et al.)
-        scores = within_class(scores, data.train.y)
-    return scores, said
-
-
 def within_class(scores, y):
     """Scores (N,) normalised to mean 0 and standard deviation 1 within each class of y."""
     mean = class_means(scores, y, int(y.max()) + 1)
@@ -146,50 +110,42 @@ def within_class(scores, y):
     return (scores.double() - mean[y]) / std[y].clamp_min(1e-12)
 
 
-def rank_command(args):
-    """The arguments with which rank.py makes the ranking that these flags of sat.py ask for."""
-    words = ["--config", str(args.config)]
-    for flag in (flag for group in flags.SCRIPTS["rank.py"] if group != "ranking"
-                 for flag, *_ in flags.FLAGS[group]):
-        dest = flag[2:].replace("-", "_")
-        if dest not in ("seed", "run", "force") and (value := getattr(args, dest)) != args.base[dest]:
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
 def read_scores(path):
     """The scores of --scores FILE as float64 (N,): N numbers, higher = harder, in a tensor or array (.pt,
     .pth) or an array (.npy, .npz with one array). An integer permutation of 0 to N - 1 is read as an order of
     the training examples, hardest first. One of 1 to N, or of floats, could be an order or ranks: UserError.
     """
-    try:
-        if path.suffix in (".pt", ".pth"):
-            with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
-                found = torch.load(path, weights_only=True, map_location="cpu")
-        else:
-            found = numpy.load(path, allow_pickle=False)
-            if isinstance(found, numpy.lib.npyio.NpzFile):
-                name, = found.files
-                found = found[name]
-        found = numpy.asarray(found).squeeze()
-        if found.ndim != 1 or found.dtype.kind not in "iuf":
-            raise ValueError(f"it holds {found.dtype} {found.shape}")
-    except Exception as e:  # numpy and torch raise many kinds on foreign files
-        why = " ".join(str(e).split()).partition(". ")[0][:100]  # torch adds advice on its own flags
-        raise UserError(f"--scores {path}: {why}; valid: N numbers in a .pt or .pth, a .npy, or a .npz "
-                        "with one array") from None
-    n, ascending = len(found), numpy.sort(found)
-    is_order, ranks = (n > 0 and numpy.array_equal(ascending, numpy.arange(n) + k) for k in (0, 1))
-    if ranks or is_order and found.dtype.kind == "f":
+    numbers = read_vector(path)
+    n, ascending = len(numbers), numpy.sort(numbers)
+    is_order, is_ranks = (n > 0 and numpy.array_equal(ascending, numpy.arange(n) + k) for k in (0, 1))
+    if is_ranks or is_order and numbers.dtype.kind == "f":
         raise UserError(f"--scores {path} holds each of {ascending[0]:g} to {ascending[-1]:g} once: an order "
                         f"or ranks? Give an order as integers 0 to {n - 1}, hardest first, or scores that "
                         "are not all whole")
     if is_order:
         say(f"{path} is read as an order of the indices, hardest first (give scores as numbers that are not "
             "whole)")
-        order, found = found, numpy.empty(n)
-        found[order] = numpy.arange(n, 0, -1)
-    return torch.from_numpy(found.astype(numpy.float64))
+        order, numbers = numbers, numpy.empty(n)
+        numbers[order] = numpy.arange(n, 0, -1)
+    return torch.from_numpy(numbers.astype(numpy.float64))
+
+
+def read_vector(path):
+    """The numbers (N,) in a .pt, .pth, .npy or .npz file. UserError for anything else."""
+    try:
+        if path.suffix in (".pt", ".pth"):
+            with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
+                content = torch.load(path, weights_only=True, map_location="cpu")
+        else:
+            content = numpy.load(path, allow_pickle=False)
+            if isinstance(content, numpy.lib.npyio.NpzFile):
+                name, = content.files
+                content = content[name]
+        vector = numpy.asarray(content).squeeze()
+        if vector.ndim != 1 or vector.dtype.kind not in "iuf":
+            raise ValueError(f"it holds {vector.dtype} {vector.shape}")
+        return vector
+    except Exception as e:  # numpy and torch raise many kinds on foreign files
+        reason = " ".join(str(e).split()).partition(". ")[0][:100]  # torch adds advice on its own flags
+        raise UserError(f"--scores {path}: {reason}; valid: N numbers in a .pt or .pth, a .npy, or a .npz "
+                        "with one array") from None

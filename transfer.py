@@ -6,16 +6,14 @@ Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked 
 Files in: a checkpoint of sat.py and the result.json beside it, the target's data. Files out, in
 results/<target>/<source data set>-<source run>-seed<seed>/: those of sat.py. The network is the checkpoint's.
 """
-from pathlib import Path
-
-import common  # first, so that Ctrl-C while torch loads ends in one line
 import torch
 
-import data as data_
+import common
+import config
 import evaluate
-import flags
 import runs
 from common import UserError, say
+from data import open_dataset
 from sat import fit
 
 # What a result repeats from the result.json of its source run.
@@ -24,21 +22,18 @@ SOURCE = ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint", "weights"
 
 def command_line(argv=None):
     """Parses the command line and the config."""
-    usage = "python transfer.py CHECKPOINT --config YAML [--flag VALUE ...]"
-    parser = flags.Parser(prog="transfer.py", usage=usage, description=__doc__, formatter_class=flags.Help)
-    parser.add_argument("checkpoint", type=Path, help="best.pt of the source run")
-    flags.add_flags(parser, *flags.SCRIPTS["transfer.py"])
-    return flags.parse(parser, argv)
+    return config.parse("transfer.py", __doc__, argv, "best.pt of the source run")
 
 
 def source_of(ckpt, path):
     """What the target's result says about its source run: data set, name, weights, ranking, and what SOURCE
     lists. UserError if there is no result.json of these weights beside the checkpoint `path`."""
     about = path.parent / "result.json"
-    result = runs.read_json(about, SOURCE) if about.exists() else {}
-    if result.get("weights") != evaluate.digest(ckpt["model"]):
-        raise UserError(f"{about} {'was not made by' if result else 'is missing beside'} {path}: give the "
-                        "best.pt of a finished run of sat.py")
+    if not about.exists():
+        raise UserError(f"{about} is missing beside {path}: give the best.pt of a finished run of sat.py")
+    result = runs.read_json(about, SOURCE)
+    if result["weights"] != evaluate.weights_hash(ckpt["model"]):
+        raise UserError(f"{about} was not made by {path}: give the best.pt of a finished run of sat.py")
     return {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "weights": result["weights"],
             "ranking": result.get("ranking"), **{k: result[k] for k in SOURCE if k != "weights"}}
 
@@ -53,29 +48,28 @@ def main(argv=None):
     source = source_of(ckpt, path)
     args.arch = args.base["arch"] = ckpt["arch"]
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
-    lead = [*flags.second_config(args), source["dataset"], source["run"]]
-    run, finished = runs.run_dir(args, lead, {"source", "source_weights"})
-    if finished:
-        return say(evaluate.finished(run))
+    lead = [*config.config_prefix(args), source["dataset"], source["run"]]
+    folder, is_finished = runs.run_folder(args, lead, {"source", "source_weights"})
+    if is_finished:
+        return say(evaluate.finished(folder))
     device = common.set_up(args)
-    data = data_.load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
-    data_.check_batch_size(data, args.batch_size)
-    evaluate.settings(args, data)  # so that an error in the flags comes before the work
-    evaluate.settings(args, data, "select")
-    if data.train.x.shape[1] != ckpt["model"]["mean"].shape[1]:
-        raise UserError(f"{path} takes images of {ckpt['model']['mean'].shape[1]} channels, {data.name} has "
+    data = open_dataset(args, device)
+    evaluate.check_settings(args, data)
+    channels = ckpt["model"]["mean"].shape[1]
+    if data.train.x.shape[1] != channels:
+        raise UserError(f"{path} takes images of {channels} channels, {data.name} has "
                         f"{data.train.x.shape[1]}")
     say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> "
         f"{data.name} ({len(data.train):,} training images, {len(data.classes)} classes): features frozen, "
-        f"new head; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {run}")
-    if runs.start_run(run, args):
-        return say(evaluate.finished(run))
+        f"new head; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {folder}")
+    if runs.start_run(folder, args):
+        return say(evaluate.finished(folder))
     torch.manual_seed(args.seed)
     model = model.transfer(len(data.classes)).to(device)
     # A = {}: the head is trained on clean images, and the target is not split into A and B.
-    nobody = torch.zeros(len(data.train), dtype=torch.bool)
-    result = fit(run, model, data, nobody, 1.0, args, device, source=source)
-    say(f"{evaluate.head_line(result)}\nwrote {run}/result.json")
+    empty_A = torch.zeros(len(data.train), dtype=torch.bool)
+    result = fit(folder, model, data, empty_A, 1.0, args, device, source=source)
+    say(f"{evaluate.accuracy_lines(result)}\nwrote {folder}/result.json")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""Subset Adversarial Training: the loss (Eq. 2), one step on it, and the loop of training.
+
+Training is on A and B; only A is attacked. With A = {} this is ordinary training, which rank.py and
+transfer.py run; with A = everything it is adversarial training. sat.py chooses A.
+"""
+import functools
+import inspect
+import time
+
+import torch
+from torch.nn import functional as F
+
+import attacks
+import models
+from common import UserError, all_sum, process_count, process_index, progress
+from data import epoch_order, training_batches
+
+
+def sat_loss(logits, y, w):
+    """Eq. 2 on a batch: the sum of w_i loss_i. The weights w (b,) are w_A for examples of A and 1 for those
+    of B, divided by their sum (under torchrun as in epoch_batches)."""
+    if w.shape != y.shape:
+        raise ValueError(f"the weights are {tuple(w.shape)}, the labels {tuple(y.shape)}: they must agree")
+    return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum()
+
+
+def sat_step(net, optimizer, x, y, a, w, attack, start=None):
+    """One SGD step on Eq. 2. Returns (loss, logits), detached.
+
+    x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64,
+    perhaps none; w (b,): the weights of Eq. 2, as sat_loss takes them. attack(x, y) returns adversarial
+    examples, as functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does; with `start` (|a|, C, H, W)
+    it is attack(x, y, start=start). It must leave nothing in .grad.
+    """
+    optimizer.zero_grad(set_to_none=True)  # before the attack, so that it can use the memory
+    if len(a):
+        starts = {} if start is None else {"start": start}
+        x = x.clone().index_copy_(0, a, attack(x[a], y[a], **starts))  # the inner maximisation, on A alone
+    logits = net(x)
+    loss = sat_loss(logits, y, w)  # Eq. 2
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()
+
+
+def train(model, split, A, w_A, args, device, state=None):
+    """Minimises Eq. 2 by SGD. Yields after each epoch {"epoch": epochs done, "model", "optimizer", "row"},
+    where "row" is the epoch's line of the log.
+
+    model: a models.Classifier. A: bool (N,). args: sat.py's flags. state: an earlier yield, from which
+    training goes on. Raises UserError when the loss or the logits are not finite.
+    """
+    optimizer = models.sgd(model, args.lr, args.weight_decay, device, state and state["optimizer"])
+    if state:
+        model.load_state_dict(state["model"])
+    attack = training_attack(model, A, w_A, args, device) if A.any() else None
+    net = models.training_network(model, args, device)
+    autocast = models.autocast(args.amp, device)
+    for epoch in range(state["epoch"] if state else 0, args.epochs):
+        began, lr = time.perf_counter(), set_learning_rate(optimizer, args, epoch)
+        sums = EpochSums(epoch, device)
+        model.train()
+        for x, y, a, w, start in epoch_batches(split, A, w_A, args, epoch, device):
+            with autocast:
+                loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start)
+            sums.add(loss, logits, y, a)
+        models.share_batch_statistics(model)
+        row = {"epoch": epoch + 1, "precision": models.precision(args.amp, device), "lr": lr,
+               **sums.row(model, args), "seconds": time.perf_counter() - began}
+        yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+               "row": row}
+
+
+def set_learning_rate(optimizer, args, epoch):
+    """Sets and returns the learning rate of an epoch: it falls tenfold at each of --lr-decays."""
+    lr = args.lr * 0.1 ** sum(epoch >= decay for decay in args.lr_decays)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def epoch_batches(split, A, w_A, args, epoch, device):
+    """The batches of an epoch: (x, y, a, w, start), this process's part of each. See sat_step.
+
+    The weights of a global batch sum to the number of processes, because DistributedDataParallel averages
+    gradients over the processes. What depends only on A and on the order of the batches is worked out once an
+    epoch: a step that copies from the CPU makes a GPU wait.
+    """
+    order, generator = epoch_order(len(split), args.batch_size, args.seed, epoch)  # (steps, batch size)
+    if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
+        A = A[torch.randperm(len(A), generator=generator)]
+    in_A = A[order]
+    w = torch.where(in_A, w_A, 1.0)
+    w = w * process_count() / w.sum(1, keepdim=True)
+    in_A, w = (t.tensor_split(process_count(), 1)[process_index()] for t in (in_A, w))
+    positions = in_A.nonzero()[:, 1].to(device).split(in_A.sum(1).tolist())
+    batches = training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
+    steps = progress(zip(batches, positions, w.to(device)), total=len(order), unit="step",
+                     desc=f"epoch {epoch + 1}/{args.epochs}")
+    random = A.any() and (args.random_start or attacks.ATTACKS[args.attack].random_start)
+    generator = torch.Generator(device)
+    for step, ((x, y, _), a, w) in enumerate(steps):
+        start = None
+        if random:  # drawn for the whole batch, whatever the number of processes and of A's examples in it
+            generator.manual_seed(((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63)
+            start = x.new_empty(args.batch_size, *x.shape[1:])
+            start = attacks.random_start(start, args.eps, args.norm, generator)
+            start = start.tensor_split(process_count())[process_index()][a]
+        yield x, y, a, w, start
+
+
+def training_attack(model, A, w_A, args, device):
+    """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
+    row = attacks.ATTACKS[args.attack]
+    attack = attacks.unchecked(row.function)
+    settings = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
+                "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A}  # see attacks.pgd_authors
+    if args.compile and row.step:
+        settings["step"] = models.compiled(row.step, device)
+    parameters = inspect.signature(attack).parameters
+    attack = functools.partial(attack, model, **{k: v for k, v in settings.items() if k in parameters})
+    return pad_to_multiple(attack) if args.compile and device.type == "cuda" else attack
+
+
+def pad_to_multiple(attack, multiple=16):
+    """Pads the batches of `attack` to a multiple of 16 with copies of their first example, so that CUDA
+    graphs are recorded for few sizes. (On CPUs one graph serves all.)"""
+    def pad(t):
+        """t, with its first example repeated."""
+        return torch.cat([t, t[:1].expand(-len(t) % multiple, *t.shape[1:])])
+
+    def padded_attack(x, y, start=None):
+        """The attack on the padded batch, without the padding."""
+        starts = {} if start is None else {"start": pad(start)}
+        return attack(pad(x), pad(y), **starts)[:len(x)]
+    return padded_attack
+
+
+class EpochSums:
+    """Sums over an epoch, kept on the device: to look at one makes a GPU wait for the CPU."""
+
+    def __init__(self, epoch, device):
+        self.epoch, self.loss_and_right = epoch, torch.zeros(2, device=device)
+        self.first_bad = torch.full((), torch.inf, device=device)  # the first step that is not finite
+        self.steps = self.examples = self.attacked = 0
+
+    def add(self, loss, logits, y, a):
+        """Adds a step."""
+        self.loss_and_right += torch.stack([loss / process_count(), (logits.argmax(1) == y).sum()])
+        finite = loss.isfinite() & logits.isfinite().all()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp_max(self.steps))
+        self.steps, self.examples = self.steps + 1, self.examples + len(y)
+        self.attacked += len(a)
+
+    def row(self, model, args):
+        """The epoch's loss, training accuracy and cost, over all processes. An attack step counts 2 forward
+        passes; a training step 3, or 1 on frozen features, whose head costs next to nothing."""
+        loss, right = all_sum(self.loss_and_right).tolist()
+        first_bad = all_sum(self.first_bad, "MIN").item()
+        if first_bad < torch.inf:
+            raise UserError(f"the loss or the logits are not finite in epoch {self.epoch + 1}, step "
+                            f"{first_bad + 1:.0f}: stopped, the last good checkpoint is kept. Lower --lr "
+                            "(with --run NAME or --force)")
+        counts = torch.tensor([self.examples, self.attacked], device=self.first_bad.device)
+        examples, attacked = all_sum(counts).tolist()
+        gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0
+        trained = 0 if model.frozen else examples  # images whose whole network goes backward
+        return {"loss": loss / self.steps, "train_accuracy": right / examples, "attacked": attacked,
+                "forward": examples + gradients, "backward": trained + gradients,
+                "forward_equivalents": examples + 2 * trained + 2 * gradients}
