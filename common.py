@@ -43,12 +43,11 @@ def all_sum(tensor, op="SUM"):
 
 def from_process_0(value):
     """Process 0's value, in all processes: they must agree on what to do next."""
+    values = [value]
     if process_count() > 1:
         import torch.distributed as dist
-        values = [value]
         dist.broadcast_object_list(values, 0)
-        return values[0]
-    return value
+    return values[0]
 
 
 def set_up(args):
@@ -66,8 +65,12 @@ def set_up(args):
                             "GPUs: start one per GPU, or give --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
-    if getattr(args, "compile", False):
-        check_compiler(kind)
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if kind == "cuda":  # Triton compiles C
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
+    if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
+        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
+                        "install one, or give --no-compile")
     if args.threads:
         torch.set_num_threads(args.threads)
     if process_count() > 1 and not torch.distributed.is_initialized():
@@ -75,17 +78,6 @@ def set_up(args):
         backend = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
         torch.distributed.init_process_group(**backend, timeout=datetime.timedelta(hours=12))
     return device
-
-
-def check_compiler(kind):
-    """UserError if there is no compiler for --compile on a device of this kind: Triton compiles C on GPUs,
-    Inductor C++ on CPUs."""
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if kind == "cuda":
-        compilers = [os.environ.get("CC", "gcc"), "clang"]
-    if not any(map(shutil.which, compilers)):
-        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
-                        "install one, or give --no-compile")
 
 
 def device_name(device):

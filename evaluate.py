@@ -53,22 +53,14 @@ def accuracies(clean, robust, y, classes, A_classes=None):
     clean, robust: bool (n,). Each class also has which of its examples were right, in their order, as bits in
     hexadecimal: paired comparisons of runs need them.
     """
-    def both(part):
-        """The two accuracies on the examples of `part`, bool (n,)."""
-        return {"clean": accuracy(clean[part]), "robust": accuracy(robust[part])}
-
-    def bits(right):
-        """Bool (n,) as hexadecimal digits."""
-        return numpy.packbits(right.numpy()).tobytes().hex()
-
-    result = {"all": both(torch.ones_like(clean))}
+    parts, right = {"all": torch.ones_like(clean)}, {"clean": clean, "robust": robust}
     if A_classes:
-        in_A = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
-        result |= {"A_val": both(in_A), "B_val": both(~in_A)}
-    by_class = {c: both(y == i) for i, c in enumerate(classes)}
-    for i, row in enumerate(by_class.values()):
-        row["clean"]["right"], row["robust"]["right"] = bits(clean[y == i]), bits(robust[y == i])
-    return {**result, "classes": by_class}
+        parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
+        parts["B_val"] = ~parts["A_val"]
+    result = {part: {kind: accuracy(r[where]) for kind, r in right.items()} for part, where in parts.items()}
+    result["classes"] = {c: {kind: {**accuracy(r[y == i]), "right": numpy.packbits(r[y == i]).tobytes().hex()}
+                             for kind, r in right.items()} for i, c in enumerate(classes)}
+    return result
 
 
 def weights_hash(state):
@@ -114,13 +106,19 @@ def autoattack_accuracy(model, data, index, settings, folder):
     device = next(model.parameters()).device
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
     with common.progress(None, total=sum(len(part) for _, part in chunks), unit="example",
-                         desc=f"AutoAttack ({' '.join(settings['attacks'])})") as bar, watched(bar):
+                         desc=f"AutoAttack ({' '.join(settings['attacks'])})") as bar, Watch(bar):
         for c, part in chunks:
             path, chunk = folder / f"chunk{c:05d}.pt", None
             with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
                 chunk = runs.load(path)
             if not isinstance(chunk, torch.Tensor) or chunk.shape != (2, len(part)):
-                chunk = attack_chunk(model, data.test, part, settings, c)
+                try:
+                    chunk = torch.stack(attacks.autoattack(
+                        model, data.test.pixels(part, "cpu"), data.test.y[part], eps=settings["eps"],
+                        norm=settings["norm"], attacks=settings["attacks"], batch_size=len(part),
+                        seed=settings["seed"] + c))
+                except ArithmeticError as e:  # FloatingPointError too
+                    raise UserError(str(e)) from None
                 runs.save(path, chunk)
             first = c * settings["batch_size"]
             right[:, first:first + len(part)] = chunk.to(device)
@@ -128,23 +126,24 @@ def autoattack_accuracy(model, data, index, settings, folder):
     return tuple(common.all_sum(right).bool().cpu())
 
 
-def attack_chunk(model, test, part, settings, c):
-    """AutoAttack on the examples `part`, chunk c of an evaluation: clean and robust, bool (2, n)."""
-    try:
-        return torch.stack(attacks.autoattack(
-            model, test.pixels(part, "cpu"), test.y[part], eps=settings["eps"], norm=settings["norm"],
-            attacks=settings["attacks"], batch_size=len(part), seed=settings["seed"] + c))
-    except ArithmeticError as e:  # FloatingPointError too
-        raise UserError(str(e)) from None
-
-
 class Watch(logging.Handler):
-    """Shows what pyautoattack logs: its progress in `bar` or, if stderr is no terminal, in a line after each
-    attack; each kind of its warnings once."""
+    """A context in which what pyautoattack logs is shown: its progress in `bar` or, if stderr is no terminal,
+    in a line after each attack; each kind of its warnings once."""
 
     def __init__(self, bar):
         super().__init__()
-        self.bar, self.warned = bar, set()
+        self.bar, self.warned, self.log = bar, set(), logging.getLogger("auto-attack")
+
+    def __enter__(self):
+        self.before = self.log.level, self.log.propagate
+        self.log.addHandler(self)
+        self.log.setLevel(logging.DEBUG)
+        self.log.propagate = False
+
+    def __exit__(self, *error):
+        self.log.removeHandler(self)
+        self.log.setLevel(self.before[0])
+        self.log.propagate = self.before[1]
 
     def emit(self, record):
         """Called by logging with every record of the package."""
@@ -161,38 +160,18 @@ class Watch(logging.Handler):
                     f"{after[1]}: {float(after[2]):.1f} % robust")
 
 
-@contextlib.contextmanager
-def watched(bar):
-    """Inside, what pyautoattack logs goes to a Watch alone; then its logger is as it was."""
-    log, watch = logging.getLogger("auto-attack"), Watch(bar)
-    level, propagate = log.level, log.propagate
-    log.addHandler(watch)
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(watch)
-        log.setLevel(level)
-        log.propagate = propagate
-
-
 def accuracy_lines(result):
     """The accuracies of a result for people: with n, interval, attacks and threat model."""
-    settings, lines = result["settings"], []
-    for part in ("all", "A_val", "B_val"):
-        if part in result["accuracy"]:
-            texts = []
-            for kind, a in result["accuracy"][part].items():
-                value = "-"
-                if a["n"]:
-                    value = f"{100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
-                texts.append(f"{kind} {value}")
-            lines.append(f"{part:>6}: {', '.join(texts)}  (n = {result['accuracy'][part]['clean']['n']})")
+    settings = result["settings"]
     name = f"AutoAttack's {' and '.join(settings['attacks'])}"
     if set(settings["attacks"]) == set(attacks.STANDARD):
         name = "standard AutoAttack"
-    return "\n".join([f"{name}, {settings['norm']} eps {settings['eps']}; 95 % Wilson intervals", *lines])
+    lines = [f"{name}, {settings['norm']} eps {settings['eps']}; 95 % Wilson intervals"]
+    for part in [part for part in ("all", "A_val", "B_val") if part in result["accuracy"]]:
+        texts = [f"{kind} {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
+                 if a["n"] else f"{kind} -" for kind, a in result["accuracy"][part].items()]
+        lines.append(f"{part:>6}: {', '.join(texts)}  (n = {result['accuracy'][part]['clean']['n']})")
+    return "\n".join(lines)
 
 
 def finished(run):

@@ -62,11 +62,6 @@ def folder(text):
     return Path(text)
 
 
-def threads(text):
-    """A type for argparse: a number of CPU threads, 0 to the number of cores."""
-    return number(int, 0, max(1, os.cpu_count() or 1))(text)
-
-
 def plain_name(text):
     """A type for argparse: the name of a data set or a run. It names a folder, so it must not be a path."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
@@ -152,7 +147,7 @@ FLAGS = {
     ],
     "machine": [
         ("--device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU when there is one"),
-        ("--threads", 0, threads, "CPU threads of a process; 0 = torch's choice"),
+        ("--threads", 0, number(int, 0, os.cpu_count()), "CPU threads of a process; 0 = torch's choice"),
         ("--workers", 4, number(int, 0), "loader processes (224x224 sets only)"),
     ],
     "the run": [
@@ -173,8 +168,6 @@ SCRIPTS = {  # script: the groups whose flags it has
                     "selection of the checkpoint", "machine", "the run"],
     "evaluate.py": ["threat model", "evaluation (AutoAttack)", "machine"],
 }
-
-
 DEFAULTS = {flag[2:].replace("-", "_"): default for group in FLAGS.values() for flag, default, *_ in group}
 
 
@@ -195,8 +188,6 @@ def only_flags_of(words, script):
             kept_words.append(word)
     return kept_words
 
-
-# --- parsing ------------------------------------------------------------------------------------------------
 
 def takes_list(kind):
     """Whether a flag of this kind takes several values."""

@@ -23,8 +23,6 @@ from subset import check_scores, class_means, scores_hash, within_class
 from train import train
 
 
-# --- the scores ---------------------------------------------------------------------------------------------
-
 def entropy(logits, y=None):
     """Entropy of the softmax in nats (Sec. 3.3): (N, C) -> (N,)."""
     log_p = logits.float().log_softmax(1)
@@ -104,8 +102,6 @@ def part_of(split):
     return torch.arange(len(split)).tensor_split(process_count())[process_index()]
 
 
-# --- rank.json ----------------------------------------------------------------------------------------------
-
 def class_errors(model, data, device):
     """[(clean error, n)] of each class on the 90 % part of the test set. The error is None if n = 0."""
     index = selection_and_final(len(data.test))[1]
@@ -138,16 +134,15 @@ def table(result, most=20):
     """The classes hardest first and the correlations, as text."""
     rows = result["classes_hardest_first"]
     metrics = [m for m in flags.METRICS if m in rows[0]]
-    lines = []
-    for r in rows:
+    lines = [f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'error %':>8}"]
+    for i, r in enumerate(rows):
         error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
-        lines.append(f"{r['class'][:20]:>20} {' '.join(f'{r[m]:9.4f}' for m in metrics)} {error:>8}")
-    if len(rows) > most:
-        lines[most // 2:-most // 2] = [f"{'...':>20} ({len(rows) - most} classes between)"]
-    lines += [f"Spearman of {pair}, over examples: {rho:.3f}"
-              for pair, rho in result["spearman_of_examples"].items()]
-    head = f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'error %':>8}"
-    return "\n".join([head, *lines])
+        if len(rows) <= most or not most // 2 <= i < len(rows) - most // 2:
+            lines.append(f"{r['class'][:20]:>20} {' '.join(f'{r[m]:9.4f}' for m in metrics)} {error:>8}")
+        elif i == most // 2:
+            lines.append(f"{'...':>20} ({len(rows) - most} classes between)")
+    return "\n".join(lines + [f"Spearman of {pair}, over examples: {rho:.3f}"
+                              for pair, rho in result["spearman_of_examples"].items()])
 
 
 def finished(folder):
@@ -155,8 +150,6 @@ def finished(folder):
     result = runs.read_json(folder / "rank.json", ("classes_hardest_first", "spearman_of_examples"))
     return f"{folder} is finished (--force repeats it)\n{table(result)}"
 
-
-# --- the ranking --------------------------------------------------------------------------------------------
 
 def rank_examples(folder, args, data, device):
     """Makes the ranking in `folder`: trains, scores, writes scores.pt and rank.json, and prints the classes

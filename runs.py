@@ -13,14 +13,12 @@ from pathlib import Path
 
 from common import UserError, barrier, from_process_0, process_index, say
 
-LOCKS = {}  # {path: file} of the runs that this process is making
+LOCKS = {}  # {folder: lock file} of the runs that this process is making
 # Attributes of args that say where a run is made and how fast, not what it is.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
                 "results", "run", "force"}
 CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
 
-
-# --- names --------------------------------------------------------------------------------------------------
 
 def identity(args):
     """The flags that make a run what it is: {dest: value} of plain types."""
@@ -71,8 +69,6 @@ def check_fingerprint(data, stored, path):
                         "data, or find its data")
 
 
-# --- the life of a run --------------------------------------------------------------------------------------
-
 def start_run(folder, args, done="result.json"):
     """Locks the run's folder and makes it, with args.json, in process 0. Waits while another process makes
     the same run. Returns whether that process has finished it.
@@ -87,50 +83,35 @@ def start_run(folder, args, done="result.json"):
         if finished:
             unlock_run(folder)
         else:
-            make_folder(folder, args, done)
+            if (folder / done).exists():
+                old = folder.with_name(f".old-{folder.name}")
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            elif args.force and folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob("*.part"):  # of a killed process
+                path.unlink(missing_ok=True)
+            write_json(folder / "args.json", identity(args))
     return from_process_0(finished)
-
-
-def make_folder(folder, args, done):
-    """Makes the run's folder, without what a killed process or, with --force, an earlier run has left."""
-    old = old_run(folder)
-    if (folder / done).exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    elif args.force and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.part"):
-        path.unlink(missing_ok=True)
-    write_json(folder / "args.json", identity(args))
 
 
 def end_run(folder):
     """Deletes the earlier run that start_run kept and unlocks the folder, in process 0: the run is whole."""
     if process_index() == 0:
-        shutil.rmtree(old_run(folder), ignore_errors=True)
+        shutil.rmtree(folder.with_name(f".old-{folder.name}"), ignore_errors=True)
         unlock_run(folder)
-
-
-def old_run(folder):
-    """The place of an earlier run while --force repeats it."""
-    return folder.with_name(f".old-{folder.name}")
-
-
-def lock_path(folder):
-    """The lock file of a run, outside its folder, which --force moves."""
-    return folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
 
 
 def lock_run(folder):
     """Locks a run until unlock_run or the end of this process, so that two equal commands do not both write
-    to it. Waits for another process that has it."""
-    path = lock_path(folder)
-    if path in LOCKS:
+    to it. Waits for another process that has it. The lock is outside the folder, which --force moves."""
+    path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
+    if folder in LOCKS:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = LOCKS[path] = open(path, "w")  # closed, and so unlocked, with the process
+        lock = LOCKS[folder] = open(path, "w")  # closed, and so unlocked, with the process
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; name another folder with --results") from None
     try:
@@ -142,10 +123,9 @@ def lock_run(folder):
 
 def unlock_run(folder):
     """Releases the lock of a run."""
-    lock = LOCKS.pop(lock_path(folder), None)
-    if lock:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough while a loader process has the file, too
-        lock.close()
+    lock = LOCKS.pop(folder)
+    fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough while a loader process has the file, too
+    lock.close()
 
 
 def resume(folder, args, data, keys=()):
@@ -167,8 +147,6 @@ def remove(folder):
     if process_index() == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
-
-# --- files --------------------------------------------------------------------------------------------------
 
 def atomic(path, write):
     """Calls write(file) on a temporary file beside `path`, syncs it to disk and puts it in the place of
@@ -202,10 +180,7 @@ def read_json(path, keys=()):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
-    missing = missing_keys(value, keys)
-    if missing:
-        raise UserError(f"{path} is not a file of this kind: it lacks {missing}; --force makes its run again")
-    return value
+    return require(value, keys, path)
 
 
 def save(path, value):
@@ -232,18 +207,17 @@ def load(path, keys=()):
     except Exception as e:  # torch raises many kinds on a truncated or foreign file
         raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__}): check the "
                         "path, or make the file again, of plain types and torch tensors") from None
-    missing = missing_keys(value, keys)
+    return require(value, keys, path)
+
+
+def require(value, keys, path):
+    """The content `value` of the file `path`. UserError if it is not a dict with `keys`."""
+    missing = [k for k in keys if not isinstance(value, dict) or k not in value]
     if missing:
-        raise UserError(f"{path} is not a file of this kind: it lacks {missing}")
+        raise UserError(f"{path} is not a file of this kind: it lacks {', '.join(missing)}; --force makes its "
+                        "run again")
     return value
 
-
-def missing_keys(value, keys):
-    """The keys that `value` lacks, as text; all of them if it is no dict."""
-    return ", ".join(k for k in keys if not isinstance(value, dict) or k not in value)
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------
 
 def checkpoint(model, data, args, epoch, A_classes=None, **more):
     """The content of a checkpoint: the weights, and all that is needed to use them without the configs."""

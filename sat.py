@@ -1,5 +1,5 @@
-"""Chooses A, trains on A and B with attacks on A alone (train.py, Eq. 2), selects a checkpoint and reports its
-AutoAttack accuracy.
+"""Chooses A, trains on A and B with attacks on A alone (train.py, Eq. 2), selects a checkpoint and reports
+its AutoAttack accuracy.
 
     python sat.py --split esat --frac 0.5 --order hardest                     # the embedded digits, on a CPU
     python sat.py --config configs/cifar10.yaml --split csat --size 4         # the paper's settings
@@ -24,8 +24,6 @@ from data import open_dataset, selection_and_final
 from subset import choose_A, read_scores, scores_hash, subset_size, weight_A
 from train import train
 
-
-# --- training and evaluation, for transfer.py too -----------------------------------------------------------
 
 class Best(NamedTuple):
     """A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected (Sec. 4):
@@ -108,8 +106,6 @@ def evaluate_and_save(folder, model, data, index, args, log, about):
     runs.end_run(folder)
     return result
 
-
-# --- the command line ---------------------------------------------------------------------------------------
 
 def command_line(argv=None):
     """Parses the command line, and checks what needs more than one flag."""
