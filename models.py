@@ -1,5 +1,5 @@
 """Builds the networks: PreActResNet-18 and -8 for small images, ResNet-50 for 224x224 images, and the head of
-the transfer setting. Sets up their training: optimizer, bf16 or float32, torch.compile.
+the transfer setting. Sets up their training: optimizer, bf16 or float32, torch.compile, several processes.
 
 Every network is a Classifier: normalise -> features -> head, from pixels in [0, 1] to logits.
 Paper: Sec. 4, Table 2.
@@ -20,8 +20,8 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        plain = c_in == c_out and stride == 1 and not always
-        self.shortcut = None if plain else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        convolve = always or c_in != c_out or stride != 1
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if convolve else None
 
     def forward(self, x):
         out = F.relu(self.bn1(x), inplace=True)
@@ -103,10 +103,10 @@ def build(arch, n_classes, mean, std):
 
 
 def sgd(model, lr, weight_decay, device, state=None):
-    """The optimizer of Table 2: SGD with momentum 0.9 on the parameters that ask for a gradient. `state`: the
-    state_dict of one to go on from, perhaps of another device."""
+    """The optimizer of Table 2: SGD with momentum 0.9 on the parameters that require a gradient. `state`: the
+    state_dict of the optimizer of a stopped run, perhaps from another device."""
     trained, fused = [p for p in model.parameters() if p.requires_grad], device.type == "cuda"
-    optimizer = torch.optim.SGD(trained, lr, 0.9, weight_decay=weight_decay, fused=fused)
+    optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
     if state:
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
@@ -114,19 +114,35 @@ def sgd(model, lr, weight_decay, device, state=None):
     return optimizer
 
 
+def training_network(model, args, device):
+    """The network to train: `model`, compiled with --compile, and wrapped under torchrun, so that gradients
+    are averaged over the processes. It shares its parameters with `model`, which the attacks use directly."""
+    net = compiled(model, device) if args.compile else model
+    if process_count() > 1:  # see share_batch_statistics for the buffers
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    return net
+
+
+def share_batch_statistics(model):
+    """Gives all processes the batch-norm statistics of process 0, as each collects its own in an epoch."""
+    if process_count() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def precision(amp, device):
-    """The arithmetic of training by the flag --amp: "bf16" (autocast) or "float32".
+    """The arithmetic of training that --amp asks for: "bf16" (autocast) or "float32".
 
     "auto" is bf16 where the hardware multiplies in bf16. (On a CPU without such units bf16 takes 13 times as
     long as float32. With AVX512-BF16 but no AMX an AMD EPYC trained 1.3 to 1.5 times as fast in bf16, a
     virtual Intel Xeon 1.3 to 1.5 times as slowly.)
     """
     if device.type == "cuda":
-        units = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        units = units and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # heeds ONEDNN_MAX_CPU_ISA
-    return "bf16" if amp == "bf16" or (amp == "auto" and units) else "float32"
+        has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_units = has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # heeds ONEDNN_MAX_CPU_ISA
+    return "bf16" if amp == "bf16" or (amp == "auto" and has_units) else "float32"
 
 
 def autocast(amp, device):
@@ -135,25 +151,16 @@ def autocast(amp, device):
 
 
 def compiled(function, device):
-    """Compiles a function or network, on GPUs to CUDA graphs. A function's output is copied, since the next
-    call overwrites it; a network's is used before that."""
+    """A function or network, compiled; on GPUs to CUDA graphs. The output of a function is copied, since the
+    next call overwrites it; that of a network is used before then."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
     if device.type != "cuda":
         return torch.compile(function, fullgraph=True)
     graph = torch.compile(function, fullgraph=True, mode="reduce-overhead")
-    if isinstance(function, torch.nn.Module):
+    if isinstance(function, nn.Module):
         return graph
-    return lambda *args: torch.utils._pytree.tree_map(torch.clone, graph(*args))
 
-
-def training_network(model, args, device):
-    net = compiled(model, device) if args.compile else model
-    if process_count() > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    return net
-
-
-def share_batch_statistics(model):
-    if process_count() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
+    def copied(*args):
+        """Calls the graph and copies its output."""
+        return torch.utils._pytree.tree_map(torch.clone, graph(*args))
+    return copied

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import attacks
 import models
 from common import UserError, all_sum, process_count, process_index, progress
-from data import epoch_order, training_batches
+from data import epoch_order, process_part, training_batches
 
 
 def sat_loss(logits, y, w):
@@ -92,7 +92,7 @@ def epoch_batches(split, A, w_A, args, epoch, device):
     in_A = A[order]
     w = torch.where(in_A, w_A, 1.0)
     w = w * process_count() / w.sum(1, keepdim=True)
-    in_A, w = (t.tensor_split(process_count(), 1)[process_index()] for t in (in_A, w))
+    in_A, w = process_part(in_A), process_part(w)
     positions = in_A.nonzero()[:, 1].to(device).split(in_A.sum(1).tolist())
     batches = training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
     steps = progress(zip(batches, positions, w.to(device)), total=len(order), unit="step",

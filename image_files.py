@@ -1,0 +1,143 @@
+"""Reads images on disk: image folders, <name>/train/<class>/* and <name>/test/<class>/* (or val/), and the
+files of streamed data sets, cropped as in Fig. 9 (right).
+"""
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from common import UserError, progress
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SMALL = 64  # the largest side of small images, in pixels
+
+
+def open_image(path):
+    """The image in a file (PIL), converted to RGB. UserError for a file that cannot be read."""
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as e:
+        raise UserError(f"{path} is not an image that can be read ({' '.join(str(e).split())[:80]}): fix or "
+                        "delete it") from None
+
+
+def class_folders(folder):
+    """The sorted names of the class folders in `folder`. UserError if there are none, or if two names differ
+    only in case or spaces."""
+    names = sorted(d.name for d in folder.iterdir() if d.is_dir())
+    if not names:
+        raise UserError(f"{folder} has no class folders: put images into {folder}/<class>/")
+    first = {}  # {name without case and spaces: the first folder of that name}
+    for name in names:
+        twin = first.setdefault("".join(name.casefold().split()), name)
+        if twin != name:
+            raise UserError(f"{folder} holds the class folder {twin!r} twice, also as {name!r}: merge them")
+    return names
+
+
+def class_files(folder, classes):
+    """([path], labels) of <folder>/<class>/*, ordered as `classes`, and within a class by file name."""
+    if missing := [c for c in classes if not (folder / c).is_dir()]:
+        raise UserError(f"{folder} lacks {len(missing)} class folders: {', '.join(missing[:10])}")
+    paths, labels = [], []
+    for label, c in enumerate(classes):
+        images = sorted(p for p in (folder / c).iterdir() if p.suffix.lower() in IMAGES)
+        if not images:
+            raise UserError(f"{folder / c} holds no images ({', '.join(IMAGES)}): fill it, or remove the "
+                            "class in train/ and test/")
+        paths += images
+        labels += [label] * len(images)
+    return paths, torch.tensor(labels)
+
+
+def image_folder(root, classes=None):
+    """(train, test, classes) of <root>/train/<class>/* and <root>/test/<class>/* (or val/), where train and
+    test are (images, labels). Images that small_images() does not read are paths. `classes`: the names of the
+    class folders to read, by default all."""
+    train_folder = root / "train"
+    test_folder = root / "test" if (root / "test").is_dir() else root / "val"
+    for folder, name in ((train_folder, "train/"), (test_folder, "test/ or val/")):
+        if not folder.is_dir():
+            raise UserError(f"{root} lacks {name}: an image folder is {root.name}/train/<class>/* and "
+                            f"{root.name}/test/<class>/* (or val/)")
+    if classes is None:
+        classes = class_folders(train_folder)
+        if extra := sorted(set(class_folders(test_folder)) - set(classes)):
+            raise UserError(f"{test_folder} has class folders that {train_folder} lacks: "
+                            f"{', '.join(extra[:10])}")
+        if len(classes) < 2:
+            raise UserError(f"{train_folder} has the class {classes[0]} alone: two or more are needed")
+    (train, y), (test, y_test) = class_files(train_folder, classes), class_files(test_folder, classes)
+    x = small_images([*train, *test])
+    if x is not None:
+        train, test = x[:len(train)], x[len(train):]
+    return (train, y), (test, y_test), classes
+
+
+def small_images(paths):
+    """The images of `paths` as a uint8 tensor (N, 3, H, W), or None unless they are small and of one size."""
+    images = []
+    for path in progress(paths, desc=f"reading {paths[0].parents[2]}", unit="image"):
+        image = np.asarray(open_image(path))  # (H, W, 3)
+        if max(image.shape) > SMALL or (images and image.shape != images[0].shape):
+            return None
+        images.append(image)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+class ListedBatches:
+    """The batch sampler of a DataLoader: yields `batches`, which are set before each pass over the data."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class ImageFiles(Dataset):
+    """Images on disk, read by (position, seed) as uint8 (3, side, side), as in Fig. 9, right. With a seed: a
+    random crop, resized as in torchvision's RandomResizedCrop. With None, the test view: for side 224, the
+    shortest side is resized to 256 and the centre is cropped."""
+
+    def __init__(self, paths, side=224, workers=0):
+        self.paths, self.side, self.shape = paths, side, (len(paths), 3, side, side)
+        self.workers = min(workers, os.cpu_count())
+        self.sampler, self.loader = ListedBatches(), None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getstate__(self):
+        return {**self.__dict__, "loader": None}  # workers that are not forked get a pickled copy
+
+    def __getitem__(self, item):
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms import functional as T
+        position, seed = item
+        image = open_image(self.paths[position])
+        if seed is None:
+            image = T.center_crop(T.resize(image, round(self.side * 256 / 224)), [self.side, self.side])
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                box = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+            image = T.resized_crop(image, *box, [self.side, self.side])
+        return T.pil_to_tensor(image)
+
+    def load(self, batches):
+        """Yields a uint8 tensor (n, 3, side, side) for each list of (position, seed) in `batches`. Workers
+        read ahead. They stay alive for later calls, because starting them takes seconds."""
+        if self.loader is None:
+            self.loader = DataLoader(
+                self, batch_sampler=self.sampler, num_workers=self.workers,
+                persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available())
+        self.sampler.batches = batches
+        try:
+            yield from self.loader
+        except UserError as e:  # from a worker, the message is a traceback
+            self.loader = None
+            raise UserError(str(e).splitlines()[-1].removeprefix("common.UserError: ")) from None
