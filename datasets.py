@@ -53,9 +53,15 @@ def find(name, root):
 
 
 def check(name, root, train, test, classes):
-    """UserError if small images are not square, or if a set of Table 1 has another number of classes. Warns
-    if such a set has another number of images."""
+    """UserError if labels or images are not as promised, if small images are not square, or if a set of Table
+    1 has another number of classes. Warns if such a set has another number of images."""
     x, y = train
+    for images, labels in (train, test):
+        in_memory = isinstance(images, torch.Tensor)
+        if len(images) != len(labels) or in_memory and (images.dtype != torch.uint8 or images.dim() != 4) \
+                or not 0 <= labels.min() <= labels.max() < len(classes):
+            raise UserError(f"{name} under {root} is damaged: {len(images)} images, {len(labels)} labels "
+                            f"from {labels.min()} to {labels.max()} of {len(classes)} classes")
     if isinstance(x, torch.Tensor) and x.shape[2] != x.shape[3]:
         raise UserError(f"{name} under {root} has images of {x.shape[2]} x {x.shape[3]} pixels: "
                         "small images must be square")
@@ -133,26 +139,21 @@ def publisher(name, root):
         return imagenet200(root)
     read, files = READERS[name]
     try:
-        return read_or_download(read, name, root)
+        try:
+            return read(root, download=False)
+        except RuntimeError:  # torchvision's error for files that are missing or have a wrong checksum
+            root.mkdir(parents=True, exist_ok=True)
+            with open(root / f".{name}.lock", "w") as lock:  # run_all.sh starts several processes at once
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                say(f"downloading {name} to {root}")
+                return read(root, download=True)
     except UserError:  # which is a ValueError too
         raise
     except (OSError, RuntimeError, KeyError, ValueError) as e:
         raise UserError(f"no {name} under {root} and no download ({' '.join(str(e).split())[:80]}): put "
                         f"{files}, or {name}.pt, or image folders {name}/train/<class>/ and "
                         f"{name}/test/<class>/ there, or name their folder with --data-dir") from None
-
-
-def read_or_download(read, name, root):
-    """Reads the publisher's files. Downloads them first if they are missing or have a wrong checksum."""
-    try:
-        return read(root, download=False)
-    except RuntimeError:  # torchvision's error for such files
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / f".{name}.lock", "w") as lock:  # run_all.sh starts several processes at once
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            say(f"downloading {name} to {root}")
-            return read(root, download=True)
 
 
 def cifar(name, root, download):

@@ -1,6 +1,4 @@
-"""Reads images on disk: image folders, <name>/train/<class>/* and <name>/test/<class>/* (or val/), and the
-files of streamed data sets, cropped as in Fig. 9 (right).
-"""
+"""Reads images on disk: image folders, and the files of streamed data sets."""
 import os
 
 import numpy as np
@@ -88,16 +86,6 @@ def small_images(paths):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-class ListedBatches:
-    """The batch sampler of a DataLoader: yields `batches`, which are set before each pass over the data."""
-
-    def __init__(self):
-        self.batches = []
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 class ImageFiles(Dataset):
     """Images on disk, read by (position, seed) as uint8 (3, side, side), as in Fig. 9, right. With a seed: a
     random crop, resized as in torchvision's RandomResizedCrop. With None, the test view: for side 224, the
@@ -106,13 +94,6 @@ class ImageFiles(Dataset):
     def __init__(self, paths, side=224, workers=0):
         self.paths, self.side, self.shape = paths, side, (len(paths), 3, side, side)
         self.workers = min(workers, os.cpu_count())
-        self.sampler, self.loader = ListedBatches(), None
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getstate__(self):
-        return {**self.__dict__, "loader": None}  # workers that are not forked get a pickled copy
 
     def __getitem__(self, item):
         from torchvision.transforms import RandomResizedCrop
@@ -130,14 +111,9 @@ class ImageFiles(Dataset):
 
     def load(self, batches):
         """Yields a uint8 tensor (n, 3, side, side) for each list of (position, seed) in `batches`. Workers
-        read ahead. They stay alive for later calls, because starting them takes seconds."""
-        if self.loader is None:
-            self.loader = DataLoader(
-                self, batch_sampler=self.sampler, num_workers=self.workers,
-                persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available())
-        self.sampler.batches = batches
+        read ahead."""
         try:
-            yield from self.loader
+            yield from DataLoader(self, batch_sampler=batches, num_workers=self.workers,
+                                  pin_memory=torch.cuda.is_available())
         except UserError as e:  # from a worker, the message is a traceback
-            self.loader = None
             raise UserError(str(e).splitlines()[-1].removeprefix("common.UserError: ")) from None

@@ -1,8 +1,5 @@
-"""Builds the networks: PreActResNet-18 and -8 for small images, ResNet-50 for 224x224 images, and the head of
-the transfer setting. Sets up their training: optimizer, bf16 or float32, torch.compile, several processes.
-
-Every network is a Classifier: normalise -> features -> head, from pixels in [0, 1] to logits.
-Paper: Sec. 4, Table 2.
+"""Builds the networks (Sec. 4, Table 2) and sets up their training: optimizer, bf16 or float32,
+torch.compile, several processes. Every network is a Classifier, from pixels in [0, 1] to logits.
 """
 import torch
 from torch import nn
@@ -42,21 +39,6 @@ def preactresnet(channels, widths, blocks, stem=None, always=False):
                          nn.Flatten())
 
 
-def resnet50():
-    """torchvision's ResNet-50 without its last layer: (N, 3, 224, 224) -> (N, 2048)."""
-    # Imported here because it is slow and only runs on 224x224 images need it.
-    from torchvision.models import resnet50 as tv_resnet50
-    net = tv_resnet50(weights=None)
-    net.fc = nn.Identity()
-    return net
-
-
-def transfer_head(k, n_classes):
-    """The classifier [K, N] of the transfer setting, with one hidden layer (paper, Table 2):
-    (N, K) -> (N, n_classes)."""
-    return nn.Sequential(nn.Linear(k, k), nn.ReLU(), nn.Linear(k, n_classes))
-
-
 class Classifier(nn.Module):
     """A network from pixels in [0, 1], (N, C, H, W), to logits (N, n_classes). `mean` and `std` normalise
     each channel, in pixel units. `frozen`: the features, batch-norm statistics included, are not trained
@@ -79,10 +61,11 @@ class Classifier(nn.Module):
         return self
 
     def transfer(self, n_classes):
-        """Freezes the features and replaces the head by a new [K, N] head, K being the number of features."""
+        """Freezes the K features and puts a new head with one hidden layer on them: [K, N] in Table 2."""
         k = self.head.in_features
         self.features.requires_grad_(False)
-        self.head, self.frozen = transfer_head(k, n_classes), True
+        self.head = nn.Sequential(nn.Linear(k, k), nn.ReLU(), nn.Linear(k, n_classes))
+        self.frozen = True
         return self
 
 
@@ -96,7 +79,9 @@ def build(arch, n_classes, mean, std):
     elif arch == "preactresnet8":
         features, k = preactresnet(len(mean), (16, 32, 64), 1), 64
     elif arch == "resnet50":
-        features, k = resnet50(), 2048
+        from torchvision.models import resnet50  # slow to import
+        features, k = resnet50(weights=None), 2048
+        features.fc = nn.Identity()
     else:
         raise ValueError(f"no architecture {arch!r}: {', '.join(ARCHS)}")
     return Classifier(features, nn.Linear(k, n_classes), mean, std).to(memory_format=torch.channels_last)
@@ -131,12 +116,8 @@ def share_batch_statistics(model):
 
 
 def precision(amp, device):
-    """The arithmetic of training that --amp asks for: "bf16" (autocast) or "float32".
-
-    "auto" is bf16 where the hardware multiplies in bf16. (On a CPU without such units bf16 takes 13 times as
-    long as float32. With AVX512-BF16 but no AMX an AMD EPYC trained 1.3 to 1.5 times as fast in bf16, a
-    virtual Intel Xeon 1.3 to 1.5 times as slowly.)
-    """
+    """The arithmetic of training that --amp asks for: "bf16" (autocast) or "float32". "auto" is bf16 where
+    the hardware multiplies in bf16: on a CPU without such units it takes 13 times as long as float32."""
     if device.type == "cuda":
         has_units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
