@@ -1,5 +1,7 @@
 """Defines every flag of the scripts, in groups of which each script takes some."""
 import argparse
+import contextlib
+import functools
 import os
 import re
 import shutil
@@ -19,47 +21,27 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises UserError, so that an error in a YAML file is reported with the file's name."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+        width = max(110, shutil.get_terminal_size().columns - 2)
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=width)
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
 
     def error(self, message):
         """Raises UserError where argparse would exit."""
         raise UserError(f"{message} (python {self.prog} --help lists what is valid)")
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Shows descriptions as they stand in the docstring, at least 110 columns wide."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=max(110, shutil.get_terminal_size().columns - 2))
-
-
-def number(kind, low, high=None, open_low=False):
-    """A type for argparse: an int or a float in [low, high], or in (low, high] with open_low. Without `high`,
-    floats are at most 1e30, which float32 can hold."""
-    unlimited = 1e30 if kind is float else float("inf")
-    most = unlimited if high is None else high
+def number(kind, low, high, above=False):
+    """A type for argparse: an int or a float in [low, high], or in (low, high] if it must lie above `low`."""
+    name, bound = {int: "a whole", float: "a finite"}[kind], "above" if above else "of at least"
 
     def convert(text):
-        """The function that argparse calls on the text of a value."""
-        try:
+        """The number that a text stands for."""
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not (low < value <= most if open_low else low <= value <= most):
-            what = "a whole number" if kind is int else "a finite number"
-            limit = most if kind is int else f"{most:g}"
-            bound = f"{'above' if open_low else 'of at least'} {low}"
-            bound += f" and at most {limit}" * (most < float("inf"))
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}")
-        return value
+            if low <= value <= high and not (above and value == low):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} number {bound} {low} and at most {high}")
     return convert
-
-
-def folder(text):
-    """A type for argparse: a folder. An empty text is an error."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty text is no folder (the current one is .)")
-    return Path(text)
 
 
 def plain_name(text):
@@ -77,7 +59,9 @@ def attack_name(text):
     return text
 
 
-count, positive = number(int, 1), number(float, 0, open_low=True)
+HUGE = 1e30  # which float32 can hold
+count, positive = number(int, 1, 10**9), number(float, 0, HUGE, above=True)
+not_negative, whole = number(float, 0, HUGE), number(int, 0, 10**9)
 
 # {group: [(flag, default, kind, help)]}. kind: a type, a tuple of choices, or bool for a switch; a tuple that
 # ends in "+" or "*" takes a list, of a type or of choices.
@@ -88,8 +72,8 @@ FLAGS = {
     "data": [
         ("--dataset", "digits", plain_name,
          "one of the paper's, digits, digits0-4, digits5-9, or one of your own in --data-dir"),
-        ("--data-dir", Path("data"), folder, "folder that holds (or receives) the data sets"),
-        ("--side", 224, number(int, 32),
+        ("--data-dir", Path("data"), Path, "folder that holds (or receives) the data sets"),
+        ("--side", 224, number(int, 32, 10**4),
          "side of the images of streamed sets, in pixels; small images keep theirs"),
         ("--augment", "full", ("none", "crop", "full"),
          "training images: none; pad an eighth and crop; or all of Fig. 9"),
@@ -97,7 +81,7 @@ FLAGS = {
     "subset A (Sec. 3)": [
         ("--split", "esat", ("none", "csat", "esat", "full"),
          "A = nothing, whole classes, single examples, everything"),
-        ("--frac", None, number(float, 0, 1, open_low=True),
+        ("--frac", None, number(float, 0, 1, above=True),
          "|A| as a fraction: of the classes (csat), of the examples (esat); 0.5 if no amount is given"),
         ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
@@ -112,34 +96,34 @@ FLAGS = {
     ],
     "threat model": [
         ("--norm", "l2", ("l2", "linf"), "norm of the perturbation"),
-        ("--eps", 0.5, number(float, 0), "its radius, pixels in [0, 1]"),
+        ("--eps", 0.5, not_negative, "its radius, pixels in [0, 1]"),
     ],
     "attack in training": [
         ("--attack", "pgd", attack_name,
          "attack on A: pgd; fgsm-rs, one step of 1.25 eps from a random start; pgd-authors, the iterate of "
          "the highest loss, as in the authors' code; or one of your own (attacks.py, ATTACKS)"),
         ("--steps", 7, count, "PGD steps"),
-        ("--step-size", 0.1, number(float, 0), "PGD step, in the units of --eps"),
+        ("--step-size", 0.1, not_negative, "PGD step, in the units of --eps"),
         ("--random-start", False, bool, "start PGD uniformly in the ball, not at 0"),
     ],
     "training": [
         ("--epochs", 30, count, "passes over the training set"),
         ("--batch-size", 128, count, "examples a step, over all processes together"),
         ("--lr", 0.1, positive, "learning rate of SGD (momentum 0.9)"),
-        ("--lr-decays", [], (number(int, 0), "*"), "epochs after which the learning rate falls tenfold"),
-        ("--weight-decay", 5e-4, number(float, 0), "L2 decay"),
+        ("--lr-decays", [], (whole, "*"), "epochs after which the learning rate falls tenfold"),
+        ("--weight-decay", 5e-4, not_negative, "L2 decay"),
         ("--seed", 0, number(int, 0, 2**31 - 1), "seed of weights, batches, augmentation and random subsets"),
     ],
     "evaluation (AutoAttack)": [
         ("--eval-attacks", list(AUTOATTACK), (AUTOATTACK, "+"),
          "attacks of the reported numbers; all four = standard AutoAttack"),
-        ("--eval-n", 0, number(int, 0), "examples of the 90 %% part to report on; 0 = all"),
+        ("--eval-n", 0, whole, "examples of the 90 %% part to report on; 0 = all"),
         ("--eval-batch", 250, count,
          "AutoAttack's batch and unit of resume, in examples; changes its random numbers"),
     ],
     "selection of the checkpoint": [
         ("--select-attacks", list(AUTOATTACK), (AUTOATTACK, "+"), "attacks that select it"),
-        ("--select-n", 0, number(int, 0), "examples of the 10 %% part that select it; 0 = all"),
+        ("--select-n", 0, whole, "examples of the 10 %% part that select it; 0 = all"),
     ],
     "ranking": [
         ("--metrics", None, (METRICS, "+"),
@@ -148,14 +132,14 @@ FLAGS = {
     "machine": [
         ("--device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU when there is one"),
         ("--threads", 0, number(int, 0, os.cpu_count()), "CPU threads of a process; 0 = torch's choice"),
-        ("--workers", 4, number(int, 0), "loader processes (224x224 sets only)"),
+        ("--workers", 4, whole, "loader processes (224x224 sets only)"),
     ],
     "the run": [
         ("--amp", "auto", ("auto", "off", "bf16"),
          "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
         ("--compile", False, bool, "torch.compile the attack and the network for training: one to two "
          "minutes at the start, then faster (README, Speed)"),
-        ("--results", Path("results"), folder, "folder that receives every run"),
+        ("--results", Path("results"), Path, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run; the old one is kept until the new one is whole"),
     ],
