@@ -134,11 +134,13 @@ FLAGS = {
         ("--threads", 0, number(int, 0, os.cpu_count()), "CPU threads of a process; 0 = torch's choice"),
         ("--workers", 4, whole, "loader processes (224x224 sets only)"),
     ],
-    "the run": [
+    "speed of training": [
         ("--amp", "auto", ("auto", "off", "bf16"),
          "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
         ("--compile", False, bool, "torch.compile the attack and the network for training: one to two "
          "minutes at the start, then faster (README, Speed)"),
+    ],
+    "the run": [
         ("--results", Path("results"), Path, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run; the old one is kept until the new one is whole"),
@@ -147,10 +149,11 @@ FLAGS = {
 
 SCRIPTS = {  # script: the groups whose flags it has
     "sat.py": [group for group in FLAGS if group != "ranking"],
-    "rank.py": ["network", "data", "training", "machine", "the run", "ranking"],
+    "rank.py": ["network", "data", "training", "machine", "speed of training", "the run", "ranking"],
     "transfer.py": ["data", "threat model", "training", "evaluation (AutoAttack)",
-                    "selection of the checkpoint", "machine", "the run"],
+                    "selection of the checkpoint", "machine", "speed of training", "the run"],
     "evaluate.py": ["threat model", "evaluation (AutoAttack)", "machine"],
+    "bench.py": ["network", "threat model", "attack in training", "training", "machine", "speed of training"],
 }
 DEFAULTS = {flag[2:].replace("-", "_"): default for group in FLAGS.values() for flag, default, *_ in group}
 
