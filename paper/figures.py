@@ -1,18 +1,18 @@
-"""Draws the figures of report.py and picture.py with matplotlib, laid out like the paper's.
-
-PNG for web pages, SVG for print (of photographs PNG alone). The accuracies come from stats.py, the scores
-from rank.json.
+"""Draws the figures of the report with matplotlib, laid out like the paper's: PNG for web pages, SVG for print.
 """
+import statistics
 import textwrap
+from dataclasses import dataclass
 
 import matplotlib
+import numpy
 
 matplotlib.use("Agg")
 from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend must be set first)
 
-import paper  # noqa: E402
+from paper.published import published_accuracy  # noqa: E402
+from paper.stats import mean  # noqa: E402
 from runs import atomic  # noqa: E402
-from stats import mean  # noqa: E402
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5,
          "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -26,15 +26,38 @@ LOOKS = {  # line: (colour, line style, marker)
     "emphasis": ("tab:purple", "--", "P"), "pgd": ("tab:blue", "-", "o"), "fgsm-rs": ("tab:green", ":", "s"),
 }
 OTHERS = [("tab:brown", "-", "x"), ("tab:olive", "--", "^"), ("black", ":", "v"), ("tab:pink", "-.", "<")]
+SPLITS = {"none": ("X", "tab:orange", "no AT"), "full": ("*", "dimgrey", "AT"),  # marker, colour, label
+          "csat": ("s", "tab:green", "CSAT"), "esat": ("o", "tab:blue", "ESAT")}
 COLOURS = {"AT": "dimgrey", "no AT": "tab:orange"}
 BARS, PALE = "±1 deviation of seeds", "the paper's (pale)"  # the last entries of a legend
 
 
-def canvas(rows, columns, width, height, **how):
+@dataclass
+class Group:
+    """The runs of one group in a figure of accuracy against |A|/N."""
+    data: str        # a data set, or source->target
+    name: str
+    runs: list       # of the lines
+    lines: dict      # {line: {|A|: runs}}
+    none: list       # runs without AT
+    full: list       # runs of AT
+    published: str   # published.comparable_data
+
+
+def canvas(rows, columns, width, height, **options):
     """A grid of panels of `width` x `height` inches each: (figure, axes (rows, columns))."""
     pyplot.rcParams.update(STYLE)
     return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows + 0.5), squeeze=False,
-                           layout="constrained", **how)
+                           layout="constrained", **options)
+
+
+def two_columns(n, width, height):
+    """A canvas of n panels in at most two columns: (figure, axes (n,))."""
+    columns = min(2, n)
+    fig, axes = canvas(-(-n // columns), columns, width, height)
+    for axis in axes.flat[n:]:
+        axis.set_visible(False)
+    return fig, axes.flat[:n]
 
 
 def wrapped(text, width):
@@ -42,14 +65,13 @@ def wrapped(text, width):
     return textwrap.wrap(text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), width)
 
 
-def write(fig, path, title, vector=True):
-    """Writes a figure as <path>.png and, with `vector`, as <path>.svg."""
+def write(fig, path, title):
+    """Writes a figure as <path>.png and <path>.svg."""
     width = round(15 * fig.get_figwidth())  # of the title, in characters
     fig.suptitle("\n".join(part for line in title.splitlines() for part in wrapped(line, width)), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic(f"{path}.png", lambda f: fig.savefig(f, format="png", dpi=120))
-    if vector:
-        atomic(f"{path}.svg", lambda f: fig.savefig(f, format="svg", metadata={"Date": None}))
+    atomic(f"{path}.svg", lambda f: fig.savefig(f, format="svg", metadata={"Date": None}))
     pyplot.close(fig)
 
 
@@ -60,43 +82,38 @@ def drawable(names):
 
 
 def legend_below(fig, axes):
-    """One legend below all panels, in which each label stands once."""
-    found = {}
-    for axis in axes.flat:
+    """One legend below all panels, in which each label stands once; BARS and PALE come last."""
+    handles = {}
+    for axis in numpy.ravel(axes):
         for handle, label in zip(*axis.get_legend_handles_labels()):
-            found.setdefault(label, handle)
-    if found:
-        labels = sorted(found, key=(BARS, PALE).__contains__)
-        columns = max(1, min(len(found), round(fig.get_figwidth() / 1.15)))
-        fig.legend([found[label] for label in labels], labels, loc="outside lower center", ncols=columns,
+            handles.setdefault(label, handle)
+    if handles:
+        labels = sorted(handles, key=lambda label: label in (BARS, PALE))
+        columns = max(1, min(len(labels), round(fig.get_figwidth() / 1.15)))
+        fig.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=columns,
                    frameon=False)
 
 
-def explain_pale(axis):
-    """Names the paper's pale lines and points in the legend."""
-    axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label=PALE)
-
-
 def curves(path, title, name, groups, panels):
-    """Accuracy against |A|/N: one row of panels for each group of runs, two rows if there are more than three
-    panels.
+    """Accuracy against |A|/N: one row of panels for each Group, two rows if there are more than three panels.
 
-    groups: {(data, group): (runs without AT, runs of AT, {line: {|A|: runs}}, paper.comparable)}; panels:
-    [(part, kind)]. Bars are one standard deviation over seeds. What is pale is the paper's. Horizontal
-    lines are the baselines, in panels that show the accuracy on all examples.
+    panels: [(part, kind)]. Bars are one standard deviation over seeds. Panels that show the accuracy on all
+    examples also have the baselines, as horizontal lines, and the paper's numbers, pale.
     """
-    lines_a_group = 1 if len(panels) <= 3 else 2
-    columns = -(-len(panels) // lines_a_group)
-    fig, axes = canvas(len(groups) * lines_a_group, columns, 4 if columns == 2 else 3, 2.5)
-    for g, ((data, group), (none, full, lines, comparable)) in enumerate(groups.items()):
-        rows = axes[g * lines_a_group:(g + 1) * lines_a_group]
-        title_of_row = "\n".join([data.replace("->", " → "), *wrapped(group, 60)])
-        rows[0, 0].set_title(title_of_row, loc="left", fontsize=7)
+    rows_of_group = 1 if len(panels) <= 3 else 2
+    columns = -(-len(panels) // rows_of_group)
+    fig, axes = canvas(len(groups) * rows_of_group, columns, 4 if columns == 2 else 3, 2.5)
+    for g, group in enumerate(groups):
+        rows = axes[g * rows_of_group:(g + 1) * rows_of_group]
+        heading = "\n".join([group.data.replace("->", " → "), *wrapped(group.name, 60)])
+        rows[0, 0].set_title(heading, loc="left", fontsize=7)
         for axis, (part, kind) in zip(rows.flat, panels):
-            draw_baselines(axis, comparable, none, full, part, kind)
-            for line, sizes in lines.items():
+            if part == "all":
+                draw_baselines(axis, group, kind)
+            for line, sizes in group.lines.items():
                 draw_line(axis, line, sizes, part, kind)
-                draw_papers(axis, name, comparable, line, part, kind)
+                if part == "all":
+                    draw_published(axis, name, group.published, line, kind)
             ylabel = f"{kind} accuracy (%)" if part == "all" else f"{kind}, {part} (%)"
             axis.set(xlabel="|A| / N", ylabel=ylabel, xlim=(0, 1.02))
             highest = axis.dataLim.y1 if axis.has_data() else 100
@@ -105,47 +122,50 @@ def curves(path, title, name, groups, panels):
     write(fig, path, title)
 
 
-def draw_baselines(axis, data, none, full, part, kind):
-    """Draws AT and no AT as horizontal lines, the paper's as pale ones, in panels that show the accuracy on
-    all examples."""
-    if part == "all":
-        for label, runs in (("AT", full), ("no AT", none)):
-            if found := mean(runs, part, kind):
-                axis.axhline(found[0], color=COLOURS[label], linewidth=1, label=label)
-            told = paper.theirs("", data, label, float(label == "AT"), kind)
-            if told is not None:
-                axis.axhline(told, color=COLOURS[label], alpha=0.45, linewidth=0.8)
-                explain_pale(axis)
-
-
-def look(line):
-    """Colour, line style and marker of a line. One that LOOKS lacks gets the next of OTHERS, and keeps it."""
-    return LOOKS.setdefault(line, OTHERS[len(LOOKS) % len(OTHERS)])
+def draw_baselines(axis, group, kind):
+    """Draws AT and no AT as horizontal lines, the paper's as pale ones."""
+    for label, runs, share in (("AT", group.full, 1.0), ("no AT", group.none, 0.0)):
+        if ours := mean(runs, "all", kind):
+            axis.axhline(ours[0], color=COLOURS[label], linewidth=1, label=label)
+        published = published_accuracy("", group.published, label, share, kind)
+        if published is not None:
+            axis.axhline(published, color=COLOURS[label], alpha=0.45, linewidth=0.8)
+            explain_pale(axis)
 
 
 def draw_line(axis, line, sizes, part, kind):
     """Draws one of our lines, with a bar of one standard deviation where there are several seeds."""
-    found = [(runs[0].share, *m) for runs in sizes.values() if (m := mean(runs, part, kind))]
-    if found:
-        x, y, _ = zip(*found)
+    points = [(runs[0].share, *m) for runs in sizes.values() if (m := mean(runs, part, kind))]
+    if points:
+        x, y, _ = zip(*points)
         colour, style, marker = look(line)
         axis.plot(x, y, linestyle=style, marker=marker, color=colour, label=line, clip_on=False)
-    several = [point for point in found if point[2] > 0]
+    several = [point for point in points if point[2] > 0]
     if several:
         bars = {"fmt": "none", "capsize": 3, "elinewidth": 1}
         axis.errorbar(*zip(*several), ecolor=colour, **bars)
         axis.errorbar([], [], [], ecolor="grey", label=BARS, **bars)
 
 
-def draw_papers(axis, name, data, line, part, kind):
-    """Draws the paper's line or point, pale, in panels that show the accuracy on all examples."""
-    tenths = [k / 10 for k in range(1, 10)] if part == "all" else []
-    found = [(f, v) for f in tenths if (v := paper.theirs(name, data, line, f, kind)) is not None]
-    if found:
+def draw_published(axis, name, data, line, kind):
+    """Draws the paper's line or point, pale."""
+    tenths = [k / 10 for k in range(1, 10)]
+    points = [(f, v) for f in tenths if (v := published_accuracy(name, data, line, f, kind)) is not None]
+    if points:
         colour, style, marker = look(line)
-        axis.plot(*zip(*found), linestyle=style, marker=marker if len(found) == 1 else "", color=colour,
+        axis.plot(*zip(*points), linestyle=style, marker=marker if len(points) == 1 else "", color=colour,
                   alpha=0.45, linewidth=0.8)
         explain_pale(axis)
+
+
+def explain_pale(axis):
+    """Names the paper's pale lines and points in the legend."""
+    axis.plot([], [], color="grey", alpha=0.6, linewidth=0.8, label=PALE)
+
+
+def look(line):
+    """Colour, line style and marker of a line. One that LOOKS lacks gets the next of OTHERS, and keeps it."""
+    return LOOKS.setdefault(line, OTHERS[len(LOOKS) % len(OTHERS)])
 
 
 def matrix(path, title, classes, single, none, full):
@@ -155,20 +175,20 @@ def matrix(path, title, classes, single, none, full):
     fig, axes = canvas(1, 2, 4.6, 0.33 * max(3, len(rows)) + 1.4, width_ratios=(1, 1.3))
     left, right = axes[0]
     for part, shift, colour in (("A_val", -0.2, "tab:blue"), ("B_val", 0.2, "tab:green")):
-        shown = {i: m[0] for i, c in enumerate(rows) if (m := mean(single[c], part))}
-        bars = left.barh([i + shift for i in shown], list(shown.values()), 0.4, color=colour, label=part)
+        means = {i: m[0] for i, c in enumerate(rows) if (m := mean(single[c], part))}
+        bars = left.barh([i + shift for i in means], list(means.values()), 0.4, color=colour, label=part)
         left.bar_label(bars, fmt="%.0f", fontsize=6.5, padding=2)
     for label, runs in (("AT", full), ("no AT", none)):
-        if found := mean(runs):
-            left.axvline(found[0], color=COLOURS[label], label=f"{label} (all classes)", linewidth=1)
+        if ours := mean(runs):
+            left.axvline(ours[0], color=COLOURS[label], label=f"{label} (all classes)", linewidth=1)
     left.set(yticks=range(len(rows)), yticklabels=[names[classes.index(c)] for c in rows],
              xlabel="robust accuracy (%)", ylabel="A")
     left.margins(x=0.12)
     left.invert_yaxis()
     left.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, columnspacing=1,
                 handlelength=1.2)
-    robust = lambda r, c: r.accuracy["classes"][c]["robust"]["accuracy"] or 0
-    grid = [[100 * sum(robust(r, c) for r in single[a]) / len(single[a]) for c in classes] for a in rows]
+    grid = [[100 * statistics.fmean(r.accuracy["classes"][c]["robust"]["accuracy"] or 0 for r in single[a])
+             for c in classes] for a in rows]
     right.imshow(grid, cmap="Greens", vmin=0, vmax=100, aspect="auto")
     for i, a in enumerate(rows):
         for j, c in enumerate(classes):
@@ -185,11 +205,8 @@ def matrix(path, title, classes, single, none, full):
 def difficulty(path, title, rankings):
     """Fig. 3: one panel for each ranking, with its classes hardest first: clean error (left axis) and mean
     score, the entropy if there is one (right axis)."""
-    columns = min(2, len(rankings))
-    fig, axes = canvas(-(-len(rankings) // columns), columns, 4.4, 2.8)
-    for axis in axes.flat[len(rankings):]:
-        axis.set_visible(False)
-    for axis, (name, rows) in zip(axes.flat, rankings.items()):
+    fig, axes = two_columns(len(rankings), 4.4, 2.8)
+    for axis, (name, rows) in zip(axes, rankings.items()):
         metric = next(m for m in ("entropy", "svar", "vog") if m in rows[0])
         at, other, few = range(len(rows)), axis.twinx(), len(rows) <= 20
         error, score = [100 * (r["clean_error"] or 0) for r in rows], [r[metric] for r in rows]
@@ -203,7 +220,7 @@ def difficulty(path, title, rankings):
             axis.set_xlabel("class, hardest first")
         axis.set_ylim(bottom=0)
         axis.set_ylabel("clean error (%)", color="tab:blue")
-        other.set_ylabel(f"mean {metric}{' (nats)' * (metric == 'entropy')}", color="tab:green")
+        other.set_ylabel("mean entropy (nats)" if metric == "entropy" else f"mean {metric}", color="tab:green")
         other.set_ylim(bottom=min(0, *score))
         other.spines["right"].set_visible(True)
         other.grid(False)
@@ -211,22 +228,17 @@ def difficulty(path, title, rankings):
     write(fig, path, title)
 
 
-def cost(path, title, groups, price):
+def cost(path, title, groups, ranking_costs):
     """Robust accuracy of each run against the forward passes of its training, one panel for each group of
-    runs. price: {hash of scores: cost of the ranking}, which is added for the hollow marks."""
-    columns = min(2, len(groups))
-    fig, axes = canvas(-(-len(groups) // columns), columns, 4.2, 2.9)
-    for axis in axes.flat[len(groups):]:
-        axis.set_visible(False)
-    looks = {"none": ("X", "tab:orange", "no AT"), "full": ("*", "dimgrey", "AT"),
-             "csat": ("s", "tab:green", "CSAT"), "esat": ("o", "tab:blue", "ESAT")}
-    for axis, ((data, group), runs) in zip(axes.flat, groups.items()):
-        for split, (marker, colour, label) in looks.items():
-            mine = [(r.cost, mean([r])[0], price.get(r.ranking, 0)) for r in runs if r.split == split]
-            if mine:
-                axis.scatter([c for c, *_ in mine], [a for _, a, _ in mine], marker=marker, color=colour,
+    runs. ranking_costs: {hash of scores: cost of the ranking}, which is added for the hollow marks."""
+    fig, axes = two_columns(len(groups), 4.2, 2.9)
+    for axis, ((data, group), runs) in zip(axes, groups.items()):
+        for split, (marker, colour, label) in SPLITS.items():
+            points = [(r.cost, mean([r])[0], ranking_costs.get(r.ranking, 0)) for r in runs if r.split == split]
+            if points:
+                axis.scatter([x for x, *_ in points], [y for _, y, _ in points], marker=marker, color=colour,
                              label=label, s=24)
-            ranked = [(c + p, a) for c, a, p in mine if p]
+            ranked = [(x + ranking, y) for x, y, ranking in points if ranking]
             if ranked:
                 axis.scatter(*zip(*ranked), marker=marker, facecolors="none", edgecolors=colour, s=24,
                              label=f"{label}, with its ranking")
@@ -236,22 +248,3 @@ def cost(path, title, groups, price):
         axis.set_title("\n".join([data, *wrapped(group, 60)]), fontsize=7)
     legend_below(fig, axes)
     write(fig, path, title)
-
-
-def perturbations(path, title, rows, magnify):
-    """One row for an example of A and one for an example of B: clean image, perturbation (times `magnify`,
-    around grey) and adversarial image."""
-    fig, axes = canvas(len(rows), 3, 2.1, 2.4)
-    for line, (part, r) in zip(axes, rows.items()):
-        size = f"L2 norm {float(r['delta'].norm()):.2f}"
-        shown = (("clean", r["x"], r["before"]),
-                 (f"perturbation × {magnify:g}", (0.5 + magnify * r["delta"]).clamp(0, 1), None),
-                 ("adversarial", r["adv"], r["after"]))
-        for axis, (name, image, said) in zip(line, shown):
-            axis.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set(title=name, xticks=[], yticks=[],
-                     xlabel=f"{said[0]}, {100 * said[1]:.0f} %" if said else size)
-            axis.grid(False)
-            axis.spines[:].set_visible(False)
-        line[0].set_ylabel(f"{part}: {r['class']}", fontsize=8)
-    write(fig, path, title, vector=False)
