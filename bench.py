@@ -2,18 +2,19 @@
 3 + 14 |A|/N and with the steps of others.
 
     python bench.py --arch preactresnet18 --compile
-Files in: none (random images). Prints a table; --json FILE also writes it. Timed in the same run, in turn
-with ours: a naive baseline (attacks everything and computes weight gradients in the attack) and, if
-installed, torchattacks' PGDL2.
+Files in: none (random images). Prints a Markdown table; --json FILE also writes the numbers. Timed in turn with
+ours: a naive step (attacks everything and computes weight gradients in the attack) and, if installed, one with
+torchattacks' PGDL2.
 """
 import argparse
 import copy
 import functools
-import statistics
+import itertools
 import time
 from pathlib import Path
 
 import common  # first, so that Ctrl-C while torch loads ends in one line
+import numpy
 import torch
 from torch.nn import functional as F
 
@@ -22,10 +23,11 @@ import data as data_
 import flags
 import models
 import sat
-import runs
-from common import UserError, say
+from common import say
+from runs import write_json
 
-NAIVE, PEER = "naive", "torchattacks PGDL2"
+SHARES = (0, 0.1, 0.5, 1)  # |A|/N
+FULL, NAIVE, PEER = "|A|/N = 1", "naive", "torchattacks PGDL2"
 
 
 def command_line(argv=None):
@@ -35,176 +37,133 @@ def command_line(argv=None):
     parser.add_argument("--arch", choices=flags.ARCHS, default="preactresnet8", help="network")
     parser.add_argument("--batch-size", type=flags.count, default=128, help="examples a step")
     parser.add_argument("--side", type=flags.number(int, 8), default=32, help="side of the images, in pixels")
-    parser.add_argument("--fractions", type=flags.number(float, 0, 1), nargs="+",
-                        default=[0.0, 0.1, 0.5, 1.0], help="|A|/N")
     parser.add_argument("--steps", type=flags.count, default=7, help="PGD steps")
     parser.add_argument("--repeats", type=flags.count, default=7,
                         help="rounds over all kinds of steps; medians are printed")
-    parser.add_argument("--compile", action="store_true",
-                        help="time sat.py --compile's steps too, in the precision that it would use "
-                             "(compiling takes minutes)")
-    parser.add_argument(
-        "--amp", choices=("auto", "off", "bf16"), default="auto",
-        help="time the steps under bf16 autocast too; auto: where the hardware multiplies in bf16")
+    parser.add_argument("--compile", action="store_true", help="time the steps of sat.py --compile, too, in "
+                        "the precision that it would use (compiling takes minutes)")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="time the steps under "
+                        "bf16 autocast, too; auto: where the hardware multiplies in bf16")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     flags.add_flags(parser, "machine")
-    args = parser.parse_args(argv)
-    if 1.0 not in args.fractions:
-        raise UserError(f"--fractions {' '.join(map(str, args.fractions))} lacks 1, "
-                        "to which the others are compared")
-    return args
+    return parser.parse_args(argv)
+
+
+def naive_attack(net, steps, x, y):
+    """PGD with loss.backward(), which computes the gradients of all weights in every step."""
+    delta = torch.zeros_like(x)
+    for _ in range(steps):
+        delta.requires_grad_()
+        F.cross_entropy(net(x + delta).float(), y).backward()
+        delta = attacks.project(delta.detach() + 0.1 * attacks.ascent(delta.grad, "l2"), 0.5, "l2")
+        delta = (x + delta).clamp(0, 1) - x
+    return x + delta
 
 
 class Steps:
-    """A network and a copy of it for the others' steps, with an optimizer each, random images, and the steps
-    that are compared."""
+    """The steps that are compared, on random images: ours on one network, the others' on a copy of it."""
 
     def __init__(self, args, device):
         self.args, self.device, g = args, device, torch.Generator().manual_seed(0)
-        n, shape = 8 * args.batch_size, (3, args.side, args.side)
-        x = torch.randint(0, 256, (n, *shape), generator=g, dtype=torch.uint8)
-        self.split = data_.Split(x, torch.randint(0, 10, (n,), generator=g)).to(device)
+        n = 8 * args.batch_size
+        x = torch.randint(0, 256, (n, 3, args.side, args.side), generator=g, dtype=torch.uint8)
+        split = data_.Split(x, torch.randint(0, 10, (n,), generator=g)).to(device)
+        self.batches = itertools.chain.from_iterable(
+            data_.training_batches(split, args.batch_size, 0, epoch, "full", device)
+            for epoch in itertools.count())
         torch.manual_seed(0)
         self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device).train()
         # The others' code leaves its network in the default memory format.
         self.plain = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format)
         self.optimizer = models.sgd(self.model, 0.01, 5e-4, device)
         self.plain_optimizer = models.sgd(self.plain, 0.01, 5e-4, device)
-        self.todo, self.epoch = iter(()), 0
-        how = {"attack": "pgd", "eps": 0.5, "step_size": 0.1, "steps": args.steps, "norm": "l2"}
-        attack = lambda compile: sat.training_attack(
-            self.model, argparse.Namespace(**how, compile=compile), device)
-        # {compile: (the network that is trained, its attack)}; nothing is compiled before its first call.
-        self.kinds = {False: (self.model, attack(False)),
-                      True: (models.compiled(self.model, device), attack(True))}
 
-    def batch(self):
-        """The next batch, augmented as in training."""
-        while (found := next(self.todo, None)) is None:
-            self.todo = data_.training_batches(self.split, self.args.batch_size, 0, self.epoch, "full", self.device)
-            self.epoch += 1
-        return found
+    @functools.cache
+    def net_and_attack(self, compile):
+        """The network and the attack of our steps."""
+        settings = argparse.Namespace(attack="pgd", eps=0.5, step_size=0.1, steps=self.args.steps, norm="l2",
+                                      compile=compile)
+        net = models.compiled(self.model, self.device) if compile else self.model
+        return net, sat.training_attack(self.model, settings, self.device)
 
     def ours(self, share, compile, amp):
-        """The step of sat.py, with the first `share` of the batch in A."""
-        net, attack = self.kinds[compile]
-        a = torch.arange(round(share * self.args.batch_size), device=self.device)
-        w = torch.full((self.args.batch_size,), 1 / self.args.batch_size, device=self.device)
-        x, y, _ = self.batch()
+        """A step of sat.py with the first `share` of the batch in A."""
+        (net, attack), (x, y, _) = self.net_and_attack(compile), next(self.batches)
+        a = torch.arange(round(share * len(x)), device=self.device)
+        w = torch.full((len(x),), 1 / len(x), device=self.device)
         with models.autocast(amp, self.device):
             sat.sat_step(net, self.optimizer, x, y, a, w, attack)
 
-    def plain_step(self, x, y):
-        """An ordinary training step on x."""
-        self.plain.train()
-        self.plain_optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(self.plain(x).float(), y).backward()
+    def others(self, attack, amp):
+        """A step on a batch that attack(x, y) perturbs as a whole, with the copy of the network."""
+        x, y, _ = next(self.batches)
+        self.plain.eval()
+        with models.autocast(amp, self.device):
+            x = attack(x.contiguous(), y)
+            self.plain.train()
+            self.plain_optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(self.plain(x).float(), y).backward()
         self.plain_optimizer.step()
 
-    def naive(self, amp):
-        """A step that attacks the whole batch with loss.backward(), which computes the gradients of all
-        weights in every step of the attack."""
-        x, y, _ = self.batch()
-        x = x.contiguous()
-        self.plain.eval()
-        delta = torch.zeros_like(x)
-        with models.autocast(amp, self.device):
-            for _ in range(self.args.steps):
-                delta.requires_grad_()
-                F.cross_entropy(self.plain(x + delta).float(), y).backward()
-                delta = attacks.project(delta.detach() + 0.1 * attacks.ascent(delta.grad, "l2"), 0.5, "l2")
-                delta = (x + delta).clamp(0, 1) - x
-            self.plain_step(x + delta, y)
-
-    def peer(self, amp, module):
-        """A step that attacks the whole batch with torchattacks' PGDL2."""
-        x, y, _ = self.batch()
-        self.plain.eval()
-        attack = module.PGDL2(self.plain, eps=0.5, alpha=0.1, steps=self.args.steps, random_start=False)
-        with models.autocast(amp, self.device):
-            self.plain_step(attack(x.contiguous(), y), y)
-
-    def flops(self):
-        """Floating-point operations of a forward pass of one example."""
-        from torch.utils.flop_counter import FlopCounterMode
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), attacks.eval_mode(self.model):
-            self.model(torch.zeros(1, 3, self.args.side, self.args.side, device=self.device))
-        return counter.get_total_flops()
-
-
-def rows_of(steps, args, device):
-    """What to time: [{"step", "precision", "compile", "passes": by the cost model, "run": does the step}]."""
-    found, amps = [], ["off", "bf16"] if models.precision(args.amp, device) == "bf16" else ["off"]
-    for amp in amps:
-        row = {"precision": models.precision(amp, device), "compile": False}
-        for compile in [False, True] if args.compile and amp == amps[-1] else [False]:  # compiling takes long
-            for share in sorted(set(args.fractions)):
-                found.append({**row, "step": f"|A|/N = {share:g}", "compile": compile,
-                              "passes": 3 + 2 * args.steps * share,
-                              "run": functools.partial(steps.ours, share, compile, amp)})
+    def variants(self):
+        """Yields what is timed: (variant, step, forward passes by the cost model, a function that does it)."""
+        n, precision = self.args.steps, models.precision(self.args.amp, self.device)
         # A naive attack step also computes the weights' gradients: one forward pass and two backward passes.
-        found.append({**row, "step": NAIVE, "passes": 3 + 3 * args.steps,
-                      "run": functools.partial(steps.naive, amp)})
+        others = [(NAIVE, 3 + 3 * n, functools.partial(naive_attack, self.plain, n))]
         try:
-            import torchattacks
-            found.append({**row, "step": PEER, "passes": 3 + 2 * args.steps,
-                          "run": functools.partial(steps.peer, amp, torchattacks)})
+            from torchattacks import PGDL2
+            others.append((PEER, 3 + 2 * n, PGDL2(self.plain, eps=0.5, alpha=0.1, steps=n, random_start=False)))
         except ImportError:
             say("torchattacks is not installed: no comparison with it")
-    return found
+        for variant, amp in {"float32": "off", precision: self.args.amp}.items():
+            for share in SHARES:
+                yield (variant, f"|A|/N = {share:g}", 3 + 2 * n * share,
+                       functools.partial(self.ours, share, False, amp))
+            for name, passes, attack in others:
+                yield variant, name, passes, functools.partial(self.others, attack, amp)
+        for share in SHARES if self.args.compile else ():
+            yield (f"{precision}, --compile", f"|A|/N = {share:g}", 3 + 2 * n * share,
+                   functools.partial(self.ours, share, True, self.args.amp))
 
 
 def timed(run, device):
     """Seconds of one step. A GPU runs behind Python, so there 20 steps are timed between two waits for it."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     n = 20 if device.type == "cuda" else 1
-    sync()
+    if n > 1:
+        torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(n):
         run()
-    sync()
+    if n > 1:
+        torch.cuda.synchronize()
     return (time.perf_counter() - began) / n
 
 
-def measure(rows, steps, args, device):
-    """Times the rows in turn, round after round, so that a drift of the machine's speed affects all alike.
-
-    Adds to each row: seconds (median), images_per_s, GFLOP_per_s; as medians over the rounds time_to_full
-    (relative to |A| = N of the same precision and compile) and faster_than (how many times as fast as the
-    naive and the peer's step, both in float32); and model, what the cost model says of time_to_full.
-    """
-    times = [[] for _ in rows]
+def measure(steps, args, device):
+    """Times the steps in turn, round after round, so that a drift of the machine's speed affects all alike.
+    Returns a row for each, {column: value}, of medians over the rounds."""
+    todo = list(steps.variants())
+    times = numpy.zeros((args.repeats + 1, len(todo)))
     for r in common.progress(range(args.repeats + 1), desc="rounds"):
-        for row, seconds in zip(rows, times):
-            elapsed = timed(row["run"], device)
-            if r > 0:  # the first round warms up
-                seconds.append(elapsed)
-    kind = lambda row: (row["step"], row["precision"], row["compile"])
-    by_kind = {kind(row): seconds for row, seconds in zip(rows, times)}
-    flops = steps.flops()
-    ratio = lambda one, other: statistics.median(t / u for t, u in zip(one, other))
-    for row, seconds in zip(rows, times):
-        del row["run"]
-        full = by_kind["|A|/N = 1", row["precision"], row["compile"]]
-        others = {name: by_kind[key] for name in (NAIVE, PEER)
-                  if (key := (name, "float32", False)) in by_kind}
-        row["seconds"] = statistics.median(seconds)
-        row["images_per_s"] = args.batch_size / row["seconds"]
-        row["GFLOP_per_s"] = args.batch_size * row["passes"] * flops / row["seconds"] / 1e9
-        row["time_to_full"], row["model"] = ratio(seconds, full), row["passes"] / (3 + 2 * args.steps)
-        row["faster_than"] = {name: ratio(other, seconds) for name, other in others.items()}
+        for i, (_, _, _, run) in enumerate(todo):
+            times[r, i] = timed(run, device)
+    seconds = {(variant, step): times[1:, i] for i, (variant, step, *_) in enumerate(todo)}  # 0 warms up
+    rows = []
+    for variant, step, passes, _ in todo:
+        own = seconds[variant, step]
+        row = {"step": f"{step}, {variant}", "images/s": args.batch_size / numpy.median(own),
+               f"time relative to {FULL}": numpy.median(own / seconds[variant, FULL]),
+               "cost model": passes / (3 + 2 * args.steps)}
+        row |= {f"times as fast as {name} in float32": numpy.median(seconds["float32", name] / own)
+                for name in (NAIVE, PEER) if ("float32", name) in seconds}
+        rows.append({k: v if k == "step" else round(float(v), 3) for k, v in row.items()})
     return rows
 
 
-def show(rows):
-    """Prints the rows as a table."""
-    say(f"{'step':<34} {'images/s':>9} {'of |A|=N':>9} {'model':>6} {'GFLOP/s':>9}  "
-        "times as fast as, in float32")
-    for r in rows:
-        name = f"{r['step']}, {r['precision']}{', --compile' * r['compile']}"
-        faster = ", ".join(f"{other} {x:.2f}" for other, x in r["faster_than"].items())
-        say(f"{name:<34} {r['images_per_s']:9.1f} {r['time_to_full']:9.3f} {r['model']:6.3f} "
-            f"{r['GFLOP_per_s']:9.1f}  {faster}")
+def table(rows):
+    """The rows as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|A|", "\\|A\\|") for line in lines)
 
 
 def main(argv=None):
@@ -213,16 +172,12 @@ def main(argv=None):
     device = common.set_up(args)
     setting = (f"{args.arch}, batch {args.batch_size}, {args.side}x{args.side}, PGD-{args.steps}, "
                f"augmentation included, {common.device_name(device)}")
-    say(f"one training step: {setting}, medians of {args.repeats} rounds")
-    steps = Steps(args, device)
-    result = {"setting": setting, "rounds": args.repeats, "torch": torch.__version__,
-              "steps": measure(rows_of(steps, args, device), steps, args, device)}
-    if device.type == "cuda":
-        result["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
-    show(result["steps"])
+    say(f"one training step: {setting}, medians of {args.repeats} rounds\n")
+    rows = measure(Steps(args, device), args, device)
+    say(table(rows))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(args.json, result)
+        write_json(args.json, {"setting": setting, "rounds": args.repeats, "torch": torch.__version__, "steps": rows})
 
 
 if __name__ == "__main__":

@@ -5,27 +5,22 @@ Paper: Eq. 1 and 2. If A is empty or everything, only one example is drawn.
     python picture.py results/cifar10/csat-cat-balanced-seed0/best.pt
 Files in: a checkpoint whose A is made of classes, the data. Files out: picture.png beside the checkpoint.
 """
-import argparse
 from pathlib import Path
 
 import common  # first, so that Ctrl-C while torch loads ends in one line
+import matplotlib
 import torch
+from matplotlib import pyplot
 
 import attacks
 import data as data_
 import evaluate
-import figures
 import flags
 from common import UserError, say
+from runs import atomic
 
+matplotlib.use("Agg")
 STEPS = 50  # of PGD, each of size eps / 10
-
-
-def png(text):
-    """A type for argparse: the name of a PNG file."""
-    if Path(text).suffix != ".png":
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a PNG file (x.png)")
-    return Path(text)
 
 
 def command_line(argv=None):
@@ -33,63 +28,76 @@ def command_line(argv=None):
     parser = flags.Parser(prog="picture.py", usage="python picture.py CHECKPOINT [--flag VALUE ...]",
                           description=__doc__, formatter_class=flags.Help)
     parser.add_argument("checkpoint", type=Path, help="best.pt of a run of sat.py")
-    parser.add_argument("--out", type=png, help="the PNG (default: picture.png beside the checkpoint)")
-    parser.add_argument("--magnify", type=flags.positive, default=10.0,
-                        help="factor of the perturbation shown")
+    parser.add_argument("--out", type=Path, help="the PNG (default: picture.png beside the checkpoint)")
+    parser.add_argument("--magnify", type=flags.positive, default=10.0, help="factor of the perturbation")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     flags.add_flags(parser, "machine")
     return parser.parse_args(argv)
 
 
-def first_right(model, data, index, classes, device):
-    """The position of the first test example among `index` whose class is in `classes` and that the network
-    classifies correctly. UserError if there is none."""
-    for x, y, i in data_.plain_batches(data.test, index[torch.isin(data.test.y[index], classes)], 50, device):
+def first_right(model, data, classes, device):
+    """The first final test example of `classes` that the network classifies correctly, with its label.
+    UserError if there is none."""
+    index = data_.selection_and_final(len(data.test))[1]
+    index = index[torch.isin(data.test.y[index], classes)]
+    for x, y, _ in data_.plain_batches(data.test, index, 50, device):
         with torch.no_grad():
-            right = model(x).argmax(1).cpu() == y.cpu()
+            right = model(x).argmax(1) == y
         if right.any():
-            return int(i[right][0])
+            return x[right][:1], y[right][:1]
     raise UserError(f"the network gets no test example of "
                     f"{', '.join(data.classes[c] for c in classes.tolist())} right: nothing to show")
 
 
-def perturbed(model, data, i, args, device):
-    """Attacks test example i: {"x", "delta", "adv": (C, H, W), "class", "before", "after": (class,
-    probability)}, where the last two are the network's predictions."""
-    x, y = data.test.pixels(torch.tensor([i]), device), data.test.y[[i]].to(device)
-    adv = attacks.pgd(model, x, y, eps=args["eps"], step_size=args["eps"] / 10, steps=STEPS,
-                      norm=args["norm"])
+def draw_row(axes, part, example, data, model, args, magnify):
+    """Attacks a test example (1, C, H, W) with its label (1,) and draws, in three axes, the clean image, the
+    perturbation (times `magnify`, around grey) and the adversarial image."""
+    x, y = example
+    adv = attacks.pgd(model, x, y, eps=args["eps"], step_size=args["eps"] / 10, steps=STEPS, norm=args["norm"])
     with torch.no_grad():
-        p = model(torch.cat([x, adv])).softmax(1)
-    said = [(data.classes[int(q.argmax())], float(q.max())) for q in p]
-    return {"x": x[0].cpu(), "delta": (adv - x)[0].cpu(), "adv": adv[0].cpu(), "class": data.classes[int(y)],
-            "before": said[0], "after": said[1]}
+        probability, predicted = model(torch.cat([x, adv])).softmax(1).max(1)
+    before, after = (f"{data.classes[c]}, {100 * p:.0f} %" for c, p in zip(predicted, probability))
+    for axis, image, title, label in (
+            (axes[0], x, "clean", before),
+            (axes[1], 0.5 + magnify * (adv - x), f"perturbation × {magnify:g}",
+             f"L2 norm {(adv - x).norm():.2f}"),
+            (axes[2], adv, "adversarial", after)):
+        axis.imshow(image[0].clamp(0, 1).permute(1, 2, 0).squeeze(2).cpu(), cmap="gray", vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel(label, fontsize=8)
+        axis.spines[:].set_visible(False)
+    axes[0].set_ylabel(f"{part}: {data.classes[int(y)]}", fontsize=8)
 
 
 def main(argv=None):
     """Loads the checkpoint, attacks one example of A and one of B, and draws them."""
     args = command_line(argv)
+    out = args.out or args.checkpoint.with_name("picture.png")
+    if out.suffix != ".png":
+        raise UserError(f"--out: {str(out)!r} is not the name of a PNG file (x.png)")
     device = common.set_up(args)
-    model, ckpt = evaluate.load_model(args.checkpoint)
-    made, out = ckpt["args"], args.out or args.checkpoint.parent / "picture.png"
+    model, checkpoint = evaluate.load_model(args.checkpoint)
+    made = checkpoint["args"]
     if made.get("split") not in ("csat", "none", "full"):
         raise UserError(f"{args.checkpoint} has no A made of whole classes, which would part the test set "
                         "too: give the best.pt of sat.py --split csat")
     data = data_.load_dataset(made["dataset"], args.data_dir, device, made["side"], args.workers)
-    data_.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
-    say(f"attacking an example of A and one of B of {data.name} with {args.checkpoint}: PGD-{STEPS}, "
-        f"{made['norm']} eps {made['eps']:g}")
+    data_.check_fingerprint(data, checkpoint["fingerprint"], args.checkpoint)
     model = model.to(device).eval()
-    A_classes = ckpt["A_classes"] or (data.classes if made["split"] == "full" else [])
-    index, rows = data_.selection_and_final(len(data.test))[1], {}
-    for part, wanted in (("A", True), ("B", False)):
-        classes = torch.tensor([i for i, c in enumerate(data.classes) if (c in A_classes) == wanted])
-        if len(classes):
-            i = first_right(model, data, index, classes, device)
-            rows[part] = perturbed(model, data, i, made, device)
-    title = (f"{data.name}, A = {'+'.join(ckpt['A_classes'] or [made['split']])}\nPGD-{STEPS}, "
-             f"{made['norm']} eps {made['eps']:g}; {made['arch']}, epoch {ckpt['epoch']}")
-    figures.perturbations(out.with_suffix(""), title, rows, args.magnify)
+    A_classes = checkpoint["A_classes"] or (data.classes if made["split"] == "full" else [])
+    parts = {"A": [i for i, c in enumerate(data.classes) if c in A_classes],
+             "B": [i for i, c in enumerate(data.classes) if c not in A_classes]}
+    parts = {part: classes for part, classes in parts.items() if classes}
+    fig, axes = pyplot.subplots(len(parts), 3, figsize=(6.3, 2.4 * len(parts) + 0.5), squeeze=False,
+                                layout="constrained")
+    for line, (part, classes) in zip(axes, parts.items()):
+        example = first_right(model, data, torch.tensor(classes), device)
+        draw_row(line, part, example, data, model, made, args.magnify)
+    A = "+".join(checkpoint["A_classes"] or [made["split"]])
+    fig.suptitle(f"{data.name}, A = {A}\nPGD-{STEPS}, {made['norm']} eps {made['eps']:g}; {made['arch']}, epoch "
+                 f"{checkpoint['epoch']}", fontsize=9)
+    atomic(out, lambda f: fig.savefig(f, format="png", dpi=120))
     say(f"wrote {out}")
 
 
