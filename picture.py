@@ -62,7 +62,7 @@ def draw_row(axes, part, example, data, model, args, magnify):
             (axes[1], 0.5 + magnify * (adv - x), f"perturbation × {magnify:g}",
              f"L2 norm {(adv - x).norm():.2f}"),
             (axes[2], adv, "adversarial", after)):
-        axis.imshow(image[0].clamp(0, 1).permute(1, 2, 0).squeeze(2).cpu(), cmap="gray", vmin=0, vmax=1)
+        axis.imshow(image[0].clamp(0, 1).permute(1, 2, 0).squeeze(2).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=8)
         axis.set_xlabel(label, fontsize=8)
