@@ -2,11 +2,11 @@
 3 + 14 |A|/N and with the steps of others.
 
     python bench.py --arch preactresnet18 --compile
-Files in: none (random images). Prints a Markdown table; --json FILE also writes the numbers. Timed in turn with
-ours: a naive step (attacks everything and computes weight gradients in the attack) and, if installed, one with
-torchattacks' PGDL2.
+Files in: none (random images). Prints a Markdown table; --json FILE also writes the numbers. Others' steps
+attack everything: naively, with weight gradients in the attack, and, if installed, with torchattacks' PGDL2.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
@@ -38,12 +38,10 @@ def command_line(argv=None):
     parser.add_argument("--batch-size", type=flags.count, default=128, help="examples a step")
     parser.add_argument("--side", type=flags.number(int, 8), default=32, help="side of the images, in pixels")
     parser.add_argument("--steps", type=flags.count, default=7, help="PGD steps")
-    parser.add_argument("--repeats", type=flags.count, default=7,
-                        help="rounds over all kinds of steps; medians are printed")
-    parser.add_argument("--compile", action="store_true", help="time the steps of sat.py --compile, too, in "
-                        "the precision that it would use (compiling takes minutes)")
-    parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto", help="time the steps under "
-                        "bf16 autocast, too; auto: where the hardware multiplies in bf16")
+    parser.add_argument("--repeats", type=flags.count, default=7, help="rounds; medians are printed")
+    parser.add_argument("--compile", action="store_true", help="time compiled steps, too (takes minutes)")
+    parser.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto",
+                        help="time bf16 autocast, too; auto: where the hardware multiplies in bf16")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     flags.add_flags(parser, "machine")
     return parser.parse_args(argv)
@@ -65,12 +63,11 @@ class Steps:
 
     def __init__(self, args, device):
         self.args, self.device, g = args, device, torch.Generator().manual_seed(0)
-        n = 8 * args.batch_size
-        x = torch.randint(0, 256, (n, 3, args.side, args.side), generator=g, dtype=torch.uint8)
-        split = data_.Split(x, torch.randint(0, 10, (n,), generator=g)).to(device)
-        self.batches = itertools.chain.from_iterable(
-            data_.training_batches(split, args.batch_size, 0, epoch, "full", device)
-            for epoch in itertools.count())
+        shape = 8 * args.batch_size, 3, args.side, args.side
+        x = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+        split = data_.Split(x, torch.randint(0, 10, (len(x),), generator=g)).to(device)
+        self.batches = (batch for epoch in itertools.count() for batch in data_.training_batches(
+            split, args.batch_size, 0, epoch, "full", device))
         torch.manual_seed(0)
         self.model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device).train()
         # The others' code leaves its network in the default memory format.
@@ -106,57 +103,51 @@ class Steps:
         self.plain_optimizer.step()
 
     def variants(self):
-        """Yields what is timed: (variant, step, forward passes by the cost model, a function that does it)."""
+        """Yields (variant, step, forward passes by the cost model, a function that does the step)."""
         n, precision = self.args.steps, models.precision(self.args.amp, self.device)
         # A naive attack step also computes the weights' gradients: one forward pass and two backward passes.
         others = [(NAIVE, 3 + 3 * n, functools.partial(naive_attack, self.plain, n))]
-        try:
-            from torchattacks import PGDL2
-            others.append((PEER, 3 + 2 * n, PGDL2(self.plain, eps=0.5, alpha=0.1, steps=n, random_start=False)))
-        except ImportError:
-            say("torchattacks is not installed: no comparison with it")
-        for variant, amp in {"float32": "off", precision: self.args.amp}.items():
+        with contextlib.suppress(ImportError):
+            import torchattacks
+            peer = torchattacks.PGDL2(self.plain, eps=0.5, alpha=0.1, steps=n, random_start=False)
+            others.append((PEER, 3 + 2 * n, peer))
+        kinds = [(kind, amp, False) for kind, amp in {"float32": "off", precision: self.args.amp}.items()]
+        if self.args.compile:
+            kinds.append((f"{precision}, --compile", self.args.amp, True))
+        for variant, amp, compile in kinds:
             for share in SHARES:
                 yield (variant, f"|A|/N = {share:g}", 3 + 2 * n * share,
-                       functools.partial(self.ours, share, False, amp))
-            for name, passes, attack in others:
+                       functools.partial(self.ours, share, compile, amp))
+            for name, passes, attack in others if not compile else ():
                 yield variant, name, passes, functools.partial(self.others, attack, amp)
-        for share in SHARES if self.args.compile else ():
-            yield (f"{precision}, --compile", f"|A|/N = {share:g}", 3 + 2 * n * share,
-                   functools.partial(self.ours, share, True, self.args.amp))
 
 
 def timed(run, device):
     """Seconds of one step. A GPU runs behind Python, so there 20 steps are timed between two waits for it."""
-    n = 20 if device.type == "cuda" else 1
-    if n > 1:
-        torch.cuda.synchronize()
+    n, wait = 20 if device.type == "cuda" else 1, getattr(torch, device.type).synchronize
+    wait()
     began = time.perf_counter()
     for _ in range(n):
         run()
-    if n > 1:
-        torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - began) / n
 
 
 def measure(steps, args, device):
     """Times the steps in turn, round after round, so that a drift of the machine's speed affects all alike.
     Returns a row for each, {column: value}, of medians over the rounds."""
-    todo = list(steps.variants())
-    times = numpy.zeros((args.repeats + 1, len(todo)))
-    for r in common.progress(range(args.repeats + 1), desc="rounds"):
-        for i, (_, _, _, run) in enumerate(todo):
-            times[r, i] = timed(run, device)
+    todo, rows = list(steps.variants()), []
+    times = numpy.array([[timed(run, device) for *_, run in todo]
+                         for _ in common.progress(range(args.repeats + 1), desc="rounds")])
     seconds = {(variant, step): times[1:, i] for i, (variant, step, *_) in enumerate(todo)}  # 0 warms up
-    rows = []
     for variant, step, passes, _ in todo:
         own = seconds[variant, step]
-        row = {"step": f"{step}, {variant}", "images/s": args.batch_size / numpy.median(own),
+        row = {"images/s": args.batch_size / numpy.median(own),
                f"time relative to {FULL}": numpy.median(own / seconds[variant, FULL]),
                "cost model": passes / (3 + 2 * args.steps)}
         row |= {f"times as fast as {name} in float32": numpy.median(seconds["float32", name] / own)
                 for name in (NAIVE, PEER) if ("float32", name) in seconds}
-        rows.append({k: v if k == "step" else round(float(v), 3) for k, v in row.items()})
+        rows.append({"step": f"{step}, {variant}"} | {k: round(float(v), 3) for k, v in row.items()})
     return rows
 
 
@@ -176,8 +167,8 @@ def main(argv=None):
     rows = measure(Steps(args, device), args, device)
     say(table(rows))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, {"setting": setting, "rounds": args.repeats, "torch": torch.__version__, "steps": rows})
+        write_json(args.json, {"setting": setting, "rounds": args.repeats, "torch": torch.__version__,
+                               "steps": rows})
 
 
 if __name__ == "__main__":

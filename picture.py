@@ -45,15 +45,16 @@ def first_right(model, data, classes, device):
             right = model(x).argmax(1) == y
         if right.any():
             return x[right][:1], y[right][:1]
-    raise UserError(f"the network gets no test example of "
-                    f"{', '.join(data.classes[c] for c in classes.tolist())} right: nothing to show")
+    names = ", ".join(data.classes[c] for c in classes.tolist())
+    raise UserError(f"the network gets no test example of {names} right: nothing to show")
 
 
 def draw_row(axes, part, example, data, model, args, magnify):
-    """Attacks a test example (1, C, H, W) with its label (1,) and draws, in three axes, the clean image, the
+    """Attacks an example, ((1, C, H, W), label (1,)), and draws, in three axes, the clean image, the
     perturbation (times `magnify`, around grey) and the adversarial image."""
     x, y = example
-    adv = attacks.pgd(model, x, y, eps=args["eps"], step_size=args["eps"] / 10, steps=STEPS, norm=args["norm"])
+    eps = args["eps"]
+    adv = attacks.pgd(model, x, y, eps=eps, step_size=eps / 10, steps=STEPS, norm=args["norm"])
     with torch.no_grad():
         probability, predicted = model(torch.cat([x, adv])).softmax(1).max(1)
     before, after = (f"{data.classes[c]}, {100 * p:.0f} %" for c, p in zip(predicted, probability))
@@ -62,7 +63,8 @@ def draw_row(axes, part, example, data, model, args, magnify):
             (axes[1], 0.5 + magnify * (adv - x), f"perturbation × {magnify:g}",
              f"L2 norm {(adv - x).norm():.2f}"),
             (axes[2], adv, "adversarial", after)):
-        axis.imshow(image[0].clamp(0, 1).permute(1, 2, 0).squeeze(2).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+        pixels = image[0].clamp(0, 1).permute(1, 2, 0).squeeze(2).cpu().numpy()
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=8)
         axis.set_xlabel(label, fontsize=8)
@@ -95,8 +97,8 @@ def main(argv=None):
         example = first_right(model, data, torch.tensor(classes), device)
         draw_row(line, part, example, data, model, made, args.magnify)
     A = "+".join(checkpoint["A_classes"] or [made["split"]])
-    fig.suptitle(f"{data.name}, A = {A}\nPGD-{STEPS}, {made['norm']} eps {made['eps']:g}; {made['arch']}, epoch "
-                 f"{checkpoint['epoch']}", fontsize=9)
+    fig.suptitle(f"{data.name}, A = {A}\nPGD-{STEPS}, {made['norm']} eps {made['eps']:g}; {made['arch']}, "
+                 f"epoch {checkpoint['epoch']}", fontsize=9)
     atomic(out, lambda f: fig.savefig(f, format="png", dpi=120))
     say(f"wrote {out}")
 

@@ -16,9 +16,9 @@ from runs import atomic
 
 INTRODUCTION = (
     "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± standard deviation "
-    "over seeds. Robust: right, and still right under the attack that each table names, on test examples that "
-    "were not used for selecting a checkpoint. Runs that differ in threat model, attack, n, network or epochs "
-    "are in tables of their own.")
+    "over seeds. Robust: right, and still right under the attack that each table names, on test examples "
+    "that were not used for selecting a checkpoint. Runs that differ in threat model, attack, n, network or "
+    "epochs are in tables of their own.")
 
 
 def fill_in(path, sections):

@@ -36,8 +36,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 def environment():
     """The environment of the stages: on a machine without a GPU, KEEP_MEMORY where the user set nothing."""
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    return dict(os.environ) if has_gpu else KEEP_MEMORY | os.environ
+    return dict(os.environ) if any(Path("/dev").glob("nvidia[0-9]*")) else KEEP_MEMORY | os.environ
 
 
 def make(stage, command, results, wait=False):
@@ -48,9 +47,9 @@ def make(stage, command, results, wait=False):
     was killed is neither lost nor made twice. When another copy makes this stage or its source, make() waits
     for that copy if `wait` is set, else returns False. It always waits for rankings.
     """
-    if stage.script == "transfer.py" and not wait:
-        if not Path(stage.arguments[0]).with_name("result.json").exists():
-            return False
+    source = Path(stage.arguments[0]).with_name("result.json")
+    if stage.script == "transfer.py" and not wait and not source.exists():
+        return False
     path = Path(results, "logs", str(Path(stage.folder).relative_to(results)).replace("/", "_") + ".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as log:
@@ -61,8 +60,8 @@ def make(stage, command, results, wait=False):
         if Path(stage.folder, stage.done).exists():
             return True
         print(f"\n> {shlex.join(command)}", flush=True)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(),
-                                   pass_fds=[log.fileno()])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   env=environment(), pass_fds=[log.fileno()])
         for line in process.stdout:
             sys.stdout.buffer.write(line)
             sys.stdout.flush()
@@ -79,12 +78,14 @@ def command_line(argv):
     if "--help" in words or "-h" in words:
         print(__doc__.strip())
         sys.exit(0)
-    unknown = [w for w in words if w not in (*SECTIONS, "all", *FIGURES)]
+    valid = f"valid: {' '.join(SECTIONS)} all, then {' '.join(FIGURES)}, and --dry-run"
+    for word in words:
+        if word not in (*SECTIONS, "all", *FIGURES):
+            raise UserError(f"there is no section or figure {word!r}; {valid}")
     sections = [s for w in words for s in (SECTIONS if w == "all" else [w]) if s in SECTIONS]
-    if unknown or not sections:
-        wrong = f"there is no section or figure {unknown[0]!r}" if unknown else "name a section"
-        raise UserError(f"{wrong}; valid: {' '.join(SECTIONS)} all, then {' '.join(FIGURES)}, and --dry-run")
     figures = [w for w in words if w in FIGURES]
+    if not sections:
+        raise UserError(f"name a section; {valid}")
     for figure in figures:
         having = [name for name, parts in SECTIONS.items() if any(figure in p[2].split() for p in parts)]
         if not set(having) & set(sections):
@@ -105,8 +106,8 @@ def extra_flags(text):
         raise UserError(f"EXTRA: {e}") from None
     for flag in OWN:
         if flag[2:].replace("-", "_") in values:
-            raise UserError(f"EXTRA: {flag} differs between the runs, so run_all.sh sets it (folders: RESULTS, "
-                            "DATA)")
+            raise UserError(f"EXTRA: {flag} differs between the runs, so run_all.sh sets it (folders: "
+                            "RESULTS, DATA)")
     return words, values
 
 
@@ -129,11 +130,6 @@ def commands(listed, extra, results):
     return list(first.values())
 
 
-def first_seed(item):
-    """The training seed of a stage; of a transfer, its source's."""
-    return int(re.search(r"-seed(\d+)", Path(item[0].folder).name)[1])
-
-
 def main(argv):
     """Lists the stages, then either prints them or makes them and the report. Returns the exit code."""
     sections, figures, dry_run = command_line(argv)
@@ -143,10 +139,12 @@ def main(argv):
     todo = commands(listed, extra, results)
     report = [os.environ.get("PYTHON", sys.executable), str(HERE / "report.py"), "--results", results]
     if dry_run:
-        print("\n".join([*(shlex.join(command) for _, command in todo), shlex.join(report), *overview(listed)]))
+        lines = [shlex.join(command) for command in [*(command for _, command in todo), report]]
+        print("\n".join([*lines, *overview(listed)]))
         return 0
-    in_order = sorted(todo, key=first_seed)  # cut short, it has one seed of everything
-    for stage, command in [item for item in in_order if not make(*item, results)]:
+    # By training seed, so that a list that is cut short has one seed of everything.
+    todo.sort(key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0].folder).name)[1]))
+    for stage, command in [item for item in todo if not make(*item, results)]:
         make(stage, command, results, wait=True)  # then the stage is finished, or taken over
     code = subprocess.run(report).returncode
     missing = [stage.folder for stage, _ in todo if not Path(stage.folder, stage.done).exists()]

@@ -6,11 +6,12 @@ when it lies outside, and is "open" otherwise. It also stays open if any of the 
 trained with one seed only.
 """
 import collections
+import math
 import statistics
 
 import numpy
 
-from paper.published import (NAMES, comparable_data, fig2_on_b_val, fig2_on_class, numbers,
+from paper.published import (NAMES, comparable_data, fig2_accuracy, numbers,
                              published_accuracy)
 from paper.results import counted, grouped, pick
 from paper.stats import accuracy_on, contrast, mean, noise, points, seeds, spearman
@@ -24,13 +25,13 @@ def verdict(rule, interval, *sides):
     """The verdict on an interval (value, low, high) that should lie "above" 0, "within" -MARGIN to MARGIN, or
     "not below" -MARGIN, as the rule says. sides: the runs on each side, each of which needs two seeds."""
     _, low, high = interval
-    holds = {"above": low > 0, "within": -MARGIN < low and high < MARGIN, "not below": low > -MARGIN}[rule]
-    fails = {"above": high < 0, "within": low > MARGIN or high < -MARGIN, "not below": high < -MARGIN}[rule]
+    least, most = {"above": (0, math.inf), "within": (-MARGIN, MARGIN),
+                   "not below": (-MARGIN, math.inf)}[rule]
     if min(map(seeds, sides)) < 2:
         return "open (one seed)"
-    if holds:
+    if least < low and high < most:
         return "holds"
-    return "contradicted" if fails else "open"
+    return "contradicted" if high < least or low > most else "open"
 
 
 def compare(claim, published, one, other, pool, rule, kind="robust"):
@@ -90,7 +91,7 @@ def single_class_claims(runs, none, weight):
     rest = [c for c in classes if c not in (hardest, easiest)]
     if hardest and easiest and rest:
         d = contrast([(1, single[hardest], rest), (-1, single[easiest], rest)], runs)
-        published = [statistics.fmean(fig2_on_class(a, c) for c in rest) for a in (hardest, easiest)]
+        published = [statistics.fmean(fig2_accuracy(a, c) for c in rest) for a in (hardest, easiest)]
         ours = [statistics.fmean(accuracy_on(r, rest) for r in single[a]) for a in (hardest, easiest)]
         yield (f"(b) the hardest class ({hardest}) gives the {len(rest)} classes that are in "
                f"neither A more than the easiest ({easiest}), {FIG2[weight]}",
@@ -114,21 +115,21 @@ def effects_of_A(cells):
 def agreement_with_fig2(classes, single):
     """How well our Fig. 2, {class A: runs}, agrees with the paper's, as sentences with Spearman's
     correlations. Empty if the paper does not have these classes, or fewer than three of them have runs."""
-    bars = [(mean(rs, "B_val")[0], fig2_on_b_val(a)) for a, rs in single.items()
-            if fig2_on_b_val(a) is not None]
+    bars = [(mean(rs, "B_val")[0], fig2_accuracy(a, "B_val")) for a, rs in single.items()
+            if fig2_accuracy(a, "B_val") is not None]
     if len(bars) < 3:
         return ""
     cells = [(a, c) for a, rs in single.items() for c in classes
              if c != a and rs[0].accuracy["classes"][c]["robust"]["n"]]
     ours = effects_of_A({(a, c): statistics.fmean(accuracy_on(r, [c]) for r in single[a]) for a, c in cells})
-    published = effects_of_A({(a, c): fig2_on_class(a, c) for a, c in cells})
+    published = effects_of_A({(a, c): fig2_accuracy(a, c) for a, c in cells})
     our_range, published_range = (" to ".join(f"{effects[a]:+.1f} ({a})" for a in extremes(effects))
                                   for effects in (ours, published))
     return (f"Spearman's correlation with the paper's numbers: of B_val {spearman(*zip(*bars)):.2f} "
             f"({len(bars)} classes), of what A gives to any other class "
             f"{spearman(list(ours.values()), list(published.values())):.2f}. The latter is the effect of A "
-            f"when the {len(cells)} cells off the diagonal are fitted by one of A and one of the tested class. "
-            f"It goes from {our_range} points, in the paper from {published_range}.")
+            f"when the {len(cells)} cells off the diagonal are fitted by one of A and one of the tested "
+            f"class. It goes from {our_range} points, in the paper from {published_range}.")
 
 
 def class_order_correlation(ranking, metric):
@@ -150,7 +151,9 @@ def recovery_claim(runs, none, half, full, data):
     """Claim (c): how much of AT's gain in robustness ESAT on the hardest half recovers."""
     values = [published_accuracy("fig6", data, line, 0.5, "robust") for line in ("hardest", "AT")]
     gain = contrast([(1, full, None), (-1, none, None)], runs)
-    ours, decision = "AT gains nothing that is sure", "open"
+    published, ours, decision = "-", "AT gains nothing that is sure", "open"
+    if all(values):
+        published = f"{values[0]:.1f} of {values[1]:.1f}: {100 * values[0] / values[1]:.0f} %"
     if gain[1] > 0:  # the interval of a ratio of contrasts, by the delta method
         part = contrast([(1, half, None), (-1, none, None)], runs)[0] / gain[0]
         _, low, high = contrast([(1, half, None), (-part, full, None), (part - 1, none, None)], runs)
@@ -159,8 +162,7 @@ def recovery_claim(runs, none, half, full, data):
         over = contrast([(1, half, None), (-0.9, full, None), (-0.1, none, None)], runs)
         decision = verdict("above", over, half, none, full)
     return ("(c) ESAT on the hardest half recovers at least 90 % of what AT gains in robustness",
-            f"{values[0]:.1f} of {values[1]:.1f}: {100 * values[0] / values[1]:.0f} %" if all(values) else "-",
-            ours, decision)
+            published, ours, decision)
 
 
 def shrinking_claim(runs, small, large, data):
@@ -204,7 +206,8 @@ def clean_claim(runs, none, full, data):
     if none and full:
         low, high = (published_pair("fig6", data, ("hardest", s), kind="clean") for s in (0.1, 0.9))
         yield compare("(e) AT costs clean accuracy (no AT minus AT, clean)",
-                      f"of ESAT hardest alone: {low} (10 %), {high} (90 %)", none, full, runs, "above", "clean")
+                      f"of ESAT hardest alone: {low} (10 %), {high} (90 %)",
+                      none, full, runs, "above", "clean")
 
 
 def transfer_claims(runs, data):
@@ -214,8 +217,8 @@ def transfer_claims(runs, data):
         for more, less in (("emphasis", "balanced"), ("balanced", "vanilla")):
             heavier, lighter = pick(same_size, weight=more), pick(same_size, weight=less)
             if heavier and lighter:
-                yield compare(f"(f) {same_size[0].size} hardest classes: {more} transfers more robustness than "
-                              f"{less}", published_pair("fig7", data, (more, share), (less, share)),
+                yield compare(f"(f) {same_size[0].size} hardest classes: {more} transfers more robustness "
+                              f"than {less}", published_pair("fig7", data, (more, share), (less, share)),
                               heavier, lighter, runs, "above")
     full = pick(runs, split="full")
     part = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy")

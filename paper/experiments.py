@@ -1,7 +1,7 @@
 """The list of runs behind each figure of the paper, as the commands that make them.
 
-SECTIONS says which figures are made on which data, FIGURES which runs a figure shows, and DATA how many of them
-there are.
+SECTIONS says which figures are made on which data, FIGURES which runs a figure shows, and DATA how many there
+are.
 """
 import functools
 import itertools
@@ -13,12 +13,13 @@ from common import HERE
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 ENDS = ["cat", "automobile"]  # CIFAR-10's hardest and easiest class
 SHORT_EVALUATION = "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"
+config = functools.cache(flags.from_yaml)  # a thousand stages share a few files
 LINF = "--norm linf --eps 0.031372549 --step-size 0.0078431373"
 
 
-def seeds(amounts, n=1):
-    """{amount: n training seeds}."""
-    return dict.fromkeys(amounts, n)
+def once(amounts):
+    """{amount: one training seed}."""
+    return dict.fromkeys(amounts, 1)
 
 
 @dataclass(frozen=True)
@@ -29,37 +30,32 @@ class Data:
     n_classes: int
     random: int = 1               # seeds of each random subset
     baselines: int = 1            # seeds of AT and no AT
-    esat: dict = field(default_factory=lambda: seeds([k / 10 for k in range(1, 10)]))  # {amount: seeds}
+    esat: dict = field(default_factory=lambda: once(k / 10 for k in range(1, 10)))  # {amount: seeds}
     csat: dict = field(default_factory=dict)
-    single: tuple = ()            # Fig. 2: (--weight, --attack, {class: seeds}); the authors' config has balanced
+    single: tuple = ()            # Fig. 2 (the authors' has balanced): (--weight, --attack, {class: seeds})
     metrics: str = "entropy svar"  # of the ranking
     prefix: str = ""              # of the runs' names
     flags: str = ""
 
 
 DATA = {
-    "cifar10": Data(
-        "cifar10", "cifar10", 10, random=10, csat=seeds(range(1, 10)),
-        single=(("balanced", "pgd", seeds(CIFAR10)), ("vanilla", "pgd", seeds(ENDS)))),
-    "cifar100": Data(
-        "cifar100", "cifar100", 100, random=5, csat=seeds(range(10, 100, 10)), metrics="entropy svar vog"),
-    "imagenet200": Data("imagenet200", "imagenet200", 200, random=3, csat=seeds(range(20, 200, 20))),
-    "digits": Data(
-        "digits", "digits", 10, random=2, esat=seeds([0.1, 0.3, 0.5]), csat=seeds([3, 5, 7]),
-        single=(("balanced", "pgd", seeds("0123456789")),), metrics="entropy svar vog", prefix="quick-",
-        flags=SHORT_EVALUATION),
-    "digits0-4": Data(
-        "digits", "digits0-4", 5, random=2, esat=seeds([0.1, 0.3, 0.5]), csat=seeds([1, 2, 3]),
-        prefix="quick-", flags=SHORT_EVALUATION),
+    "cifar10": Data("cifar10", "cifar10", 10, random=10, csat=once(range(1, 10)),
+                    single=(("balanced", "pgd", once(CIFAR10)), ("vanilla", "pgd", once(ENDS)))),
+    "cifar100": Data("cifar100", "cifar100", 100, random=5, csat=once(range(10, 100, 10)),
+                     metrics="entropy svar vog"),
+    "imagenet200": Data("imagenet200", "imagenet200", 200, random=3, csat=once(range(20, 200, 20))),
+    "digits": Data("digits", "digits", 10, random=2, esat=once((0.1, 0.3, 0.5)), csat=once((3, 5, 7)),
+                   single=(("balanced", "pgd", once("0123456789")),), metrics="entropy svar vog",
+                   prefix="quick-", flags=SHORT_EVALUATION),
+    "digits0-4": Data("digits", "digits0-4", 5, random=2, esat=once((0.1, 0.3, 0.5)), csat=once((1, 2, 3)),
+                      prefix="quick-", flags=SHORT_EVALUATION),
     # Three seeds where a verdict depends on them.
-    "cifar10-cpu": Data(
-        "cifar10-cpu", "cifar10", 10, baselines=3, esat={0.1: 3, 0.5: 3, 0.3: 1},
-        single=(("balanced", "pgd", seeds([*ENDS, *CIFAR10]) | seeds(ENDS, 3)),
-                ("vanilla", "pgd", seeds(ENDS, 3)), ("balanced", "pgd-authors", seeds(ENDS, 3))),
-        prefix="cpu-"),
-    "cifar100-cpu": Data(
-        "cifar10-cpu", "cifar100", 100, esat={0.3: 1, 0.1: 1}, csat={10: 3, 30: 3}, metrics="entropy",
-        prefix="cpu-"),
+    "cifar10-cpu": Data("cifar10-cpu", "cifar10", 10, baselines=3, esat={0.1: 3, 0.5: 3, 0.3: 1},
+                        single=(("balanced", "pgd", {c: 3 if c in ENDS else 1 for c in [*ENDS, *CIFAR10]}),
+                                ("vanilla", "pgd", {c: 3 for c in ENDS}),
+                                ("balanced", "pgd-authors", {c: 3 for c in ENDS})), prefix="cpu-"),
+    "cifar100-cpu": Data("cifar10-cpu", "cifar100", 100, esat={0.3: 1, 0.1: 1}, csat={10: 3, 30: 3},
+                         metrics="entropy", prefix="cpu-"),
     # Another threat model, Linf 8/255, with one seed.
     "cifar10-cpu-linf": Data("cifar10-cpu", "cifar10", 10, esat={0.5: 1}, prefix="cpu-linf-", flags=LINF),
 }
@@ -68,27 +64,17 @@ IMAGES = {"cifar10": 50000, "cifar100": 50000, "imagenet200": 259906, "svhn": 73
           "flowers102": 1020, "digits": 1297, "digits0-4": 649, "digits5-9": 648}
 
 
-@dataclass(frozen=True)
-class Figure:
-    """What the runs of a figure are: every combination of these values, for each amount of A."""
-    split: str                    # esat, csat; single: CSAT on a single class; ranking: no runs
-    orders: tuple = ("hardest",)
-    weights: tuple = ("vanilla",)
-    metrics: tuple = ("entropy",)
-    attacks: tuple = ("pgd",)
-
-
-ORDERS = ("hardest", "easiest", "random")
-FIGURES = {
-    "fig2": Figure("single"),
-    "fig3": Figure("ranking"),
-    "fig5": Figure("csat", ORDERS),
-    "fig6": Figure("esat", ORDERS),
-    "fig7": Figure("csat", weights=("vanilla", "balanced", "emphasis")),
-    "fig8": Figure("esat", ORDERS, weights=("emphasis",)),
-    "fig12": Figure("esat", metrics=("entropy", "svar", "vog")),
-    "fig15": Figure("csat", ORDERS, weights=("emphasis",)),
-    "fig16": Figure("esat", weights=("emphasis",), attacks=("fgsm-rs", "pgd")),
+ORDERS = ["hardest", "easiest", "random"]
+FIGURES = {  # what the runs of a figure are: every combination of these values of flags, for each amount of A
+    "fig2": {"split": "single"},   # CSAT on a single class
+    "fig3": {"split": "ranking"},  # no runs
+    "fig5": {"split": "csat", "order": ORDERS},
+    "fig6": {"split": "esat", "order": ORDERS},
+    "fig7": {"split": "csat", "order": ["hardest"], "weight": ["vanilla", "balanced", "emphasis"]},
+    "fig8": {"split": "esat", "order": ORDERS, "weight": ["emphasis"]},
+    "fig12": {"split": "esat", "order": ["hardest"], "metric": ["entropy", "svar", "vog"]},
+    "fig15": {"split": "csat", "order": ORDERS, "weight": ["emphasis"]},
+    "fig16": {"split": "esat", "order": ["hardest"], "weight": ["emphasis"], "attack": ["fgsm-rs", "pgd"]},
 }
 FIGURES |= {"fig4": FIGURES["fig5"], "fig13": FIGURES["fig5"], "fig14": FIGURES["fig8"]}  # of the same runs
 SECTIONS = {  # section: [(source, targets of the transfer, figures)]
@@ -115,25 +101,26 @@ class Stage:
     arguments: list
 
 
-USUAL = {"weight": "vanilla", "metric": "entropy", "attack": "pgd"}
+USUAL = {"weight": "vanilla", "metric": "entropy", "attack": "pgd"}  # what a figure does not say
 
 
 def runs_of(data, figure):
     """Yields the runs of a figure, each as its flags of sat.py {flag: value}, baselines left out."""
-    if figure.split == "single":
+    split = figure["split"]
+    if split == "single":
         for weight, attack, classes in data.single:
             others = {} if attack == "pgd" else {"attack": attack}
             for c, n in classes.items():
                 for seed in range(n):
                     yield {"split": "csat", "classes": c, "weight": weight, "seed": seed, **others}
         return
-    amounts, flag = (data.csat, "size") if figure.split == "csat" else (data.esat, "frac")
-    for values in itertools.product(figure.weights, figure.metrics, figure.attacks):
+    amounts, amount_flag = (data.csat, "size") if split == "csat" else (data.esat, "frac")
+    for values in itertools.product(*(figure.get(flag, [usual]) for flag, usual in USUAL.items())):
         others = {flag: value for flag, value in zip(USUAL, values) if value != USUAL[flag]}
         for amount, n in amounts.items():
-            for order in figure.orders:
+            for order in figure["order"]:
                 for seed in range(max(n, data.random) if order == "random" else n):
-                    yield {"split": figure.split, flag: amount, "order": order, "seed": seed, **others}
+                    yield {"split": split, amount_flag: amount, "order": order, "seed": seed, **others}
 
 
 def run_name(run):
@@ -150,12 +137,6 @@ def passes_per_example(run, n_classes, steps):
     if run["split"] == "csat":
         share = run.get("size", 1) / n_classes
     return 3 + 2 * share * (1 if run.get("attack") == "fgsm-rs" else steps)
-
-
-@functools.cache
-def config(path):
-    """The content of a config; a thousand stages share a few of them."""
-    return flags.from_yaml(path)
 
 
 def stages(sections, figures, results, extra):
@@ -176,35 +157,31 @@ def figure_stages(source, targets, name, results, extra):
     path = HERE / f"configs/{data.config}.yaml"
     setting = config(path) | extra
     base = ["--config", str(path)]
-    base += [] if data.dataset == setting["dataset"] else ["--dataset", data.dataset]
-    images = IMAGES[data.dataset] * setting["epochs"]
+    base += ["--dataset", data.dataset] if data.dataset != setting["dataset"] else []
+    evaluation, images = data.flags.split(), IMAGES[data.dataset] * setting["epochs"]
     title = f"{source} -> {targets}: {name}" if targets else f"{source}: {name}"
-    if figure.split != "single":
-        passes = 5 if "vog" in data.metrics else 4
+    if figure["split"] != "single":
         yield Stage(f"{source}: ranking (fig3)", "rank.py",
-                    f"{results}/{data.dataset}/rank-{setting['arch']}-seed0", "rank.json", images * passes,
-                    [*base, "--metrics", *data.metrics.split()])
-    if figure.split == "ranking":
+                    f"{results}/{data.dataset}/rank-{setting['arch']}-seed0", "rank.json",
+                    images * (5 if "vog" in data.metrics else 4), [*base, "--metrics", *data.metrics.split()])
+    if figure["split"] == "ranking":
         return
-    baselines = [{"split": split, "seed": seed} for split in ("none", "full") for seed in range(data.baselines)]
+    baselines = [{"split": split, "seed": seed} for split in ("none", "full")
+                 for seed in range(data.baselines)]
     for run in [*baselines, *runs_of(data, figure)]:
         name = data.prefix + run_name(run)
         folder = f"{results}/{data.dataset}/{name}"
-        words = [word for flag, value in run.items() for word in (f"--{flag}", str(value))]
+        words = ["--run", name] if data.prefix else []
+        words += [word for flag, value in run.items() for word in (f"--{flag}", str(value))]
         yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder, "result.json",
                     images * passes_per_example(run, data.n_classes, setting["steps"]),
-                    [*base, *(["--run", name] if data.prefix else []), *words, *data.flags.split()])
+                    [*base, *words, *evaluation])
         for target in targets.split():
-            yield transfer(title, folder, target, f"{data.dataset}-{name}-seed0", data.flags, results, extra)
-
-
-def transfer(title, source, target, name, evaluation, results, extra):
-    """The stage that transfers the run in the folder `source` to a target."""
-    path = HERE / f"configs/transfer/{target}.yaml"
-    setting = config(path) | extra
-    return Stage(title, "transfer.py", f"{results}/{setting['dataset']}/{name}", "result.json",
-                 IMAGES[setting["dataset"]] * setting["epochs"],
-                 [f"{source}/best.pt", "--config", str(path), "--run", name, *evaluation.split()])
+            path = HERE / f"configs/transfer/{target}.yaml"
+            onto, transfer = config(path) | extra, f"{data.dataset}-{name}-seed0"
+            yield Stage(title, "transfer.py", f"{results}/{onto['dataset']}/{transfer}", "result.json",
+                        IMAGES[onto["dataset"]] * onto["epochs"],
+                        [f"{folder}/best.pt", "--config", str(path), "--run", transfer, *evaluation])
 
 
 def overview(listed):

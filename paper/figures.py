@@ -1,5 +1,4 @@
-"""Draws the figures of the report with matplotlib, laid out like the paper's: PNG for web pages, SVG for print.
-"""
+"""Draws the figures of the report, laid out like the paper's: PNG for web pages, SVG for print."""
 import statistics
 import textwrap
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ class Group:
     name: str
     runs: list       # of the lines
     lines: dict      # {line: {|A|: runs}}
-    none: list       # runs without AT
-    full: list       # runs of AT
+    baselines: dict  # {"no AT": runs, "AT": runs}
     published: str   # published.comparable_data
 
 
@@ -124,8 +122,8 @@ def curves(path, title, name, groups, panels):
 
 def draw_baselines(axis, group, kind):
     """Draws AT and no AT as horizontal lines, the paper's as pale ones."""
-    for label, runs, share in (("AT", group.full, 1.0), ("no AT", group.none, 0.0)):
-        if ours := mean(runs, "all", kind):
+    for label, share in (("AT", 1.0), ("no AT", 0.0)):
+        if ours := mean(group.baselines[label], "all", kind):
             axis.axhline(ours[0], color=COLOURS[label], linewidth=1, label=label)
         published = published_accuracy("", group.published, label, share, kind)
         if published is not None:
@@ -220,7 +218,8 @@ def difficulty(path, title, rankings):
             axis.set_xlabel("class, hardest first")
         axis.set_ylim(bottom=0)
         axis.set_ylabel("clean error (%)", color="tab:blue")
-        other.set_ylabel("mean entropy (nats)" if metric == "entropy" else f"mean {metric}", color="tab:green")
+        unit = " (nats)" if metric == "entropy" else ""
+        other.set_ylabel(f"mean {metric}{unit}", color="tab:green")
         other.set_ylim(bottom=min(0, *score))
         other.spines["right"].set_visible(True)
         other.grid(False)
@@ -234,7 +233,8 @@ def cost(path, title, groups, ranking_costs):
     fig, axes = two_columns(len(groups), 4.2, 2.9)
     for axis, ((data, group), runs) in zip(axes, groups.items()):
         for split, (marker, colour, label) in SPLITS.items():
-            points = [(r.cost, mean([r])[0], ranking_costs.get(r.ranking, 0)) for r in runs if r.split == split]
+            points = [(r.cost, mean([r])[0], ranking_costs.get(r.ranking, 0))
+                      for r in runs if r.split == split]
             if points:
                 axis.scatter([x for x, *_ in points], [y for _, y, _ in points], marker=marker, color=colour,
                              label=label, s=24)

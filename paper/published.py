@@ -28,14 +28,12 @@ def published_accuracy(figure, data, line, share, kind):
     return next((accuracy for f, accuracy in value.items() if abs(float(f) - share) < 0.004), None)
 
 
-def fig2_on_b_val(a):
-    """Fig. 2's robust accuracy (percent) on B_val for CSAT on class `a` of CIFAR-10, or None."""
-    return numbers()["fig2"]["robust_B_val"].get(NAMES.get(a, a))
-
-
-def fig2_on_class(a, c):
-    """Fig. 2's robust accuracy (percent) on class `c` for CSAT on class `a` of CIFAR-10, or None."""
+def fig2_accuracy(a, c):
+    """Fig. 2's robust accuracy (percent) on class `c`, or on "B_val", for CSAT on class `a` of CIFAR-10. None
+    for classes that CIFAR-10 does not have."""
     fig2, a, c = numbers()["fig2"], NAMES.get(a, a), NAMES.get(c, c)
+    if c == "B_val":
+        return fig2["robust_B_val"].get(a)
     if not {a, c} <= set(fig2["classes"]):
         return None
     return fig2["robust_rows_are_A"][fig2["classes"].index(a)][fig2["classes"].index(c)]
@@ -69,18 +67,14 @@ def comparable_data(data, setting):
 def differences_from_paper(data, setting):
     """A sentence that lists where our setting differs from the paper's. Empty if it does not, or if the paper
     does not have these data."""
-    def as_text(value):
-        """A flag's value."""
-        return " ".join(map(str, value)) or "none" if isinstance(value, list) else value
-
-    paper = published_setting(data)
-    if not paper:
-        return ""
-    different = [f"{k.replace('_', ' ')} {as_text(v)} ({as_text(paper[k])})" for k, v in setting.items()
-                 if k in paper and paper[k] != v]
-    n = numbers()["data sets"][data.split("->")[0]]["train"]
-    if setting.get("N") != n:
-        different.insert(0, f"N {setting['N']:,} ({n:,})")
+    paper, different = published_setting(data), []
+    if paper:
+        n = numbers()["data sets"][data.split("->")[0]]["train"]
+        different += [f"N {setting['N']:,} ({n:,})"] if setting["N"] != n else []
+    for k in (k for k, v in setting.items() if paper.get(k, v) != v):
+        ours, published = ((" ".join(map(str, v)) or "none") if isinstance(v, list) else v
+                           for v in (setting[k], paper[k]))
+        different.append(f"{k.replace('_', ' ')} {ours} ({published})")
     if not different:
         return ""
     return ("Not the paper's setting, so the differences from it are no reproduction. "

@@ -22,8 +22,8 @@ DESCRIBED = {"norm", "eps", "eval_attacks", "arch", "epochs", "N", "n"}  # in th
 
 @dataclass
 class Run:
-    """A finished run of sat.py or transfer.py. In a transfer, the fields about A and about adversarial
-    training are those of the source run."""
+    """A finished run of sat.py or transfer.py. What is said of A and of training is, in a transfer, its
+    source's."""
     path: str
     data: str          # a data set, or source->target
     transfer: bool
@@ -212,8 +212,8 @@ def ranking_cautions(runs):
         if (n := len({r.ranking for r in same})) > 1:
             cautions.append(f"Caution: the runs by {metric} used {n} different rankings.")
         epochs = same[0].setting["epochs"]
-        cautions += [f"Caution: a ranking by {metric} is of a network of {k} epochs, its runs are of {epochs}."
-                     for k in sorted({r.ranking_epochs for r in same} - {0, epochs})]
+        cautions += [f"Caution: a ranking by {metric} is of a network of {k} epochs, its runs are of "
+                     f"{epochs}." for k in sorted({r.ranking_epochs for r in same} - {0, epochs})]
     return " ".join(cautions)
 
 

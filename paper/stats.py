@@ -61,7 +61,8 @@ def no_at_on_b_val(group, runs):
     values = []
     for r in runs:
         for none in pick(group, split="none") if r.A_classes else []:
-            rest = [c for c, a in none.accuracy["classes"].items() if c not in r.A_classes and a["robust"]["n"]]
+            rest = [c for c, a in none.accuracy["classes"].items()
+                    if c not in r.A_classes and a["robust"]["n"]]
             if rest:
                 values.append(accuracy_on(none, rest))
     return f"{statistics.fmean(values):.1f}" if values else "-"

@@ -3,12 +3,12 @@
 Those that have figures draw them, too, into the folder `out`.
 """
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import flags
 from common import UserError
 from paper import claims, figures
-from paper.published import (NAMES, comparable_data, differences_from_paper, fig2_on_b_val, fig2_on_class,
+from paper.published import (NAMES, comparable_data, differences_from_paper, fig2_accuracy,
                              numbers, published_accuracy)
 from paper.results import counted, grouped, pick, ranking_cautions, result_files
 from paper.stats import cell, mean, no_at_on_b_val, seeds
@@ -27,32 +27,31 @@ class Curves:
     name: str
     title: str
     split: str
-    panels: list            # [(part, kind)]
-    lines: str = "order"    # what differs between its lines
+    panels: list          # [(part, kind)]
+    lines: str = "order"  # what differs between its lines
     transfer: bool = False
-    same: dict = field(default_factory=dict)  # what else its runs have in common
 
     def runs_of(self, runs):
-        """The runs that the figure shows, baselines left out."""
-        usual = {"metric": "entropy", "weight": "emphasis" if self.transfer else "vanilla", "attack": "pgd"}
-        values = {**usual, **self.same, "split": self.split, "transfer": self.transfer}
-        values.pop(self.lines, None)
-        return [r for r in pick(runs, **values) if r.order != "named"]
+        """The runs that the figure shows, baselines left out. Those of transfers have emphasis (Sec. 4.3)."""
+        usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
+                 "weight": "emphasis" if self.transfer else "vanilla"}
+        del usual[self.lines]
+        runs = pick(runs, split=self.split, transfer=self.transfer, **usual)
+        return [r for r in runs if r.order != "named"]
 
 
-HARDEST = {"order": "hardest"}
 CURVES = [
-    Curves("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", "csat", [ROBUST, ("B_val", "robust"), CLEAN]),
+    Curves("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", "csat",
+           [ROBUST, ("B_val", "robust"), CLEAN]),
     Curves("fig13", "Fig. 13: CSAT on all parts", "csat", PARTS),
     Curves("fig6", "Fig. 6: ESAT, A made of single examples", "esat", [ROBUST, CLEAN]),
-    Curves("fig12", "Fig. 12: ESAT by several difficulty metrics", "esat", [ROBUST, CLEAN], "metric",
-           same=HARDEST),
+    Curves("fig12", "Fig. 12: ESAT by several difficulty metrics", "esat", [ROBUST, CLEAN], "metric"),
     Curves("fig7", "Fig. 7: three loss weights, S-CSAT", "csat",
-           [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN], "weight", True, HARDEST),
+           [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN], "weight", transfer=True),
     Curves("fig8", "Fig. 8 and 14: transfer from S-ESAT", "esat", [ROBUST, CLEAN], transfer=True),
     Curves("fig15", "Fig. 15: transfer from S-CSAT", "csat", [ROBUST, CLEAN], transfer=True),
-    Curves("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", "esat", [ROBUST, CLEAN], "attack", True,
-           HARDEST),
+    Curves("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", "esat", [ROBUST, CLEAN], "attack",
+           transfer=True),
 ]
 
 
@@ -84,14 +83,14 @@ def curve_groups(curves, runs):
         lines, baselines = lines_of(in_group, curves.lines), ends.get((data, name), [])
         if set(lines) - ALONE.get(curves.lines, set()):
             groups.append(figures.Group(
-                data, name, in_group, lines, pick(baselines, split="none"), pick(baselines, split="full"),
+                data, name, in_group, lines, {k: pick(baselines, split=v) for k, v in BASELINES.items()},
                 comparable_data(data, in_group[0].setting)))
     return groups
 
 
 def curve_table(curves, group):
     """The table of one group: our accuracies, and the paper's where it has a number."""
-    rows = [("no AT", group.none, 0.0), ("AT", group.full, 1.0)]
+    rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items()]
     rows += [(line, runs, runs[0].share) for line, sizes in group.lines.items() for runs in sizes.values()]
     published = {kind: [published_accuracy(curves.name, group.published, line, share, kind)
                         for line, _, share in rows] for kind in ("robust", "clean")}
@@ -108,8 +107,9 @@ def curve_table(curves, group):
             size = counted(runs[0].size, "class") if runs[0].A_classes else f"{runs[0].size:,}"
             body[-1] = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seeds(runs))]
         body[-1] += [cell(runs, *panel) for panel in curves.panels]
-        body[-1] += [no_at_on_b_val(group.none, runs)] if with_b_val else []
-        body[-1] += [text for kind, values in published.items() for text in beside(runs, "all", kind, values[i])]
+        body[-1] += [no_at_on_b_val(group.baselines["no AT"], runs)] if with_b_val else []
+        for kind, values in published.items():
+            body[-1] += beside(runs, "all", kind, values[i])
     return markdown(head, body)
 
 
@@ -118,7 +118,7 @@ def gaps(group):
     sizes = sorted({size for of_line in group.lines.values() for size in of_line})
     missing = [f"{line} at |A| = {size:,}" for line, of_line in group.lines.items() for size in sizes
                if size not in of_line]
-    missing += [f"the baseline {line}" for line, runs in (("no AT", group.none), ("AT", group.full)) if not runs]
+    missing += [f"the baseline {line}" for line, runs in group.baselines.items() if not runs]
     return f"Missing runs of these lines: {', '.join(missing)}." if missing else ""
 
 
@@ -148,11 +148,11 @@ def matrix_table(group, classes, single, comparable):
         for c in classes:
             values = [r.accuracy["classes"][c]["robust"]["accuracy"] for r in runs]
             cells.append(f"{100 * statistics.fmean(values):.0f}" if values and None not in values else "-")
-            if comparable and fig2_on_class(a, c) is not None:
-                cells[-1] += f" ({fig2_on_class(a, c)})"
+            if comparable and fig2_accuracy(a, c) is not None:
+                cells[-1] += f" ({fig2_accuracy(a, c)})"
         rows.append([a if runs else f"{a}: no run yet", str(len(runs)), cell(runs, "A_val"),
                      cell(runs, "B_val"), no_at_on_b_val(group, runs),
-                     *beside(runs, "B_val", "robust", fig2_on_b_val(a) if comparable else None),
+                     *beside(runs, "B_val", "robust", fig2_accuracy(a, "B_val") if comparable else None),
                      cell(runs), *cells])
     for line, split in BASELINES.items():
         base = pick(group, split=split)
@@ -162,21 +162,22 @@ def matrix_table(group, classes, single, comparable):
     return markdown([*head, *(f"on {c} %" for c in classes)], rows)
 
 
-def authors_attack_table(single, single_authors):
+def authors_attack_table(single, authors):
     """The runs with the training attack of the authors' code beside those of the same A with plain PGD."""
     rows = [[a, attack, str(seeds(runs)), *(cell(runs, part) for part in ("A_val", "B_val", "all"))]
-            for a in single_authors
-            for attack, runs in (("pgd", single.get(a, [])), ("pgd-authors", single_authors[a]))]
-    return markdown(["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %"], rows)
+            for a in authors for attack, runs in (("pgd", single.get(a, [])), ("pgd-authors", authors[a]))]
+    head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %"]
+    return markdown(head, rows)
 
 
 def matrix_section(runs, out):
     """Fig. 2: bars for A_val and B_val, and the robust accuracies class by class."""
     title, text, i = "Fig. 2: CSAT on a single class", [], 0
     for (data, name), in_group in grouped(pick(runs, transfer=False), "data", "group").items():
-        group, authors = pick(in_group, attack="pgd"), pick(in_group, attack="pgd-authors")
+        group = pick(in_group, attack="pgd")
         for weight, formula in claims.FIG2.items():
-            single = claims.single_classes(pick(group, weight=weight))
+            single, authors = (claims.single_classes(pick(in_group, weight=weight, attack=attack))
+                               for attack in ("pgd", "pgd-authors"))
             if not single:
                 continue
             i += 1
@@ -190,9 +191,9 @@ def matrix_section(runs, out):
                      matrix_table(group, classes, single, comparable),
                      claims.agreement_with_fig2(classes, single) if comparable else "",
                      differences_from_paper(data, setting)]
-            if single_authors := claims.single_classes(pick(authors, weight=weight)):
+            if authors:
                 text += ["With the training attack of the authors' code, beside PGD:",
-                         authors_attack_table(single, single_authors)]
+                         authors_attack_table(single, authors)]
     return [f"## {title}", *(text or ["No runs yet."])]
 
 

@@ -1,4 +1,4 @@
-"""The paper's figures: the list of runs and what makes them; accuracies, contrasts, verdicts, tables, figures."""
+"""The paper's figures: their runs and what makes these; accuracies, contrasts, verdicts, tables, figures."""
 import functools
 import json
 import math
@@ -29,8 +29,8 @@ import transfer
 from common import UserError
 from conftest import HERE
 from paper import claims, experiments, figures, results, stats, tables
-from paper.published import (comparable_data, differences_from_paper, fig2_on_class, numbers,
-                             published_accuracy, published_setting)
+from paper.published import (comparable_data, differences_from_paper, numbers, published_accuracy,
+                             published_setting)
 
 CLASSES = experiments.CIFAR10
 FIG6 = next(c for c in tables.CURVES if c.name == "fig6")
@@ -65,8 +65,8 @@ def run(split, right, clean=None, A=5000, A_classes=(), seed=0, **values):
         accuracy["B_val"] = part([c not in A_classes for c in CLASSES])
     plain = {"path": f"{split}-{A}-{seed}", "data": "cifar10", "transfer": False, "setting": SETTING,
              "precision": "float32", "order": "hardest", "metric": "entropy", "weight": "vanilla",
-             "attack": "pgd", "head_seed": 0, "N": 50000, "w_A": 1.0, "n_classes": 10, "cost": A, "ranking": "",
-             "ranking_epochs": 0, "weights": f"{split}{A}{seed}", "group": "g"}
+             "attack": "pgd", "head_seed": 0, "N": 50000, "w_A": 1.0, "n_classes": 10, "cost": A,
+             "ranking": "", "ranking_epochs": 0, "weights": f"{split}{A}{seed}", "group": "g"}
     return results.Run(split=split, A=A, A_classes=list(A_classes), seed=seed, accuracy=accuracy,
                        **plain | values)
 
@@ -105,15 +105,15 @@ def test_paired_contrast_by_hand():
     """Two single runs: the paired interval from the differences example by example."""
     rng = np.random.default_rng(0)
     a, b = rng.random(100) < 0.6, rng.random(100) < 0.4
-    found = stats.contrast([(1, [run("full", a)], None), (-1, [run("none", b)], None)], [])
+    interval = stats.contrast([(1, [run("full", a)], None), (-1, [run("none", b)], None)], [])
     d = a.astype(float) - b
-    assert found[0] == pytest.approx(100 * d.mean())
-    assert half_width(found) == pytest.approx(100 * 1.98422 * d.std(ddof=1) / 10, rel=1e-3)
+    assert interval[0] == pytest.approx(100 * d.mean())
+    assert half_width(interval) == pytest.approx(100 * 1.98422 * d.std(ddof=1) / 10, rel=1e-3)
     others = [c for c in CLASSES if c != "cat"]  # only the examples of these count
-    found = stats.contrast([(1, [run("full", a)], others), (-1, [run("none", b)], others)], [])
+    interval = stats.contrast([(1, [run("full", a)], others), (-1, [run("none", b)], others)], [])
     rest = np.delete(d.reshape(10, 10), 3, 0)
-    assert found[0] == pytest.approx(100 * rest.mean())
-    assert half_width(found) == pytest.approx(100 * 1.984 * rest.std() / math.sqrt(90), rel=0.02)
+    assert interval[0] == pytest.approx(100 * rest.mean())
+    assert half_width(interval) == pytest.approx(100 * 1.984 * rest.std() / math.sqrt(90), rel=0.02)
 
 
 def test_contrast_of_seeds_by_hand():
@@ -154,7 +154,7 @@ def test_the_noise_of_training_is_that_of_the_same_classes():
 
 
 def clean_and_robust():
-    """Two settings of three seeds: the robust accuracy is always 50 %, the clean one has a deviation of 10."""
+    """Two settings of three seeds: robust accuracy is always 50 %, clean accuracy has a deviation of 10."""
     return [[run(split, first(0.5, 1000), clean=first(middle + 0.1 * (seed - 1), 1000), seed=seed)
              for seed in range(3)] for split, middle in (("full", 0.7), ("none", 0.4))]
 
@@ -162,8 +162,9 @@ def clean_and_robust():
 @pytest.mark.parametrize("kind,between", [("robust", 0), ("clean", 100)])
 def test_a_contrast_has_its_own_noise_and_squared_weights(kind, between):
     a, b = clean_and_robust()
-    difference = sum(weight * np.mean([np.concatenate([r.right(kind, c) for c in CLASSES]) for r in runs], axis=0)
-                     for weight, runs in ((1, a), (-0.5, b)))
+    rights = [np.mean([np.concatenate([r.right(kind, c) for c in CLASSES]) for r in runs], axis=0)
+              for runs in (a, b)]
+    difference = rights[0] - 0.5 * rights[1]
     test, training = 1e4 * np.var(difference, ddof=1) / 1000, 1.25 * between / 3
     df = (test + training)**2 / (training**2 / 4 + test**2 / 999)
     assert half_width(stats.contrast([(1, a, None), (-0.5, b, None)], [*a, *b], kind)) == pytest.approx(
@@ -194,12 +195,12 @@ def test_heads_on_one_network_are_no_seeds():
     assert stats.cell(two) == "50.0 (2 heads)"
 
 
-def test_noise_is_counted_where_no_setting_has_room_for_it():
+def test_settings_near_0_count_only_if_no_other_has_several_seeds():
     low = [run("esat", first(share, 1000), seed=seed) for seed, share in enumerate((0.01, 0.03))]
     high = [run("full", first(share, 1000), A=50000, seed=seed) for seed, share in enumerate((0.5, 0.6))]
     assert stats.noise(low).variance == pytest.approx(2)
     assert stats.noise(low).df == 1
-    assert stats.noise([*low, *high]).variance == pytest.approx(50), "only where there is room for it"
+    assert stats.noise([*low, *high]).variance == pytest.approx(50)
 
 
 # --- verdicts and claims ------------------------------------------------------------------------------------
@@ -228,7 +229,8 @@ def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, training, tes
         if draw % 5 == 0:  # new ones for every draw would take long
             others = [r for A in range(3, 10) for r in three(A, 0.0, easy)]
         one, other = (CLASSES[1:], CLASSES[:-1]) if draw % 2 else (None, None)
-        interval = stats.contrast([(1, sides[0], one), (-1, sides[1], other)], [*sides[0], *sides[1], *others])
+        pool = [*sides[0], *sides[1], *others]
+        interval = stats.contrast([(1, sides[0], one), (-1, sides[1], other)], pool)
         holds += claims.verdict("above", interval, *sides) == "holds"
     assert least <= holds <= most
 
@@ -265,7 +267,8 @@ def everything():
             runs.append(single(c, fixed(robust), seed=seed, weight=weight))
         to = {"transfer": True, "data": "cifar100->cifar10", "n_classes": 100, "seed": seed}
         for weight, robust in (("vanilla", 0.1), ("balanced", 0.3), ("emphasis", 0.37)):
-            runs.append(run("csat", fixed(robust), A_classes=[f"c{i}" for i in range(10)], weight=weight, **to))
+            ten = [f"c{i}" for i in range(10)]
+            runs.append(run("csat", fixed(robust), A_classes=ten, weight=weight, **to))
         runs += [run("full", fixed(0.42), A=50000, **to),
                  run("esat", fixed(0.42), A=15000, weight="emphasis", **to)]
     return runs
@@ -277,8 +280,8 @@ def by_claim(rows, column):
 
 
 def test_claims_get_the_verdict_of_their_interval():
-    found = claims.claims(everything())
-    (rows, noise), (transferred, _) = found["cifar10", "g"], found["cifar100->cifar10", "g"]
+    (rows, noise), (transferred, _) = (claims.claims(everything())[data, "g"]
+                                       for data in ("cifar10", "cifar100->cifar10"))
     assert by_claim([*rows, *transferred], 3) == {
         f"(a) {BALANCED}": "holds: 2 classes", "(a) 1": "holds: 2 classes",
         f"(b) {BALANCED}": "holds", "(b) 1": "open", "(c) robustness": "holds",
@@ -356,7 +359,8 @@ def test_effects_of_A_are_those_of_an_additive_table():
 
 
 def test_claims_on_classes_without_examples():
-    three, none = [single(c, first(0.3)) for c in ("cat", "automobile", "dog")], [run("none", first(0.1), A=0)]
+    three = [single(c, first(0.3)) for c in ("cat", "automobile", "dog")]
+    none = [run("none", first(0.1), A=0)]
     for r in (*three, *none):
         r.accuracy["classes"]["frog"]["robust"] = {"n": 0, "accuracy": None, "low": None, "high": None,
                                                    "right": ""}
@@ -391,16 +395,12 @@ def test_class_order_is_compared_with_the_papers():
     ("fig8", "cifar100->cifar10", "easiest", 0.3, "robust", 29.0),
     ("fig8", "cifar100->svhn", "hardest", 0.3, "robust", 22),
     ("fig16", "imagenet200->flowers102", "fgsm-rs", 0.1, "robust", 34.9),
-    ("fig12", "cifar100", "vog", 0.1, "robust", 21.9), ("fig7", "cifar100->cifar10", "vanilla", 0.1, "robust", 8),
+    ("fig12", "cifar100", "vog", 0.1, "robust", 21.9),
+    ("fig7", "cifar100->cifar10", "vanilla", 0.1, "robust", 8),
     ("fig7", "cifar100->cifar10", "vanilla", 0.2, "robust", None),
     ("fig5", "digits", "hardest", 0.5, "robust", None), ("fig5", "cifar10", "no AT", 0.0, "robust", 0)])
 def test_the_papers_numbers(figure, data, line, share, kind, expected):
     assert published_accuracy(figure, data, line, share, kind) == expected
-
-
-def test_the_papers_matrix():
-    assert fig2_on_class("automobile", "airplane") == 28
-    assert fig2_on_class("cat", "own class") is None
 
 
 def test_every_setting_that_is_not_the_papers_is_named():
@@ -457,18 +457,12 @@ def test_other_settings_are_apart_and_repeats_are_no_seeds(pipeline, tmp_path, c
 
 
 def test_float32_wins_over_bf16_and_groups_name_bf16():
-    runs = [run("full", first(0.5), seed=s, precision=p, A=50000) for s in range(3) for p in ("bf16", "float32")]
+    runs = [run("full", first(0.5), seed=s, precision=p, A=50000)
+            for s in range(3) for p in ("bf16", "float32")]
     assert {r.precision for r in results.without_repeats(runs)} == {"float32"}
     mixed = [runs[0], runs[2], runs[5]]
     results.name_groups(mixed)
     assert {r.group for r in mixed} == {f"{results.setting_as_text(SETTING)}, 2 of 3 runs trained in bf16"}
-
-
-def test_groups_of_other_settings_have_other_names():
-    """Digits that also stand elsewhere in a name do not make two settings one."""
-    runs = [run("full", first(0.5), setting={**SETTING, "steps": steps}, A=50000) for steps in (1, 5)]
-    results.name_groups(runs)
-    assert len({r.group for r in runs}) == 2
 
 
 def published_transfer():
@@ -518,28 +512,19 @@ def test_tables_of_curves(tmp_path):
     text = "\n".join(tables.curve_section(runs, tmp_path, FIG6))
     for line in ("| hardest | 25,000 | 0.50 | 1 | 1 | 60.0 [50.2, 69.1] | 100.0 [96.3, 100.0] "
                  "| 66.4 | -6.4 | 89.3 | +10.7 |",
-                 "| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 | 64.5 | -14.5 | 91.0 | +9.0 |",
+                 "| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 | 64.5 | -14.5 | 91.0 |",
                  "| AT | 50,000 | 1.00 | 1 | 1 | 70.0 [60.4, 78.1] |", "| no AT | no run yet |",
                  "Missing runs of these lines: random at |A| = 5,000, the baseline no AT."):
         assert line in text
     assert "Not the paper's setting" not in text
 
 
-def test_a_line_alone_is_shown_where_no_other_figure_shows_it(tmp_path):
-    fig12 = next(c for c in tables.CURVES if c.name == "fig12")
-    for metric, expected in (("entropy", "No runs yet that compare them."), ("svar", "| svar |"),
-                             ("own 0f25", "| own 0f25 |")):
-        runs = [run("esat", first(0.5), metric=metric)]
-        assert expected in "\n".join(tables.curve_section(runs, tmp_path, fig12))
-
-
 def test_the_authors_attack_stands_beside_pgd_and_in_no_other_table(tmp_path):
     """Neither the claims nor the pooled noise nor Fig. 2's own table change."""
     plain = [r for r in everything() if not r.transfer]
-    more = [single("cat", first(0.9, 1000), weight="balanced", attack="pgd-authors", seed=s) for s in range(3)]
-    (rows, noise), (others, more_noise) = (claims.claims(runs)["cifar10", "g"] for runs in (plain, plain + more))
-    assert others == rows
-    assert more_noise == noise
+    more = [single("cat", first(0.9, 1000), weight="balanced", attack="pgd-authors", seed=s)
+            for s in range(3)]
+    assert claims.claims(plain + more) == claims.claims(plain)
     before, after = (tables.matrix_section(runs, tmp_path) for runs in (plain, plain + more))
     added = [text for text in after if text not in before]
     assert [text for text in after if text in before] == before
@@ -548,13 +533,9 @@ def test_the_authors_attack_stands_beside_pgd_and_in_no_other_table(tmp_path):
     assert tables.matrix_section(more, tmp_path) == ["## Fig. 2: CSAT on a single class", "No runs yet."]
 
 
-def test_names_that_the_font_lacks_are_drawn_as_numbers():
-    assert figures.drawable(["cat", "猫", "été"]) == ["cat", "#1", "été"]
-
-
 def test_pale_baselines_alone_are_named_in_the_legend(tmp_path):
     name = "linf eps 0.0313725, AutoAttack's apgd-ce and apgd-t, n = 1,000"  # 60 columns end after "n ="
-    group = figures.Group("cifar10", name, [], {}, [], [], "cifar10")
+    group = figures.Group("cifar10", name, [], {}, {"no AT": [], "AT": []}, "cifar10")
     figures.curves(tmp_path / "f", "title", "none", [group], [("all", "robust")])
     drawn = (tmp_path / "f.svg").read_text()
     assert figures.PALE in drawn
@@ -602,7 +583,8 @@ def test_report_of_a_pipeline(pipeline):
     assert evaluation["run"].startswith("digits0-4/")
     assert evaluation["threat model"].startswith("l2 eps")
     drawn = {path.name for path in (pipeline / "figures").iterdir()}
-    assert {f"{name}.{ending}" for name in ("fig3", "fig5", "fig8", "fig13") for ending in ("png", "svg")} <= drawn
+    assert {f"{name}.{ending}" for name in ("fig3", "fig5", "fig8", "fig13")
+            for ending in ("png", "svg")} <= drawn
     assert "fig2.png" not in drawn
 
 
@@ -629,25 +611,19 @@ def dry_run(*argv, **env):
             {row[0].strip(): [int(v) for v in row[1:4]] for row in rows})
 
 
-# [runs of sat.py, transfers], each: (hardest + easiest + random subsets) x nine sizes, unless said
+# [runs of sat.py, transfers, new ones]. Runs: (hardest + easiest + random subsets) x nine sizes.
 COUNTS = {
-    "cifar10: baselines": [2, 0], "cifar10: fig2": [10 + 2, 0],  # one run a class, and two with w_A = 1
-    "cifar100: baselines": [2, 0], "cifar100: fig12": [9 * 3, 0],  # hardest, three metrics
-    "imagenet200: baselines": [2, 0],
-    **{f"cifar10: fig{k}": [9 * (2 + 10), 0] for k in (4, 5, 6, 13)},
-    **{f"cifar100: fig{k}": [9 * (2 + 5), 0] for k in (5, 6, 13)},
-    **{f"imagenet200: fig{k}": [9 * (2 + 3), 0] for k in (5, 6, 13)},
-    **{f"{data}: ranking (fig3)": [1, 0] for data in ("cifar10", "cifar100", "imagenet200")},
-    # hardest, three weights; + 2: the transfers of both baselines
-    "cifar100 -> cifar10: fig7": [9 * 3, 9 * 3 + 2],
-    **{f"cifar100 -> {figure}": [9 * (2 + 5), 9 * (2 + 5) + 2]
-       for figure in ("cifar10: fig8", "svhn: fig14", "cifar10: fig15")},
-    "cifar100 -> cifar10: fig16": [9 * 2, 9 * 2 + 2],  # hardest, PGD-7 and FGSM-RS
-    **{f"imagenet200 -> caltech256 flowers102: fig{k}": [9 * (2 + 3), 2 * (9 * (2 + 3) + 2)] for k in (8, 15)},
-    "imagenet200 -> caltech256 flowers102: fig16": [9 * 2, 2 * (9 * 2 + 2)]}  # two targets
-NEW = {"cifar10: fig5": 0, "cifar10: fig13": 0, "cifar100: fig12": 18, "cifar100 -> cifar10: fig16": 9 + 9,
-       "cifar100 -> svhn: fig14": 63 + 2, "cifar100 -> cifar10: fig7": 18 + 27 + 2,
-       "cifar100 -> cifar10: fig15": 54 + 54}
+    "cifar10: baselines": [2, 0, 2],
+    "cifar10: fig2": [10 + 2, 0, 12],  # one run a class, and two with w_A = 1
+    "cifar10: fig4": [9 * (2 + 10), 0, 108], "cifar10: fig5": [108, 0, 0], "cifar10: fig13": [108, 0, 0],
+    "cifar100: fig6": [9 * (2 + 5), 0, 63],
+    "cifar100: fig12": [9 * 3, 0, 18],  # hardest, three metrics
+    "imagenet200: fig6": [9 * (2 + 3), 0, 45],
+    "cifar100 -> cifar10: fig7": [9 * 3, 27 + 2, 18 + 27 + 2],  # hardest, three weights; + 2: the baselines
+    "cifar100 -> cifar10: fig15": [63, 63 + 2, 54 + 54],
+    "cifar100 -> cifar10: fig16": [9 * 2, 18 + 2, 9 + 9],  # hardest, PGD-7 and FGSM-RS
+    "cifar100 -> svhn: fig14": [63, 63 + 2, 63 + 2],
+    "imagenet200 -> caltech256 flowers102: fig16": [9 * 2, 2 * (18 + 2), 9 + 18]}  # two targets
 
 
 @pytest.fixture
@@ -658,8 +634,7 @@ def fast_configs(monkeypatch):
 
 def test_every_run_of_the_paper_is_listed_once(fast_configs):
     commands, rows = dry_run("cifar10", "cifar100", "imagenet200", "transfer")
-    assert {k: v[:2] for k, v in rows.items()} == COUNTS
-    assert {k: rows[k][2] for k in NEW} == NEW
+    assert {k: rows[k] for k in COUNTS} == COUNTS
     runs = [sat.command_line(argv) for name, argv in commands if name == "sat.py"]
     assert len({sat.run_folder(r)[0] for r in runs}) == len(runs)
     assert all(r.run is None for r in runs)
@@ -676,7 +651,8 @@ def test_every_run_of_the_paper_is_listed_once(fast_configs):
                     assert kinds[data, split, order, "entropy", weight, "pgd"] == {
                         (amount, seed) for amount in amounts for seed in range(n)}
         if data != "cifar10":
-            assert kinds[data, "esat", "hardest", "entropy", "emphasis", "fgsm-rs"] == {(s, 0) for s in tenths}
+            assert kinds[data, "esat", "hardest", "entropy", "emphasis", "fgsm-rs"] == {
+                (s, 0) for s in tenths}
     assert kinds["cifar100", "csat", "hardest", "entropy", "balanced", "pgd"] == {
         (s, 0) for s in range(10, 100, 10)}
     assert kinds["cifar100", "esat", "hardest", "vog", "vanilla", "pgd"] == {(s, 0) for s in tenths}
@@ -755,7 +731,7 @@ def test_extra_flags_change_costs_and_not_the_names(monkeypatch, capsys, fast_co
     folders = [sat.run_folder(sat.command_line(w))[0].name for w in words]
     assert folders[:3] == ["none-seed0", "full-seed0", "csat-airplane-balanced-seed0"]
     assert all(sat.command_line(w).epochs == 40 for w in words)
-    plain, other = ({stage.folder: stage.cost for stage in experiments.stages(["transfer"], ["fig16"], "r", extra)}
+    plain, other = ({s.folder: s.cost for s in experiments.stages(["transfer"], ["fig16"], "r", extra)}
                     for extra in ({}, {"epochs": 2, "steps": 1}))
     assert plain["r/cifar100/esat-hardest-0.5-emphasis-seed0"] == 50000 * 200 * 10
     assert other["r/cifar100/esat-hardest-0.5-emphasis-seed0"] == 50000 * 2 * 4
@@ -837,22 +813,13 @@ def test_run_all_that_was_killed_is_taken_over_at_once(tmp_path):
     the rest."""
     go = stub(tmp_path, 'if "csat-3-balanced-seed0" in name: time.sleep(3)')
     one = go("digits", "fig2", start=subprocess.Popen)
-    while not (tmp_path / "calls").exists() or "csat-3-balanced-seed0" not in (tmp_path / "calls").read_text():
+    noted = tmp_path / "calls"
+    while not noted.exists() or "csat-3-balanced-seed0" not in noted.read_text():
         time.sleep(0.05)
     one.kill()
     done = go("digits", "fig2")
     assert done.returncode == 0, done.stderr
     assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == 12
-
-
-@pytest.mark.slow
-def test_extra_flags_reach_the_scripts_that_have_them(tmp_path):
-    go = stub(tmp_path)
-    assert go("digits", "fig8", "fig6", EXTRA="--epochs 2 --eval-n 20 --no-compile").returncode == 0
-    for line in calls(tmp_path):
-        assert "--epochs 2" in line
-        assert "--no-compile" in line
-        assert ("--eval-n 20" in line) == ("rank.py" not in line)
 
 
 def test_glibc_keeps_memory_unless_the_user_says_otherwise(monkeypatch):
@@ -882,8 +849,8 @@ def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(PGDL2=PGDL2))
     bench.main(["--side", "8", "--batch-size", "8", "--repeats", "1", "--amp", "bf16", "--threads", "1",
-                "--json", str(tmp_path / "bench" / "b.json")])
-    rows = {r["step"]: r for r in json.loads((tmp_path / "bench" / "b.json").read_text())["steps"]}
+                "--json", str(tmp_path / "b.json")])
+    rows = {r["step"]: r for r in json.loads((tmp_path / "b.json").read_text())["steps"]}
     model = {"|A|/N = 0": 3 / 17, "|A|/N = 0.1": 4.4 / 17, "|A|/N = 0.5": 10 / 17, "|A|/N = 1": 1,
              bench.NAIVE: 24 / 17, bench.PEER: 1}
     assert {step: r["cost model"] for step, r in rows.items()} == {
@@ -899,7 +866,8 @@ def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
 
 def test_picture_of_A_and_B(pipeline, tmp_path, monkeypatch):
     drawn, draw_row = [], picture.draw_row
-    monkeypatch.setattr(picture, "draw_row", lambda axes, *a: (draw_row(axes, *a), drawn.append((axes, *a[:2]))))
+    monkeypatch.setattr(picture, "draw_row",
+                        lambda axes, *a: (draw_row(axes, *a), drawn.append((axes, *a[:2]))))
     picture.main([str(pipeline / "digits0-4" / "b" / "best.pt"), "--out", str(tmp_path / "p.png")])
     in_A = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())["A_classes"]
     assert [part for _, part, _ in drawn] == ["A", "B"]
