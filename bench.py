@@ -109,8 +109,7 @@ class Steps:
         others = [(NAIVE, 3 + 3 * n, functools.partial(naive_attack, self.plain, n))]
         with contextlib.suppress(ImportError):
             import torchattacks
-            peer = torchattacks.PGDL2(self.plain, eps=0.5, alpha=0.1, steps=n, random_start=False)
-            others.append((PEER, 3 + 2 * n, peer))
+            others.append((PEER, 3 + 2 * n, torchattacks.PGDL2(self.plain, 0.5, 0.1, n, random_start=False)))
         kinds = [(kind, amp, False) for kind, amp in {"float32": "off", precision: self.args.amp}.items()]
         if self.args.compile:
             kinds.append((f"{precision}, --compile", self.args.amp, True))
@@ -135,7 +134,7 @@ def timed(run, device):
 
 def measure(steps, args, device):
     """Times the steps in turn, round after round, so that a drift of the machine's speed affects all alike.
-    Returns a row for each, {column: value}, of medians over the rounds."""
+    Returns a row for each: {column: median over the rounds}."""
     todo, rows = list(steps.variants()), []
     times = numpy.array([[timed(run, device) for *_, run in todo]
                          for _ in common.progress(range(args.repeats + 1), desc="rounds")])
@@ -151,12 +150,6 @@ def measure(steps, args, device):
     return rows
 
 
-def table(rows):
-    """The rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|A|", "\\|A\\|") for line in lines)
-
-
 def main(argv=None):
     """Times the steps, prints the table, and writes it with --json."""
     args = command_line(argv)
@@ -165,10 +158,10 @@ def main(argv=None):
                f"augmentation included, {common.device_name(device)}")
     say(f"one training step: {setting}, medians of {args.repeats} rounds\n")
     rows = measure(Steps(args, device), args, device)
-    say(table(rows))
+    for line in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
+        say(f"| {' | '.join(map(str, line))} |".replace("|A|", "\\|A\\|"))
     if args.json:
-        write_json(args.json, {"setting": setting, "rounds": args.repeats, "torch": torch.__version__,
-                               "steps": rows})
+        write_json(args.json, {"setting": setting, "torch": torch.__version__, "steps": rows})
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ Files in: a checkpoint whose A is made of classes, the data. Files out: picture.
 from pathlib import Path
 
 import common  # first, so that Ctrl-C while torch loads ends in one line
-import matplotlib
 import torch
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 import attacks
 import data as data_
@@ -19,7 +18,6 @@ import flags
 from common import UserError, say
 from runs import atomic
 
-matplotlib.use("Agg")
 STEPS = 50  # of PGD, each of size eps / 10
 
 
@@ -36,8 +34,7 @@ def command_line(argv=None):
 
 
 def first_right(model, data, classes, device):
-    """The first final test example of `classes` that the network classifies correctly, with its label.
-    UserError if there is none."""
+    """The first final test example of `classes` that the network gets right, with its label."""
     index = data_.selection_and_final(len(data.test))[1]
     index = index[torch.isin(data.test.y[index], classes)]
     for x, y, _ in data_.plain_batches(data.test, index, 50, device):
@@ -53,16 +50,15 @@ def draw_row(axes, part, example, data, model, args, magnify):
     """Attacks an example, ((1, C, H, W), label (1,)), and draws, in three axes, the clean image, the
     perturbation (times `magnify`, around grey) and the adversarial image."""
     x, y = example
-    eps = args["eps"]
-    adv = attacks.pgd(model, x, y, eps=eps, step_size=eps / 10, steps=STEPS, norm=args["norm"])
+    settings = {"eps": args["eps"], "step_size": args["eps"] / 10, "norm": args["norm"]}
+    adv = attacks.pgd(model, x, y, steps=STEPS, **settings)
     with torch.no_grad():
         probability, predicted = model(torch.cat([x, adv])).softmax(1).max(1)
     before, after = (f"{data.classes[c]}, {100 * p:.0f} %" for c, p in zip(predicted, probability))
+    delta = adv - x
     for axis, image, title, label in (
-            (axes[0], x, "clean", before),
-            (axes[1], 0.5 + magnify * (adv - x), f"perturbation × {magnify:g}",
-             f"L2 norm {(adv - x).norm():.2f}"),
-            (axes[2], adv, "adversarial", after)):
+            (axes[0], x, "clean", before), (axes[2], adv, "adversarial", after),
+            (axes[1], 0.5 + magnify * delta, f"perturbation × {magnify:g}", f"L2 norm {delta.norm():.2f}")):
         pixels = image[0].clamp(0, 1).permute(1, 2, 0).squeeze(2).cpu().numpy()
         axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
@@ -88,14 +84,13 @@ def main(argv=None):
     data_.check_fingerprint(data, checkpoint["fingerprint"], args.checkpoint)
     model = model.to(device).eval()
     A_classes = checkpoint["A_classes"] or (data.classes if made["split"] == "full" else [])
-    parts = {"A": [i for i, c in enumerate(data.classes) if c in A_classes],
-             "B": [i for i, c in enumerate(data.classes) if c not in A_classes]}
-    parts = {part: classes for part, classes in parts.items() if classes}
-    fig, axes = pyplot.subplots(len(parts), 3, figsize=(6.3, 2.4 * len(parts) + 0.5), squeeze=False,
-                                layout="constrained")
-    for line, (part, classes) in zip(axes, parts.items()):
-        example = first_right(model, data, torch.tensor(classes), device)
-        draw_row(line, part, example, data, model, made, args.magnify)
+    parts = {}
+    for i, c in enumerate(data.classes):
+        parts.setdefault("A" if c in A_classes else "B", []).append(i)
+    fig = Figure(figsize=(6.3, 2.4 * len(parts) + 0.5), layout="constrained")
+    for axes, part in zip(fig.subplots(len(parts), 3, squeeze=False), sorted(parts)):
+        example = first_right(model, data, torch.tensor(parts[part]), device)
+        draw_row(axes, part, example, data, model, made, args.magnify)
     A = "+".join(checkpoint["A_classes"] or [made["split"]])
     fig.suptitle(f"{data.name}, A = {A}\nPGD-{STEPS}, {made['norm']} eps {made['eps']:g}; {made['arch']}, "
                  f"epoch {checkpoint['epoch']}", fontsize=9)

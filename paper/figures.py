@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy
+from matplotlib import font_manager, ft2font
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import font_manager, ft2font, pyplot  # noqa: E402  (the backend must be set first)
-
-from paper.published import published_accuracy  # noqa: E402
-from paper.stats import mean  # noqa: E402
-from runs import atomic  # noqa: E402
+from paper.published import published_accuracy
+from paper.stats import mean
+from runs import atomic
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5,
          "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -44,9 +43,9 @@ class Group:
 
 def canvas(rows, columns, width, height, **options):
     """A grid of panels of `width` x `height` inches each: (figure, axes (rows, columns))."""
-    pyplot.rcParams.update(STYLE)
-    return pyplot.subplots(rows, columns, figsize=(width * columns, height * rows + 0.5), squeeze=False,
-                           layout="constrained", **options)
+    matplotlib.rcParams.update(STYLE)
+    fig = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 
 def two_columns(n, width, height):
@@ -70,7 +69,6 @@ def write(fig, path, title):
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic(f"{path}.png", lambda f: fig.savefig(f, format="png", dpi=120))
     atomic(f"{path}.svg", lambda f: fig.savefig(f, format="svg", metadata={"Date": None}))
-    pyplot.close(fig)
 
 
 def drawable(names):
