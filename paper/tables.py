@@ -1,0 +1,282 @@
+"""The sections of the report. Each is a list of paragraphs, of which the first is the heading.
+
+Those that have figures draw them, too, into the folder `out`.
+"""
+import statistics
+from dataclasses import dataclass
+
+import flags
+from common import UserError
+from paper import claims, figures
+from paper.published import (NAMES, comparable_data, differences_from_paper, fig2_accuracy,
+                             numbers, published_accuracy)
+from paper.results import counted, grouped, pick, ranking_cautions, result_files
+from paper.stats import cell, mean, no_at_on_b_val, seeds
+from runs import read_json
+
+ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
+PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
+BASELINES = {"no AT": "none", "AT": "full"}  # line: --split
+# What a figure does not show alone: these runs are in Fig. 6, 8 or 15.
+ALONE = {"metric": {"entropy"}, "attack": {"pgd"}, "weight": {"emphasis"}}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A figure of accuracy against |A|/N."""
+    name: str
+    title: str
+    split: str
+    panels: list          # [(part, kind)]
+    lines: str = "order"  # what differs between its lines
+    transfer: bool = False
+
+    def runs_of(self, runs):
+        """The runs that the figure shows, baselines left out. Those of transfers have emphasis (Sec. 4.3)."""
+        usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
+                 "weight": "emphasis" if self.transfer else "vanilla"}
+        del usual[self.lines]
+        runs = pick(runs, split=self.split, transfer=self.transfer, **usual)
+        return [r for r in runs if r.order != "named"]
+
+
+CURVES = [
+    Curves("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", "csat",
+           [ROBUST, ("B_val", "robust"), CLEAN]),
+    Curves("fig13", "Fig. 13: CSAT on all parts", "csat", PARTS),
+    Curves("fig6", "Fig. 6: ESAT, A made of single examples", "esat", [ROBUST, CLEAN]),
+    Curves("fig12", "Fig. 12: ESAT by several difficulty metrics", "esat", [ROBUST, CLEAN], "metric"),
+    Curves("fig7", "Fig. 7: three loss weights, S-CSAT", "csat",
+           [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN], "weight", transfer=True),
+    Curves("fig8", "Fig. 8 and 14: transfer from S-ESAT", "esat", [ROBUST, CLEAN], transfer=True),
+    Curves("fig15", "Fig. 15: transfer from S-CSAT", "csat", [ROBUST, CLEAN], transfer=True),
+    Curves("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", "esat", [ROBUST, CLEAN], "attack",
+           transfer=True),
+]
+
+
+def markdown(head, rows):
+    """A Markdown table. `head` and each of `rows` are lists of strings."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def lines_of(runs, attribute):
+    """{line: {|A|: [runs of all seeds]}}, |A| (in classes or examples) ascending."""
+    runs = sorted(runs, key=lambda r: (r.size, r.head_seed, r.seed))
+    return {line: {size: same for (size,), same in grouped(of_line, "size").items()}
+            for (line,), of_line in sorted(grouped(runs, attribute).items())}
+
+
+def beside(runs, part, kind, published):
+    """Two cells: the paper's number, and the difference of ours from it."""
+    ours = mean(runs, part, kind)
+    return ["-" if published is None else f"{published:.1f}",
+            "-" if published is None or not ours else f"{ours[0] - published:+.1f}"]
+
+
+# --- figures of accuracy against |A|/N ----------------------------------------------------------------------
+
+def curve_groups(curves, runs):
+    """The groups of runs that a figure compares, each with its baselines."""
+    ends, groups = grouped(pick(runs, transfer=curves.transfer, attack="pgd"), "data", "group"), []
+    for (data, name), in_group in grouped(curves.runs_of(runs), "data", "group").items():
+        lines, baselines = lines_of(in_group, curves.lines), ends.get((data, name), [])
+        if set(lines) - ALONE.get(curves.lines, set()):
+            groups.append(figures.Group(
+                data, name, in_group, lines, {k: pick(baselines, split=v) for k, v in BASELINES.items()},
+                comparable_data(data, in_group[0].setting)))
+    return groups
+
+
+def curve_table(curves, group):
+    """The table of one group: our accuracies, and the paper's where it has a number."""
+    rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items()]
+    rows += [(line, runs, runs[0].share) for line, sizes in group.lines.items() for runs in sizes.values()]
+    published = {kind: [published_accuracy(curves.name, group.published, line, share, kind)
+                        for line, _, share in rows] for kind in ("robust", "clean")}
+    published = {kind: values for kind, values in published.items() if any(v is not None for v in values)}
+    with_b_val = ("B_val", "robust") in curves.panels
+    head = [curves.lines, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"]
+    head += [f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in curves.panels]
+    head += ["no AT on that B %"] if with_b_val else []
+    head += [text for kind in published for text in (f"paper {kind} %", "difference")]
+    body = []
+    for i, (line, runs, share) in enumerate(rows):
+        body.append([line, "no run yet", f"{share:.0f}", "-", "0"])
+        if runs:
+            size = counted(runs[0].size, "class") if runs[0].A_classes else f"{runs[0].size:,}"
+            body[-1] = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seeds(runs))]
+        body[-1] += [cell(runs, *panel) for panel in curves.panels]
+        body[-1] += [no_at_on_b_val(group.baselines["no AT"], runs)] if with_b_val else []
+        for kind, values in published.items():
+            body[-1] += beside(runs, "all", kind, values[i])
+    return markdown(head, body)
+
+
+def gaps(group):
+    """A sentence that lists the missing baselines, and the sizes that only other lines have; may be empty."""
+    sizes = sorted({size for of_line in group.lines.values() for size in of_line})
+    missing = [f"{line} at |A| = {size:,}" for line, of_line in group.lines.items() for size in sizes
+               if size not in of_line]
+    missing += [f"the baseline {line}" for line, runs in group.baselines.items() if not runs]
+    return f"Missing runs of these lines: {', '.join(missing)}." if missing else ""
+
+
+def curve_section(runs, out, curves):
+    """A figure of accuracy against |A|/N and its tables, one for each group of runs."""
+    groups = curve_groups(curves, runs)
+    if not groups:
+        return [f"## {curves.title}",
+                "No runs yet." if curves.lines == "order" else "No runs yet that compare them."]
+    figures.curves(out / curves.name, curves.title, curves.name, groups, curves.panels)
+    text = [f"## {curves.title}", f"![{curves.title}](figures/{curves.name}.png)"]
+    for group in groups:
+        text += [f"### {group.data}: {group.name}", curve_table(curves, group),
+                 differences_from_paper(group.data, group.runs[0].setting), ranking_cautions(group.runs),
+                 gaps(group)]
+    return text
+
+
+# --- Fig. 2: CSAT on a single class -------------------------------------------------------------------------
+
+def matrix_table(group, classes, single, comparable):
+    """Fig. 2's table: one row for each class A. Its last columns are the matrix, if `comparable` with the
+    paper's numbers in brackets."""
+    rows = []
+    for a in classes:
+        runs, cells = single.get(a, []), []
+        for c in classes:
+            values = [r.accuracy["classes"][c]["robust"]["accuracy"] for r in runs]
+            cells.append(f"{100 * statistics.fmean(values):.0f}" if values and None not in values else "-")
+            if comparable and fig2_accuracy(a, c) is not None:
+                cells[-1] += f" ({fig2_accuracy(a, c)})"
+        rows.append([a if runs else f"{a}: no run yet", str(len(runs)), cell(runs, "A_val"),
+                     cell(runs, "B_val"), no_at_on_b_val(group, runs),
+                     *beside(runs, "B_val", "robust", fig2_accuracy(a, "B_val") if comparable else None),
+                     cell(runs), *cells])
+    for line, split in BASELINES.items():
+        base = pick(group, split=split)
+        rows.append([line, str(len(base)), "-", "-", "-", "-", "-", cell(base), *["-"] * len(classes)])
+    head = ["A", "seeds", "robust A_val %", "robust B_val %", "no AT on that B %", "paper B_val %",
+            "difference", "robust all %"]
+    return markdown([*head, *(f"on {c} %" for c in classes)], rows)
+
+
+def authors_attack_table(single, authors):
+    """The runs with the training attack of the authors' code beside those of the same A with plain PGD."""
+    rows = [[a, attack, str(seeds(runs)), *(cell(runs, part) for part in ("A_val", "B_val", "all"))]
+            for a in authors for attack, runs in (("pgd", single.get(a, [])), ("pgd-authors", authors[a]))]
+    head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %"]
+    return markdown(head, rows)
+
+
+def matrix_section(runs, out):
+    """Fig. 2: bars for A_val and B_val, and the robust accuracies class by class."""
+    title, text, i = "Fig. 2: CSAT on a single class", [], 0
+    for (data, name), in_group in grouped(pick(runs, transfer=False), "data", "group").items():
+        group = pick(in_group, attack="pgd")
+        for weight, formula in claims.FIG2.items():
+            single, authors = (claims.single_classes(pick(in_group, weight=weight, attack=attack))
+                               for attack in ("pgd", "pgd-authors"))
+            if not single:
+                continue
+            i += 1
+            file = "fig2" if i == 1 else f"fig2-{i}"
+            classes, setting = list(group[0].accuracy["classes"]), group[0].setting
+            comparable = comparable_data(data, setting) == "cifar10"
+            figures.matrix(out / file, f"{title}, {weight}\n{data}: {name}", classes, single,
+                           pick(group, split="none"), pick(group, split="full"))
+            text += [f"![{title}](figures/{file}.png)", f"### {data}: {formula}; {name}",
+                     "In brackets: the paper's." if comparable else "",
+                     matrix_table(group, classes, single, comparable),
+                     claims.agreement_with_fig2(classes, single) if comparable else "",
+                     differences_from_paper(data, setting)]
+            if authors:
+                text += ["With the training attack of the authors' code, beside PGD:",
+                         authors_attack_table(single, authors)]
+    return [f"## {title}", *(text or ["No runs yet."])]
+
+
+# --- the other sections -------------------------------------------------------------------------------------
+
+def difficulty_table(ranking):
+    """Fig. 3's table: the classes hardest first (of a long list both ends), for CIFAR-10 with the paper's
+    numbers beside ours."""
+    rows, fig3 = ranking["classes_hardest_first"], numbers()["fig3"]
+    published = dict(zip(fig3["classes"], zip(fig3["mean_entropy_nats"], fig3["error_fraction"])))
+    metrics = [m for m in flags.METRICS if m in rows[0]]
+    head, body = ["class, hardest first", *metrics, "clean error %", "n"], []
+    is_cifar10 = ranking["fingerprint"]["name"] == "cifar10"
+    if is_cifar10:
+        head += ["paper entropy", "paper error %"]
+    for r in rows if len(rows) <= 20 else rows[:10] + rows[-10:]:
+        error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
+        body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
+        if is_cifar10:
+            entropy, error = published.get(NAMES.get(r["class"], r["class"]), (None, None))
+            body[-1] += ["-", "-"] if entropy is None else [f"{entropy:.4f}", f"{100 * error:.1f}"]
+    return markdown(head, body)
+
+
+def difficulty_section(rankings, runs, out):
+    """Fig. 3: mean score and clean error of each class, from every rank.json."""
+    title, text, drawn = "Fig. 3: class entropy and class error", [], {}
+    for path, ranking in rankings.items():
+        rows = ranking["classes_hardest_first"]
+        name = f"{ranking['fingerprint']['name']}: {ranking['args']['arch']}, {ranking['epochs']} epochs"
+        name += f" ({path.parent.name})" if name in drawn else ""
+        drawn[name] = rows
+        notes = [f"Spearman's correlation of {pair} over examples: {rho:.3f}."
+                 for pair, rho in ranking["spearman_of_examples"].items()]
+        for metric in (m for m in flags.METRICS if m in rows[0]):
+            if correlation := claims.class_order_correlation(ranking, metric):
+                notes.append(f"Of {metric} with the paper's class order: {correlation[0]:.3f} "
+                             f"({correlation[1]} classes).")
+        uses = sum(run.ranking in ranking.get("scores", {}).values() for run in runs)
+        notes += [f"{counted(uses, 'run')} of these tables used it."] if uses else []
+        text += [f"### {name}{f' (20 of {len(rows)} classes)' if len(rows) > 20 else ''}",
+                 difficulty_table(ranking), " ".join(notes)]
+    if not drawn:
+        return [f"## {title}", "No rankings yet."]
+    figures.difficulty(out / "fig3", title, drawn)
+    return [f"## {title}", f"![{title}](figures/fig3.png)", *text]
+
+
+def claims_section(runs):
+    """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
+    text = ["## The paper's claims"]
+    for (data, group), (rows, noise) in claims.claims(runs).items():
+        text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), str(noise)]
+    return text if len(text) > 1 else []
+
+
+def evaluation_section(folder):
+    """What evaluate.py measured with other threat models or attacks."""
+    rows = []
+    for path in result_files(folder, "eval-*.json"):
+        r = read_json(path)
+        try:
+            s, a = r["settings"], r["accuracy"]["all"]
+            rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"],
+                         f"{s['norm']} eps {s['eps']:g}", " ".join(s["attacks"]), f"{a['clean']['n']:,}",
+                         *(f"{100 * a[k]['accuracy']:.1f} [{100 * a[k]['low']:.1f}, {100 * a[k]['high']:.1f}]"
+                           for k in ("clean", "robust"))])
+        except (KeyError, TypeError):
+            raise UserError(f"{path} was not written by evaluate.py: move it away") from None
+    head = ["run", "checkpoint", "threat model", "attacks", "n", "clean %", "robust %"]
+    return ["## Evaluations under other settings (evaluate.py)", markdown(head, rows)] if rows else []
+
+
+def cost_section(runs, rankings, out):
+    """Robust accuracy against the cost of training, for all runs of a data set: what SAT saves."""
+    title = "Robust accuracy against the cost of training"
+    ranking_costs = {h: r["cost"] for r in rankings.values() for h in r.get("scores", {}).values()}
+    groups = {k: group for k, group in grouped(pick(runs, transfer=False), "data", "group").items()
+              if len({r.split for r in group}) > 1}
+    if not groups:
+        return [f"## {title}", "No runs yet."]
+    figures.cost(out / "cost", title, groups, ranking_costs)
+    return [f"## {title}",
+            "In forward passes: an attack step counts 2, a training step 3. Evaluation is not counted. "
+            "Hollow marks: with the ranking that chose A, which is needed once a data set.",
+            f"![{title}](figures/cost.png)"]
