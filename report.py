@@ -41,7 +41,7 @@ def fill_in(path, sections):
 def main(argv=None):
     """Reads all results; writes the figures, and tables.md with a section for each figure of the paper."""
     usage = "python report.py [--results DIR] [--into FILE ...]"
-    parser = flags.Parser(prog="report.py", usage=usage, description=__doc__, formatter_class=flags.Help)
+    parser = flags.Parser(prog="report.py", usage=usage, description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
     parser.add_argument("--into", type=Path, metavar="FILE", nargs="+", default=[],
                         help="also put tables into these Markdown files, at their <!-- table: TITLE -->")

@@ -13,7 +13,6 @@ for instance EXTRA="--epochs 2", except those by which runs differ). Several cop
 folder, one a GPU, also on several machines if its file system has flock: each run is made once, a transfer
 waits for its source, and a run whose copy died is taken over.
 """
-import argparse
 import fcntl
 import os
 import re
@@ -96,16 +95,14 @@ def command_line(argv):
 def extra_flags(text):
     """The words of EXTRA, and the values {dest: value} that they give."""
     parser = flags.Parser(prog="sat.py", add_help=False)
-    flags.add_flags(parser, *flags.FLAGS)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
+    flags.add_flags(parser, flags.FLAGS)
     try:
         words = shlex.split(text)
         values = vars(parser.parse_args(words))
     except ValueError as e:  # UserError too
         raise UserError(f"EXTRA: {e}") from None
     for flag in OWN:
-        if flag[2:].replace("-", "_") in values:
+        if flags.dest(flag) in values:
             raise UserError(f"EXTRA: {flag} differs between the runs, so run_all.sh sets it (folders: "
                             "RESULTS, DATA)")
     return words, values
@@ -123,7 +120,7 @@ def commands(listed, extra, results):
     first = {}
     for stage in listed:
         if stage.folder not in first:
-            words = [*stage.arguments, *flags.known(extra, stage.script)]
+            words = [*stage.arguments, *flags.only_flags_of(extra, stage.script)]
             if extra and stage.script == "sat.py" and "--run" not in words:
                 words += ["--run", Path(stage.folder).name]  # sat.py would put the extra flags into the name
             first[stage.folder] = stage, [*start, str(HERE / stage.script), *words, *folders]

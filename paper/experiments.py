@@ -7,13 +7,13 @@ import functools
 import itertools
 from dataclasses import dataclass, field
 
-import flags
 from common import HERE
+from config import from_yaml
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 ENDS = ["cat", "automobile"]  # CIFAR-10's hardest and easiest class
 SHORT_EVALUATION = "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"
-config = functools.cache(flags.from_yaml)  # a thousand stages share a few files
+read_config = functools.cache(from_yaml)  # a thousand stages share a few files
 LINF = "--norm linf --eps 0.031372549 --step-size 0.0078431373"
 
 
@@ -155,7 +155,7 @@ def figure_stages(source, targets, name, results, extra):
     """Yields the stages of a figure: the ranking, baselines, runs, and the transfers of each run."""
     data, figure = DATA[source], FIGURES[name]
     path = HERE / f"configs/{data.config}.yaml"
-    setting = config(path) | extra
+    setting = read_config(path) | extra
     base = ["--config", str(path)]
     base += ["--dataset", data.dataset] if data.dataset != setting["dataset"] else []
     evaluation, images = data.flags.split(), IMAGES[data.dataset] * setting["epochs"]
@@ -178,7 +178,7 @@ def figure_stages(source, targets, name, results, extra):
                     [*base, *words, *evaluation])
         for target in targets.split():
             path = HERE / f"configs/transfer/{target}.yaml"
-            onto, transfer = config(path) | extra, f"{data.dataset}-{name}-seed0"
+            onto, transfer = read_config(path) | extra, f"{data.dataset}-{name}-seed0"
             yield Stage(title, "transfer.py", f"{results}/{onto['dataset']}/{transfer}", "result.json",
                         IMAGES[onto["dataset"]] * onto["epochs"],
                         [f"{folder}/best.pt", "--config", str(path), "--run", transfer, *evaluation])

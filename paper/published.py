@@ -1,8 +1,9 @@
 """The paper's numbers (published.json) and settings (configs/), to put beside ours."""
 import functools
 
-import flags
 from common import HERE
+from config import from_yaml
+from flags import DEFAULTS
 from runs import read_json
 
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
@@ -48,9 +49,7 @@ def published_setting(data):
     files = [folder / f"{source}.yaml", *(folder / "transfer" / f"{name}.yaml" for name in target)]
     if source not in numbers()["data sets"] or not all(file.exists() for file in files):
         return {}
-    defaults = {flag[2:].replace("-", "_"): default for group in flags.FLAGS.values()
-                for flag, default, *_ in group}
-    setting, *of_target = (defaults | flags.from_yaml(file) for file in files)
+    setting, *of_target = (DEFAULTS | from_yaml(file) for file in files)
     if target:
         setting |= {f"source's {k}": setting[k] for k in ("norm", "eps")}
         setting |= {f"target's {k}": v for k, v in of_target[0].items()}
