@@ -16,28 +16,29 @@ from common import UserError, all_sum, process_count, process_index, progress
 from data import epoch_order, process_part, training_batches
 
 
-def sat_loss(logits, y, w):
-    """Eq. 2 on a batch: the sum of w_i loss_i. The weights w (b,) are w_A for examples of A and 1 for those
-    of B, divided by their sum (under torchrun as in epoch_batches)."""
+def sat_loss(logits, y, w, w_sum=None):
+    """Eq. 2 on a batch: the mean of the losses with the weights w (b,), w_A for examples of A and 1 for those
+    of B. `w_sum`: what is divided by in place of their sum (under torchrun, see epoch_batches)."""
     if w.shape != y.shape:
         raise ValueError(f"the weights are {tuple(w.shape)}, the labels {tuple(y.shape)}: they must agree")
-    return (w * F.cross_entropy(logits.float(), y, reduction="none")).sum()
+    losses = F.cross_entropy(logits.float(), y, reduction="none")
+    return (w * losses).sum() / (w.sum() if w_sum is None else w_sum)
 
 
-def sat_step(net, optimizer, x, y, a, w, attack, start=None):
+def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
     """One SGD step on Eq. 2. Returns (loss, logits), detached.
 
     x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64,
-    perhaps none; w (b,): the weights of Eq. 2, as sat_loss takes them. attack(x, y) returns adversarial
-    examples, as functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does; with `start` (|a|, C, H, W)
-    it is attack(x, y, start=start). It must leave nothing in .grad.
+    perhaps none; w (b,) and w_sum: as sat_loss takes them. attack(x, y) returns adversarial examples, as
+    functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does; with `start` (|a|, C, H, W) it is
+    attack(x, y, start=start). It must leave nothing in .grad.
     """
     optimizer.zero_grad(set_to_none=True)  # before the attack, so that it can use the memory
     if len(a):
         starts = {} if start is None else {"start": start}
         x = x.clone().index_copy_(0, a, attack(x[a], y[a], **starts))  # the inner maximisation, on A alone
     logits = net(x)
-    loss = sat_loss(logits, y, w)  # Eq. 2
+    loss = sat_loss(logits, y, w, w_sum)  # Eq. 2
     loss.backward()
     optimizer.step()
     return loss.detach(), logits.detach()
@@ -60,9 +61,9 @@ def train(model, split, A, w_A, args, device, state=None):
         began, lr = time.perf_counter(), set_learning_rate(optimizer, args, epoch)
         sums = EpochSums(epoch, device)
         model.train()
-        for x, y, a, w, start in epoch_batches(split, A, w_A, args, epoch, device):
+        for x, y, a, w, w_sum, start in epoch_batches(split, A, w_A, args, epoch, device):
             with autocast:
-                loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start)
+                loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start, w_sum)
             sums.add(loss, logits, y, a)
         models.share_batch_statistics(model)
         row = {"epoch": epoch + 1, "precision": models.precision(args.amp, device), "lr": lr,
@@ -80,33 +81,32 @@ def set_learning_rate(optimizer, args, epoch):
 
 
 def epoch_batches(split, A, w_A, args, epoch, device):
-    """The batches of an epoch: (x, y, a, w, start), this process's part of each. See sat_step.
+    """The batches of an epoch: (x, y, a, w, w_sum, start), this process's part of each. See sat_step.
 
-    The weights of a global batch sum to the number of processes, because DistributedDataParallel averages
-    gradients over the processes. What depends only on A and on the order of the batches is worked out once an
-    epoch: a step that copies from the CPU makes a GPU wait.
+    w_sum: the global batch's sum of weights / processes (DistributedDataParallel averages gradients). What
+    depends only on A and the order is worked out once an epoch: a copy from the CPU makes a GPU wait.
     """
     order, generator = epoch_order(len(split), args.batch_size, args.seed, epoch)  # (steps, batch size)
     if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
         A = A[torch.randperm(len(A), generator=generator)]
     in_A = A[order]
     w = torch.where(in_A, w_A, 1.0)
-    w = w * process_count() / w.sum(1, keepdim=True)
+    w_sums = (w.sum(1) / process_count()).to(device)
     in_A, w = process_part(in_A), process_part(w)
     positions = in_A.nonzero()[:, 1].to(device).split(in_A.sum(1).tolist())
     batches = training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
-    steps = progress(zip(batches, positions, w.to(device)), total=len(order), unit="step",
+    steps = progress(zip(batches, positions, w.to(device), w_sums), total=len(order), unit="step",
                      desc=f"epoch {epoch + 1}/{args.epochs}")
     random = A.any() and (args.random_start or attacks.ATTACKS[args.attack].random_start)
     generator = torch.Generator(device)
-    for step, ((x, y, _), a, w) in enumerate(steps):
+    for step, ((x, y, _), a, w, w_sum) in enumerate(steps):
         start = None
         if random:  # drawn for the whole batch, whatever the number of processes and of A's examples in it
             generator.manual_seed(((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63)
             start = x.new_empty(args.batch_size, *x.shape[1:])
             start = attacks.random_start(start, args.eps, args.norm, generator)
             start = start.tensor_split(process_count())[process_index()][a]
-        yield x, y, a, w, start
+        yield x, y, a, w, w_sum, start
 
 
 def training_attack(model, A, w_A, args, device):

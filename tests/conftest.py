@@ -1,5 +1,6 @@
-"""What the tests share: small networks and images, the scripts run as a user runs them,
-and a pipeline that ran once."""
+"""What the tests share: small networks and images, the scripts run as a user runs them, and a pipeline that
+ran once."""
+import functools
 import json
 import os
 import subprocess
@@ -11,13 +12,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny; set for the scripts as well
 import torch  # noqa: E402
 
-import common  # noqa: E402
-import data as data_  # noqa: E402
 import models  # noqa: E402
+import runs  # noqa: E402
 import sat  # noqa: E402
-import runs
+from data import Split, load_dataset  # noqa: E402
+from train import train  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]  # the repository
+CPU = torch.device("cpu")
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 QUICK = ["--epochs", "2", "--lr-decays", "--eval-attacks", "apgd-ce", "--eval-n", "24",
          "--select-attacks", "apgd-ce", "--select-n", "8"]
@@ -37,25 +40,43 @@ def images(n=6, channels=1, side=8, n_classes=10, seed=0):
     return x, torch.randint(0, n_classes, (n,), generator=g)
 
 
+def arguments(*argv):
+    """sat.py's flags for two epochs on the digits."""
+    return sat.command_line([*QUICK, *argv])
+
+
+def digits(n):
+    """The first n training images of the digits."""
+    split = load_dataset("digits", "data").train
+    return Split(split.x[:n], split.y[:n])
+
+
+def every(k, n):
+    """Every k-th of n examples, as a subset: bool (n,)."""
+    return torch.arange(n) % k == 0
+
+
+def log_of(*args, device=CPU):
+    """Trains to the end. Returns the lines of the log. args: as train() takes them."""
+    return [state["row"] for state in train(*args, device)]
+
+
 def script(name, *argv, cwd=None, env=None):
-    """Runs a script of the repository to its end, in `cwd` and with `env` added to the environment."""
+    """Runs a script of the repository to its end, in the folder `cwd`, with `env` in its environment."""
     return subprocess.run([sys.executable, str(HERE / name), *map(str, argv)], capture_output=True, text=True,
                           cwd=cwd, env={**os.environ, **(env or {})})
 
 
 @pytest.fixture(scope="session")
+@functools.cache  # test_sat.py imports this fixture, which for pytest is another one then
 def trained():
-    """A digits network after two epochs, and 12 test images of which it gets most right."""
-    args, data = sat.command_line(["--split", "none", *QUICK]), data_.load_dataset("digits", "data")
+    """A network after two epochs of ordinary training on digits, and the data set."""
+    args, data = sat.command_line(["--split", "none", *QUICK]), load_dataset("digits", "data")
     torch.manual_seed(0)
     model = models.build("preactresnet8", 10, *data.mean_std())
-    for _ in sat.train(model, data.train, torch.zeros(1297, dtype=torch.bool), 1.0,
-                       args, torch.device("cpu")):
-        pass
+    empty_A = torch.zeros(len(data.train), dtype=torch.bool)
+    log_of(model, data.train, empty_A, 1.0, args)
     return model.eval(), data
-
-
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
 def write_images(root, train=6, test=3, classes=("cat", "dog"), side=32):
@@ -81,15 +102,18 @@ def write_jpeg(path, colour=(200, 30, 90), size=(80, 60), mode="RGB"):
 def pipeline(tmp_path_factory):
     """Every stage once, in subprocesses, as a user runs them; the folder of results."""
     cwd = tmp_path_factory.mktemp("user")
+
     def ok(name, *argv):
-        """The output of a script that must end well."""
+        """The output of a script, which must succeed."""
         done = script(name, *argv, cwd=cwd)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr + done.stdout
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert "Traceback" not in done.stderr, done.stderr
         return done.stdout
     source = ["--dataset", "digits0-4", *QUICK, "--epochs", "4", "--lr-decays", "2"]
     first = ok("sat.py", *source, "--split", "esat", "--frac", "0.5", "--order", "hardest",
                "--weight", "emphasis", "--run", "a")
-    assert "ranking the examples first" in first and "class, hardest first" in first
+    assert "ranking the examples first" in first
+    assert "class, hardest first" in first
     ok("sat.py", *source, "--split", "csat", "--size", "2", "--run", "b")
     ok("sat.py", *source, "--split", "none", "--run", "none")
     results = cwd / "results"
@@ -104,11 +128,11 @@ def pipeline(tmp_path_factory):
 KILLER = """
 import importlib, os, signal, sys, torch
 marker, phase, moment, stage, *argv = sys.argv[1:]
-import attacks, common, data
+import attacks, common, train
 seen = {"epoch": 0, "chunk": 0, "save": 0}
-real_batches, real_chunk, real_fsync = data.training_batches, attacks.attack_batch, os.fsync
+real_batches, real_chunk, real_fsync = train.training_batches, attacks.attack_batch, os.fsync
 
-def at(where):
+def at(where):  # kills this process at its moment
     seen[where] += 1
     if where == phase and seen[where] == int(moment):
         with open(marker, "w") as f:
@@ -131,7 +155,7 @@ def fsync(file):
     at("save")  # written beside its place, and not yet in it
     real_fsync(file)
 
-data.training_batches, attacks.attack_batch, os.fsync = batches, attack_batch, fsync
+train.training_batches, attacks.attack_batch, os.fsync = batches, attack_batch, fsync
 common.script(lambda: importlib.import_module(stage).main(argv))
 print("SEEN", seen["epoch"], seen["chunk"], seen["save"])
 """
@@ -153,7 +177,7 @@ CHAIN = [  # stage, its arguments, what it can be killed in
 
 
 def run_stage(folder, stage, argv, phase="none", moment=0, **env):
-    """A stage under KILLER; its process and what its marker says."""
+    """Runs a stage under KILLER. Returns the finished process and the text of its marker: where it died."""
     argv = [word.replace("{results}", str(folder)) for word in argv]
     if stage != "evaluate":
         argv += ["--results", str(folder), "--amp", os.environ.get("KILLS_AMP", "off")]
@@ -165,23 +189,23 @@ def run_stage(folder, stage, argv, phase="none", moment=0, **env):
 
 
 def contents(folder):
-    """Everything a chain of stages wrote, times aside: {path: content}."""
+    """All that a chain of stages wrote, without times: {path: content}."""
     def plain(value):
-        """The value without times, its tensors as bytes."""
+        """The value without times, with its tensors as bytes."""
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items() if k != "seconds"}
         if isinstance(value, (list, tuple)):
             return [plain(v) for v in value]
         return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
     read = {".json": runs.read_json, ".pt": lambda p: torch.load(p, weights_only=True),
-            ".jsonl": lambda p: [json.loads(r) for r in open(p)]}
+            ".jsonl": lambda p: [json.loads(line) for line in p.read_text().splitlines()]}
     return {p.relative_to(folder).as_posix(): plain(read[p.suffix](p))
             for p in folder.rglob("*") if p.suffix in read}
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """What CHAIN writes when nothing happens, and how many moments each phase of each stage has."""
+    """What CHAIN writes when nothing kills it, and how many moments each phase of each stage has."""
     folder, moments = tmp_path_factory.mktemp("whole"), {}
     for stage, argv, _ in CHAIN:
         done, _ = run_stage(folder, stage, argv)
