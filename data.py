@@ -100,9 +100,14 @@ class DataSet:
 
 
 def open_dataset(args, device):
-    """The DataSet that the flags ask for. UserError also if the batch size does not fit it."""
+    """The DataSet that the flags ask for. UserError unless its training set holds a whole batch, of which each
+    process gets a part, and its test set can be split."""
     data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
-    check_batch_size(data, args.batch_size)
+    selection_and_final(len(data.test))
+    n, least = len(data.train), process_count()
+    if not least <= args.batch_size <= n:
+        raise UserError(f"--batch-size {args.batch_size} with {least} processes and {n} training images of "
+                        f"{data.name}: it must be {least} to {n}")
     return data
 
 
@@ -117,15 +122,6 @@ def load_dataset(name, data_dir, device="cpu", side=224, workers=0):
     splits = [Split(x if isinstance(x, torch.Tensor) else ImageFiles(x, side, workers), y).to(device)
               for x, y in (train, test)]
     return DataSet(name, *splits, classes)
-
-
-def check_batch_size(data, batch_size):
-    """UserError unless the training set holds a whole batch, each process gets a part of it, and the test set
-    can be split."""
-    selection_and_final(len(data.test))
-    if not process_count() <= batch_size <= len(data.train):
-        raise UserError(f"--batch-size {batch_size} with {process_count()} processes and {len(data.train)} "
-                        f"training images of {data.name}: it must be {process_count()} to {len(data.train)}")
 
 
 def selection_and_final(n):

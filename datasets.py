@@ -26,30 +26,27 @@ TABLE_1 = {  # classes, training images, test images
 
 def read_dataset(name, root):
     """(train, test, classes) of the data set `name` under the folder `root`. UserError if it is not there or
-    cannot be used."""
+    cannot be used. A publisher's small images are saved as <name>.pt."""
+    path, folder = root / f"{name}.pt", root / name
+    # The paper's sets need train/: torchvision has a folder caltech256/ as well.
+    has_folder = (folder / "train" if name in TABLE_1 else folder).is_dir() and name != "imagenet200"
     if name in DIGITS:
         return digits(name)
-    path = find(name, root)
-    if path is None:
-        train, test, classes = publisher(name, root)
-    elif path.is_dir():
-        train, test, classes = image_folder(path)
-    else:
-        train, test, classes = tensor_file(path)
-    check(name, root, train, test, classes)
-    if path is None and isinstance(train[0], torch.Tensor):
-        save_tensors(root / f"{name}.pt", train, test, classes)
-    return train, test, classes
-
-
-def find(name, root):
-    """The <name>.pt of a data set under `root`, else its image folder, or None if there is neither."""
-    path, folder = root / f"{name}.pt", root / name
     if path.exists():
-        return path
-    # The paper's sets need train/: torchvision has a folder caltech256/ as well.
-    needed = folder / "train" if name in TABLE_1 else folder
-    return folder if needed.is_dir() and name != "imagenet200" else None
+        train, test, classes = tensor_file(path)
+    elif has_folder:
+        train, test, classes = image_folder(folder)
+    else:
+        train, test, classes = publisher(name, root)
+    check(name, root, train, test, classes)
+    if isinstance(train[0], torch.Tensor) and not path.exists() and not has_folder:
+        parts = {"train": train, "test": test}
+        try:
+            save(path, {**{part: {"x": x, "y": y} for part, (x, y) in parts.items()}, "classes": classes})
+            say(f"wrote {path}, which is read from now on")
+        except UserError as e:
+            say(f"warning: {e}; the publisher's files will be read again next time")
+    return train, test, classes
 
 
 def check(name, root, train, test, classes):
@@ -73,16 +70,6 @@ def check(name, root, train, test, classes):
         if (len(y), len(test[1])) != (n_train, n_test):
             say(f"warning: {name} here has {len(y):,} / {len(test[1]):,} images, the paper's (Table 1) "
                 f"{n_train:,} / {n_test:,}")
-
-
-def save_tensors(path, train, test, classes):
-    """Saves a data set as <name>.pt. Only warns if that fails."""
-    (x, y), (x_test, y_test) = train, test
-    try:
-        save(path, {"train": {"x": x, "y": y}, "test": {"x": x_test, "y": y_test}, "classes": classes})
-        say(f"wrote {path}, which is read from now on")
-    except UserError as e:
-        say(f"warning: {e}; the publisher's files will be read again next time")
 
 
 def digits(name):
