@@ -10,17 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
-import attacks
 import bench
 import evaluate
-import picture
 import rank
 import report
 import run_all
@@ -93,7 +90,7 @@ def test_right_reads_what_evaluate_wrote():
     clean, y = torch.rand(50, generator=g) < 0.8, torch.randint(0, 3, (50,), generator=g)
     robust = clean & (torch.rand(50, generator=g) < 0.5)
     one = run("full", first(0.5))
-    one.accuracy = evaluate.summary(clean, robust, y, ["a", "b", "c"])
+    one.accuracy = evaluate.accuracies(clean, robust, y, ["a", "b", "c"])
     for i, c in enumerate("abc"):
         assert one.right("clean", c).tolist() == clean[y == i].tolist()
         assert one.right("robust", c).tolist() == robust[y == i].tolist()
@@ -629,7 +626,7 @@ COUNTS = {
 @pytest.fixture
 def fast_configs(monkeypatch):
     """Reads each config once: a thousand commands share a few."""
-    monkeypatch.setattr("flags.from_yaml", functools.cache(sat.flags.from_yaml))
+    monkeypatch.setattr("config.from_yaml", functools.cache(sat.config.from_yaml))
 
 
 def test_every_run_of_the_paper_is_listed_once(fast_configs):
@@ -838,51 +835,13 @@ def test_glibc_keeps_memory_unless_the_user_says_otherwise(monkeypatch):
     assert int(done.stdout) < 1000, "else the kernel zeroes 12,800 pages for each of these tensors"
 
 
-# --- bench.py and picture.py --------------------------------------------------------------------------------
-
-def test_bench_counts_by_the_cost_model(tmp_path, capsys, monkeypatch):
-    """Runs every kind of step, in float32 and in bf16: the table's shape and the model's numbers, never a
-    duration."""
-    def PGDL2(model, eps, alpha, steps, random_start):
-        """torchattacks' interface."""
-        return functools.partial(attacks.pgd, model, eps=eps, step_size=alpha, steps=steps)
-
-    monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(PGDL2=PGDL2))
-    bench.main(["--side", "8", "--batch-size", "8", "--repeats", "1", "--amp", "bf16", "--threads", "1",
-                "--json", str(tmp_path / "b.json")])
-    rows = {r["step"]: r for r in json.loads((tmp_path / "b.json").read_text())["steps"]}
-    model = {"|A|/N = 0": 3 / 17, "|A|/N = 0.1": 4.4 / 17, "|A|/N = 0.5": 10 / 17, "|A|/N = 1": 1,
-             bench.NAIVE: 24 / 17, bench.PEER: 1}
-    assert {step: r["cost model"] for step, r in rows.items()} == {
-        f"{step}, {precision}": pytest.approx(value, abs=1e-3)
-        for precision in ("float32", "bf16") for step, value in model.items()}
-    ours, naive = rows["|A|/N = 1, float32"], rows["naive, float32"]
-    assert ours["time relative to |A|/N = 1"] == naive["times as fast as naive in float32"] == 1
-    assert naive["time relative to |A|/N = 1"] == ours["times as fast as naive in float32"]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 12
-    assert lines[4].startswith("| \\|A\\|/N = 0.5, float32 | ")
-
-
-def test_picture_of_A_and_B(pipeline, tmp_path, monkeypatch):
-    drawn, draw_row = [], picture.draw_row
-    monkeypatch.setattr(picture, "draw_row",
-                        lambda axes, *a: (draw_row(axes, *a), drawn.append((axes, *a[:2]))))
-    picture.main([str(pipeline / "digits0-4" / "b" / "best.pt"), "--out", str(tmp_path / "p.png")])
-    in_A = json.loads((pipeline / "digits0-4" / "b" / "result.json").read_text())["A_classes"]
-    assert [part for _, part, _ in drawn] == ["A", "B"]
-    for axes, part, (_, y) in drawn:
-        label = axes[0].get_ylabel()
-        assert (label.removeprefix(f"{part}: ") in in_A) == (part == "A")
-        assert axes[0].get_xlabel().startswith(f"{label[3:]}, "), "the network gets the clean image right"
-        assert 0.4 < float(axes[1].get_xlabel().removeprefix("L2 norm ")) <= 0.5
-    assert (tmp_path / "p.png").stat().st_size > 5000
-    picture.main([str(pipeline / "digits0-4" / "none" / "best.pt"), "--out", str(tmp_path / "p.png")])
-    assert [part for _, part, _ in drawn[2:]] == ["B"]
-
-
-def test_pictures_of_other_checkpoints_are_refused(pipeline):
-    head, = (pipeline / "digits5-9").iterdir()
-    for path in ("a/best.pt", "rank-preactresnet8-seed0/last.pt", head / "best.pt"):
-        with pytest.raises(UserError, match="give the best.pt of sat.py --split csat"):
-            picture.main([str(pipeline / "digits0-4" / path)])
+def test_bench_counts_by_the_cost_model(tmp_path, capsys):
+    path = tmp_path / "new" / "bench.json"
+    bench.main(["--image-side", "8", "--batch-size", "8", "--epochs", "2", "--steps", "2", "--threads", "1",
+                "--json", str(path)])
+    rows = {r["share"]: r for r in json.loads(path.read_text())["steps"]}
+    assert list(rows) == [0, 0.1, 0.5, 1]
+    assert rows[0.5]["model"] == pytest.approx((3 + 2 * 2 * 0.5) / (3 + 2 * 2))
+    assert rows[1.0]["time_to_full"] == 1
+    assert rows[0.0]["images_per_s"] == pytest.approx(8 / rows[0.0]["seconds"])
+    assert "| 0.5 | " in capsys.readouterr().out
