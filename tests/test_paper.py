@@ -17,8 +17,8 @@ import scipy.stats
 import torch
 
 import bench
+import config
 import evaluate
-import rank
 import report
 import run_all
 import sat
@@ -662,7 +662,7 @@ def test_sources_and_rankings_are_made_before_they_are_used(fast_configs):
     made, sources = set(), {}
     for name, argv in dry_run("all")[0]:
         if name == "rank.py":
-            args = rank.command_line(argv)
+            args = config.parse("rank.py", "", argv)
             made.add((args.dataset, args.arch))
         elif name == "sat.py":
             args = sat.command_line(argv)
@@ -687,7 +687,7 @@ def test_the_folders_are_those_that_the_scripts_make(fast_configs):
             args = transfer.command_line(stage.arguments)
             folder = f"results/{args.dataset}/{args.run}"
         else:
-            args = rank.command_line(stage.arguments)
+            args = config.parse("rank.py", "", stage.arguments)
             folder = f"results/{args.dataset}/rank-{args.arch}-seed0"
         assert stage.folder == folder
 
