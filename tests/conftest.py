@@ -17,7 +17,7 @@ import models  # noqa: E402
 import sat  # noqa: E402
 import runs
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]  # the repository
 
 QUICK = ["--epochs", "2", "--lr-decays", "--eval-attacks", "apgd-ce", "--eval-n", "24",
          "--select-attacks", "apgd-ce", "--select-n", "8"]
@@ -104,9 +104,9 @@ def pipeline(tmp_path_factory):
 KILLER = """
 import importlib, os, signal, sys, torch
 marker, phase, moment, stage, *argv = sys.argv[1:]
-import attacks, common, data
+import attacks, common, train
 seen = {"epoch": 0, "chunk": 0, "save": 0}
-real_batches, real_chunk, real_fsync = data.training_batches, attacks.attack_batch, os.fsync
+real_batches, real_chunk, real_fsync = train.training_batches, attacks.attack_batch, os.fsync
 
 def at(where):
     seen[where] += 1
@@ -131,7 +131,7 @@ def fsync(file):
     at("save")  # written beside its place, and not yet in it
     real_fsync(file)
 
-data.training_batches, attacks.attack_batch, os.fsync = batches, attack_batch, fsync
+train.training_batches, attacks.attack_batch, os.fsync = batches, attack_batch, fsync
 common.script(lambda: importlib.import_module(stage).main(argv))
 print("SEEN", seen["epoch"], seen["chunk"], seen["save"])
 """
