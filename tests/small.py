@@ -25,7 +25,9 @@ SAT = [*RANK, "--steps", "2", "--eval-attacks", "apgd-ce", "--eval-n", "8", "--e
        "--select-attacks", "apgd-ce", "--select-n", "4"]
 ONE_EPOCH = [*SAT, "--split", "none", "--epochs", "1", "--lr-decays", "--run", "r"]
 CSAT = [*SAT, "--split", "csat", "--size", "2", "--epochs", "1", "--lr-decays", "--run", "b"]
+STAGE = [*SAT, "--epochs", "1", "--lr-decays", "--frac", "0.3", "--run", "r"]
 R, RANKING = Path("results/few/r"), Path("results/few/rank-preactresnet8-seed0")
+AGAIN = [str(R / "best.pt"), "--eval-batch", "3"]
 AUTOATTACK, PGD = attacks.attack_batch, attacks.pgd
 
 
@@ -117,7 +119,7 @@ def processes(n, code, *words):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
                "--", "code.py", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env={
-        **os.environ, "PYTHONPATH": f"{HERE}:{HERE / 'tests'}", "OMP_NUM_THREADS": "1"})
+        **os.environ, "PYTHONPATH": f"{HERE / 'tests'}:{HERE}", "OMP_NUM_THREADS": "1"})
 
 
 CASES = {"weighted": (5.0, []), "random-start": (1.0, ["--random-start"])}

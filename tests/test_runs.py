@@ -33,12 +33,12 @@ from small import (AUTOATTACK, ONE_EPOCH, RANK, RANKING, SAT, R, few, locked, pr
 
 # --- going on -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("main,argv", [
-    (sat.main, [*SAT, "--split", "full", "--random-start"]),
-    (sat.main, [*SAT, "--order", "redrawn", "--frac", "0.3"]),
-    (rank.main, RANK),
+@pytest.mark.parametrize("main,argv,selections", [
+    (sat.main, [*SAT, "--split", "full", "--random-start"], [2, 3]),  # after the decay, at the end
+    (sat.main, [*SAT, "--order", "redrawn", "--frac", "0.3"], [2, 3]),
+    (rank.main, RANK, []),
 ], ids=["random start", "redrawn", "ranking"])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(main, argv, capsys):
+def test_a_resumed_run_is_the_run_that_was_never_stopped(main, argv, selections, capsys):
     main([*argv, "--results", "whole"])
     for epoch in (1, 2):
         stop_in(main, [*argv, "--results", "parts"], "save_epoch")
@@ -50,6 +50,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(main, argv, capsys):
         torch.rand(100)  # the state of the global generator plays no part
     main([*argv, "--results", "parts"])
     assert "going on after epoch 2" in capsys.readouterr().out
+    assert [row["epoch"] for row in runs.load(path)["log"] if "selection" in row] == selections
     whole, parts = contents(Path("whole")), contents(Path("parts"))
     assert set(parts) == set(whole)
     for path in whole:
@@ -200,7 +201,7 @@ def test_locks_end_with_their_runs(monkeypatch, capsys):
         seen.append((locked(RANKING), locked(R), [os.dup(f.fileno()) for f in runs.LOCKS.values()]))
         return real(*a)  # a loader process has the lock's file too, as the duplicate does
     monkeypatch.setattr(train, "training_batches", batches)
-    sat.main([*SAT, "--epochs", "1", "--lr-decays", "--run", "r"])
+    sat.main([*SAT, "--epochs", "1", "--lr-decays", "--run", "r", "--seed", "3"])
     assert [s[:2] for s in seen] == [(True, False), (False, True)]
     assert runs.LOCKS == {}
     assert not locked(R)
@@ -249,6 +250,14 @@ def test_full_disk():
     assert {p.name for p in R.iterdir() if p.is_file()} == {"args.json", "log.jsonl"}
     sat.main(ONE_EPOCH)
     assert (R / "result.json").exists()
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_file():
+    runs.write_json("a.json", 1)
+    with pytest.raises(ZeroDivisionError):
+        runs.atomic("a.json", lambda file: file.write(b"2") / 0)
+    assert runs.read_json("a.json") == 1
+    assert sorted(os.listdir()) == ["a.json", "data"]
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -317,16 +326,12 @@ def test_two_processes_equal_one():
                 assert other["row"][k] == pytest.approx(one["row"][k], rel=1e-4)
 
 
-STAGE = [*SAT, "--epochs", "1", "--lr-decays", "--frac", "0.3", "--run", "r"]
-AGAIN = [str(R / "best.pt"), "--eval-batch", "3"]
-
-
 @pytest.mark.slow
 def test_stages_with_two_processes(monkeypatch):
     """sat.py makes its ranking, too, with both processes. One process then takes the same A from it, and
     gets the same numbers from one checkpoint."""
-    code = ("import common, evaluate, sat, test_runs\n"
-            "common.script(lambda: [sat.main(test_runs.STAGE), evaluate.main(test_runs.AGAIN)])")
+    code = ("import common, evaluate, sat, small\n"
+            "common.script(lambda: [sat.main(small.STAGE), evaluate.main(small.AGAIN)])")
     done = processes(2, code)
     assert done.returncode == 0, done.stderr
     for line in ("ranking the examples first", "class, hardest first", "SAT on few", "evaluating results"):
@@ -340,12 +345,13 @@ def test_stages_with_two_processes(monkeypatch):
     monkeypatch.setattr(attacks, "attack_batch", AUTOATTACK)
     path, = R.glob("eval-*.json")
     evaluated, two, last = runs.read_json(path), runs.read_json(R / "result.json"), runs.load(R / "last.pt")
-    evaluate.main([*AGAIN, "--force"])
+    evaluate.main([*small.AGAIN, "--force"])
     assert runs.read_json(path) == evaluated, "chunks of 3, dealt to two"
-    sat.main([*STAGE, "--force"])
+    sat.main([*small.STAGE, "--force"])
     one = runs.read_json(R / "result.json")
     assert (two["processes"], one["processes"]) == (2, 1)
-    assert two["A"] == two["cost"]["attacked"] == round(0.3 * 96)
+    assert two["A"] == round(0.3 * 96)
+    assert two["cost"]["attacked"] == two["A"]
     assert runs.load(R / "last.pt")["A"] == last["A"]
     for key in ("A", "ranking", "N", "w_A", "settings", "args", "fingerprint"):
         assert one[key] == two[key], key
