@@ -8,6 +8,7 @@ Files in: the data; results/<dataset>/rank-<arch>-seed0/scores.pt, made if it is
 Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
 import hashlib
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ import flags
 import models
 import rank
 import runs
+from attacks import ATTACKS
 from common import UserError, process_count, process_index, say
 from data import open_dataset, selection_and_final
 from subset import choose_A, read_scores, scores_hash, subset_size, weight_A
@@ -130,6 +132,8 @@ def command_line(argv=None):
         raise UserError("--order redrawn draws single examples: it goes with --split esat")
     if args.scores and (args.classes or args.order not in ("hardest", "easiest")):
         raise UserError("--scores goes with --order hardest or easiest, and without --classes")
+    if args.random_start and "start" not in inspect.signature(ATTACKS[args.attack].function).parameters:
+        raise UserError(f"--attack {args.attack} takes no start: it goes without --random-start")
     return args
 
 
