@@ -234,7 +234,7 @@ def test_autoattack_is_not_trusted_blindly(result, message, monkeypatch):
 def test_autoattacks_progress_and_warnings_are_printed_once(capsys, caplog):
     model, (x, y) = net(), images()
     model.head = nn.Sequential(model.head, nn.Softmax(1))  # of which AutoAttack warns
-    with evaluate.watched(tqdm(total=6, disable=True)):
+    with evaluate.Watch(tqdm(total=6, disable=True)):
         attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"], batch_size=2)
         for text in ("3 points with zero gradient", "5 points with zero gradient", "other"):
             logging.getLogger("auto-attack").warning(text)

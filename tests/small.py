@@ -105,7 +105,8 @@ def stop_in(main, argv, function, after=True, when=lambda *a: True):
 
 def locked(folder):
     """Whether a process that opens the lock of the run in `folder` would have to wait."""
-    with open(runs.lock_path(Path(folder)), "w") as lock:
+    folder = Path(folder)
+    with open(folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

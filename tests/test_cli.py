@@ -156,7 +156,7 @@ def test_a_typed_amount_replaces_that_of_a_config(words, amounts):
 BAD = [  # words of sat.py, message
     ("--split full --dataset mnist", "no data set 'mnist'"), ("--dataset ../x", "'../x' is not a plain name"),
     ("--run ..", "'..' is not a plain name"), ("--run 'a\nb'", "is not a plain name"),
-    ("--results ''", "an empty text is no folder"), ("--conf c.yaml", "unrecognized arguments: --conf"),
+    ("--conf c.yaml", "unrecognized arguments: --conf"),
     ("--lrr 1", "unrecognized arguments: --lrr 1 (python sat.py --help lists what is valid)"),
     ("--config none.yaml", "cannot read the config none.yaml"), ("--split half", "invalid choice: 'half'"),
     ("--attack cw", "there is no attack 'cw'; valid: pgd, fgsm-rs, pgd-authors"),
