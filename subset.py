@@ -103,7 +103,7 @@ def within_class(scores, y):
 
 def read_scores(path):
     """The scores of --scores FILE, N numbers in a tensor or an array, higher = harder, as float64 (N,). A
-    permutation of 0 to N - 1, as integers, is read as an order of the training examples, hardest first. One of
+    permutation of the integers 0 to N - 1 is read as an order of the examples, hardest first. One of
     1 to N, or of floats, could be an order or ranks: UserError, as for anything else."""
     try:
         if path.suffix in (".pt", ".pth"):
