@@ -5,7 +5,6 @@ Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,); eps and step siz
 `model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), A.1 (PGD-7), A.5 (FGSM-RS).
 """
 import contextlib
-import functools
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -25,19 +24,6 @@ def eval_mode(model):
     finally:
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def fixed_weights(model):
-    """Inside, no parameter asks for a gradient: backward passes go only to the input, and .grad stays."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_()
 
 
 def l2_norm(delta):
@@ -71,7 +57,7 @@ def random_start(x, eps, norm, generator=None):
     if norm == "linf":
         return (2 * torch.rand(x.shape, **like_x) - 1) * eps
     direction = ascent(torch.randn(x.shape, **like_x), "l2")
-    radius = torch.rand((len(x), 1, 1, 1), **like_x) ** (1 / max(1, x.shape[1:].numel()))
+    radius = torch.rand((len(x), 1, 1, 1), **like_x) ** (1 / x.shape[1:].numel())
     return direction * radius * eps
 
 
@@ -83,31 +69,13 @@ def check(x, y, norm, eps, start=None, steps=0, step_size=0.0):
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
-        raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each of the {len(x)} images, "
-                         "int64")
+        raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each image, (N,) int64")
     if len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false of nan too
         raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start is {tuple(start.shape)}, x {tuple(x.shape)}: a perturbation for each image")
-    if not isinstance(steps, int) or steps < 0 or not isinstance(step_size, (int, float)) \
-            or not 0 <= step_size < float("inf"):
+    if not isinstance(steps, int) or steps < 0 or not 0 <= step_size < float("inf"):
         raise ValueError(f"{steps} steps of {step_size}: 0 or more, of a finite size")
-
-
-def checked(attack):
-    """Makes an attack check() its arguments. Training calls unchecked(attack) instead: it makes x itself, and
-    to look at x would make a GPU wait."""
-    @functools.wraps(attack)
-    def checked_attack(model, x, y, *, eps, norm="l2", **settings):
-        """attack, after check()."""
-        check(x, y, norm, eps, **{k: settings[k] for k in ("start", "steps", "step_size") if k in settings})
-        return attack(model, x, y, eps=eps, norm=norm, **settings)
-    return checked_attack
-
-
-def unchecked(attack):
-    """The attack without its check(), if it has one."""
-    return getattr(attack, "__wrapped__", attack)
 
 
 def pgd_step(model, x, y, delta, eps, step_size, norm):
@@ -126,15 +94,16 @@ def first_delta(x, start, eps, norm):
     return torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
 
 
-@checked
-def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step):
+def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step, check_input=True):
     """Projected gradient ascent on the cross-entropy (Madry et al. 2018; A.1). Returns the last x + delta.
 
     It starts at delta = `start`, for instance random_start(x, eps, norm), or at 0. The model is attacked in
     eval mode; its mode, parameters and their .grad are left as they were. An empty batch, eps = 0 and zero
     gradients are valid. `step` does one iteration, for instance a compiled pgd_step. Raises ValueError as
-    check() does.
+    check() does, unless check_input is False, as in training: a look at x makes a GPU wait.
     """
+    if check_input:
+        check(x, y, norm, eps, start, steps, step_size)
     x = x.detach()
     if len(x) == 0:
         return x
@@ -145,17 +114,18 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd
     return (x + delta).clamp(0, 1)
 
 
-@checked
-def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step=pgd_step):
+def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step=pgd_step, check_input=True):
     """FGSM from a random start (Wong et al. 2020; A.5): one projected step of 1.25 eps. `start`: drawn
-    uniformly from the ball if it is None."""
+    uniformly from the ball if it is None. The rest is as in pgd."""
+    if check_input:
+        check(x, y, norm, eps, start)
     start = random_start(x, eps, norm) if start is None else start
-    return unchecked(pgd)(model, x, y, eps=eps, step_size=1.25 * eps, steps=1, norm=norm, start=start,
-                          step=step)
+    return pgd(model, x, y, eps=eps, step_size=1.25 * eps, steps=1, norm=norm, start=start, step=step,
+               check_input=False)
 
 
-@checked
-def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step, limit=10.0):
+def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step,
+                check_input=True, limit=10.0):
     """PGD as in the code of the paper's authors. Returns for each example the iterate of the highest loss, of
     the start and the first steps - 1 iterates.
 
@@ -163,6 +133,8 @@ def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, 
     leaves that iterate out (except the start). Their limit is 10 for the mean of the loss that they train
     with, in which the weights of Eq. 2 have the mean 1: limit = 10 (w_A |A| + |B|) / (N w_A).
     """
+    if check_input:
+        check(x, y, norm, eps, start, steps, step_size)
     x = x.detach()
     if len(x) == 0:
         return x
@@ -183,8 +155,8 @@ class Attack(NamedTuple):
     """An attack that training can use: sat.py --attack NAME.
 
     function(model, x, y, **settings) returns adversarial images of x's shape. It gets those of the settings
-    eps, norm, step_size, steps, start, step and limit that it has parameters for. It must leave nothing in
-    .grad: use torch.autograd.grad, not backward().
+    eps, norm, step_size, steps, start, step, limit and check_input=False that it has parameters for. It must
+    leave nothing in .grad: use torch.autograd.grad, not backward().
     """
     function: Callable
     gradient_steps: Optional[int] = None  # on an example, by which costs are counted; None: --steps
@@ -228,9 +200,8 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed):
     aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, logits.shape[1] - 1)
     x_adv, predicted = aa.run_standard_evaluation(x, y, batch_size=len(x))
     with torch.no_grad():
-        finite = logits.isfinite().all() and model(x_adv).isfinite().all()
-    if not finite:
-        raise FloatingPointError("the network's logits are not finite: no robust accuracy can be given")
+        if not (logits.isfinite().all() and model(x_adv).isfinite().all()):
+            raise FloatingPointError("the network's logits are not finite: no robust accuracy can be given")
     size = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
     if size.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
         raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] (it reached "
@@ -238,8 +209,7 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed):
     clean, right = logits.argmax(1) == y, predicted == y
     if right.sum() > clean.sum():
         raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
-                              f"{int(clean.sum())} that were right before: the network does not give the "
-                              "same logits twice")
+                              f"{int(clean.sum())} that were right before: is the network random?")
     return clean, clean & right
 
 
@@ -251,12 +221,18 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     they change the result. The package logs its progress and warnings to the logger "auto-attack". Raises
     what attack_batch does.
     """
-    clean, robust = (torch.zeros(len(y), dtype=torch.bool) for _ in range(2))
+    clean, robust = torch.zeros(2, len(y), dtype=torch.bool)
     device = next(model.parameters(), x).device
-    with fixed_weights(model), eval_mode(model):
-        for b, i in enumerate(range(0, len(y), batch_size)):
-            part = slice(i, i + batch_size)
-            right = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device), eps=eps,
-                                 norm=norm, attacks=attacks, seed=seed + b)
-            clean[part], robust[part] = (r.cpu() for r in right)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)  # backward passes go to the input alone, and .grad stays as it was
+    try:
+        with eval_mode(model):
+            for b, i in enumerate(range(0, len(y), batch_size)):
+                part = slice(i, i + batch_size)
+                right = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device), eps=eps,
+                                     norm=norm, attacks=attacks, seed=seed + b)
+                clean[part], robust[part] = (r.cpu() for r in right)
+    finally:
+        for p in trainable:
+            p.requires_grad_()
     return clean, robust

@@ -39,20 +39,14 @@ def svar(logits, y):
 class Vog:
     """Variance of gradients (A.2; Agarwal et al. 2022): the standard deviation over epochs of the gradient of
     the true class's logit with respect to the pixels, averaged over the pixels. Kept as Welford's running
-    sums, whose memory does not grow with the epochs.
+    sums, whose memory does not grow with the epochs; each process holds those of its part of the examples, on
+    `device`. `state`: what state() returned."""
 
-    The data set has `shape` (n, C, H, W). This process holds the sums of the consecutive examples `part`, on
-    `device`. `state`: what state() returned.
-    """
-
-    def __init__(self, shape, part, device, state=None):
-        self.shape, self.part = shape, part
-        if state:
-            self.epochs, *sums = state
-            self.mean, self.m2 = (s[part].to(device) for s in sums)
-        else:
-            self.epochs = 0
-            self.mean, self.m2 = (torch.zeros(len(part), *shape[1:], device=device) for _ in range(2))
+    def __init__(self, split, device, state=None):
+        self.n, self.part = len(split), part_of(split)
+        zeros = torch.zeros(()).expand(split.x.shape)
+        self.epochs, *sums = state or (0, zeros, zeros)
+        self.mean, self.m2 = (s[self.part].to(device) for s in sums)
 
     def add(self, grad, index):
         """Adds the gradients (b, C, H, W) of the examples `index` (b,) in epoch self.epochs (from 1 on)."""
@@ -63,7 +57,7 @@ class Vog:
 
     def of_all_processes(self, tensor):
         """Puts a tensor of this process's examples together with those of the others, on the CPU."""
-        whole = torch.zeros(self.shape[0], *tensor.shape[1:], device=tensor.device)
+        whole = torch.zeros(self.n, *tensor.shape[1:], device=tensor.device)
         whole[self.part.to(tensor.device)] = tensor
         return common.all_sum(whole).cpu()
 
@@ -85,11 +79,9 @@ def score(model, split, device, metrics, vog=None):
         vog.epochs += 1
     model.eval()
     for x, y, index in plain_batches(split, part_of(split), 500, device):
-        # GPUs may use TF32 in convolutions: even bf16, which is coarser, hardly changes the order
-        # (results-published/README.md).
-        tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=True)
-        with torch.set_grad_enabled(vog is not None), tf32:
-            logits = model(x.requires_grad_(vog is not None))
+        # A GPU may use TF32: even bf16, which is coarser, hardly changes the order (results-published).
+        with torch.set_grad_enabled(bool(vog)), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            logits = model(x.requires_grad_(bool(vog)))
             if vog:
                 vog.add(torch.autograd.grad(logits.gather(1, y[:, None]).sum(), x)[0], index)
         for m in scores:
@@ -102,27 +94,20 @@ def part_of(split):
     return torch.arange(len(split)).tensor_split(process_count())[process_index()]
 
 
-def class_errors(model, data, device):
-    """[(clean error, n)] of each class on the 90 % part of the test set. The error is None if n = 0."""
+def tables_of(scores, model, data, device):
+    """The tables of rank.json: the classes hardest first (by the first metric), with clean errors on the 90 %
+    part of the test set (None for n = 0 examples), and Spearman's correlations between the metrics."""
     index = selection_and_final(len(data.test))[1]
     model.eval()
     with torch.no_grad():
         wrong = torch.cat([(model(x).argmax(1) != y).cpu()
                            for x, y, _ in plain_batches(data.test, index, 500, device)])
-    y = data.test.y[index]
-    n = torch.bincount(y, minlength=len(data.classes))
-    return [(wrong[y == c].float().mean().item() if n[c] else None, int(n[c])) for c in range(len(n))]
-
-
-def tables_of(scores, data, errors):
-    """The tables of rank.json: the classes hardest first (by the first metric), and Spearman's correlations
-    between the metrics."""
     means = {m: class_means(s, data.train.y, len(data.classes)) for m, s in scores.items()}
     rows = []
     for c in next(iter(means.values())).argsort(descending=True, stable=True).tolist():
-        error, n = errors[c]
+        wrong_c = wrong[data.test.y[index] == c].float()
         rows.append({"class": data.classes[c], **{m: means[m][c].item() for m in scores},
-                     "clean_error": error, "n": n})
+                     "clean_error": wrong_c.mean().item() if len(wrong_c) else None, "n": len(wrong_c)})
     correlations = {}
     for a, b in itertools.combinations(scores, 2):
         constant = any(scores[m].min() == scores[m].max() for m in (a, b))  # its correlation is not defined
@@ -130,64 +115,37 @@ def tables_of(scores, data, errors):
     return {"classes_hardest_first": rows, "spearman_of_examples": correlations}
 
 
-def table(result, most=20):
-    """The classes hardest first and the correlations, as text."""
+def table(folder):
+    """The classes hardest first and the correlations of a finished ranking, as text."""
+    result = runs.read_json(folder / "rank.json", ("classes_hardest_first", "spearman_of_examples"))
     rows = result["classes_hardest_first"]
     metrics = [m for m in flags.METRICS if m in rows[0]]
     lines = [f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'error %':>8}"]
-    for i, r in enumerate(rows):
+    for r in rows:
         error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
-        if len(rows) <= most or not most // 2 <= i < len(rows) - most // 2:
-            lines.append(f"{r['class'][:20]:>20} {' '.join(f'{r[m]:9.4f}' for m in metrics)} {error:>8}")
-        elif i == most // 2:
-            lines.append(f"{'...':>20} ({len(rows) - most} classes between)")
+        lines.append(f"{r['class'][:20]:>20} {' '.join(f'{r[m]:9.4f}' for m in metrics)} {error:>8}")
     return "\n".join(lines + [f"Spearman of {pair}, over examples: {rho:.3f}"
                               for pair, rho in result["spearman_of_examples"].items()])
 
 
-def finished(folder):
-    """The lines that are printed for a ranking that is finished."""
-    result = runs.read_json(folder / "rank.json", ("classes_hardest_first", "spearman_of_examples"))
-    return f"{folder} is finished (--force repeats it)\n{table(result)}"
-
-
 def rank_examples(folder, args, data, device):
-    """Makes the ranking in `folder`: trains, scores, writes scores.pt and rank.json, and prints the classes
-    hardest first. args: rank.py's flags."""
+    """Makes the ranking in `folder`, going on from last.pt if there is one: trains without attacks, averages
+    the scores of all epochs (Eq. 3), writes scores.pt and rank.json. args: rank.py's flags."""
     metrics = args.metrics or [m for m in flags.METRICS if m != "vog" or not data.train.streamed]
     if "vog" in metrics and data.train.streamed:
-        raise UserError(f"--metrics vog keeps two numbers per pixel, too much for {data.name}'s streamed "
-                        "images; valid here: entropy svar")
+        raise UserError(f"--metrics vog takes 8 bytes a pixel, too much for {data.name}; valid: entropy svar")
     say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by "
         f"{', '.join(metrics)} over {args.epochs} epochs of non-robust training; {args.arch} on "
         f"{common.device_name(device)} -> {folder}")
     if runs.start_run(folder, args, "rank.json"):
-        return say(finished(folder))
+        return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
     torch.manual_seed(args.seed)
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    scores, cost = rank_epochs(folder, model, data, metrics, args, device)
-    result = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs,
-              "cost": cost, "scores": {m: scores_hash(s) for m, s in scores.items()},
-              **tables_of(scores, data, class_errors(model, data, device))}
-    if process_index() == 0:
-        runs.save(folder / "scores.pt", {**scores, "epochs": args.epochs, "fingerprint": data.fingerprint(),
-                                         "args": runs.identity(args)})
-        runs.write_json(folder / "rank.json", result)
-    runs.end_run(folder)
-    common.barrier()  # the files are there for all processes
-    say(f"{table(result)}\nwrote {folder}/scores.pt and rank.json")
-
-
-def rank_epochs(folder, model, data, metrics, args, device):
-    """Trains without attacks, going on from last.pt if there is one, and scores every epoch. Returns {metric:
-    (N,)} averaged over the epochs (Eq. 3), and the cost in forward passes."""
     state = runs.resume(folder, args, data, ("sums", "vog"))
     sums, log = (state["sums"], state["log"]) if state else ({}, [])
+    vog = Vog(data.train, device, state and state["vog"]) if "vog" in metrics else None
     # For a large data set VoG's sums are gigabytes, so that the state is saved only after every tenth epoch.
-    every = 10 if "vog" in metrics and data.train.x.numel() > 10**7 else 1
-    vog = None
-    if "vog" in metrics:
-        vog = Vog(tuple(data.train.x.shape), part_of(data.train), device, state and state["vog"])
+    every = 10 if vog and data.train.x.numel() > 10**7 else 1
     # A = {}: a non-robust classifier, so that difficulty does not depend on adversarial training (Sec. 3.3).
     empty_A = torch.zeros(len(data.train), dtype=torch.bool)
     for state in train(model, data.train, empty_A, 1.0, args, device, state):
@@ -199,30 +157,39 @@ def rank_epochs(folder, model, data, metrics, args, device):
             more = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
             if process_index() == 0:
                 runs.save_epoch(folder, runs.checkpoint(model, data, args, state["epoch"], **more))
-    scoring = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
-    cost = sum(row["forward_equivalents"] for row in log) + scoring
-    return {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}, cost
+    scores = {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
+    passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
+    about = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
+    result = {**about, "cost": sum(row["forward_equivalents"] for row in log) + passes,
+              "scores": {m: scores_hash(s) for m, s in scores.items()},
+              **tables_of(scores, model, data, device)}
+    if process_index() == 0:
+        runs.save(folder / "scores.pt", {**scores, **about})
+        runs.write_json(folder / "rank.json", result)
+    runs.end_run(folder)
+    common.barrier()  # the files are there for all processes
+    say(f"{table(folder)}\nwrote {folder}/scores.pt and rank.json")
 
 
 def scores_for(args, data, device):
     """The scores (N,) by which sat.py's flags `args` choose A, and what result.json says of them. Makes the
-    ranking of this data and network if it is missing. One that was made with other flags, such as another
-    number of epochs, is used, and a note says so."""
+    ranking if it is missing. One that was made with other flags, say other epochs, is used, with a note."""
     folder = args.results / args.dataset / f"rank-{args.arch}-seed0"
     path = folder / "scores.pt"
     if not from_process_0(path.exists()):
         say(f"there is no {path}: ranking the examples first")
-        rank_examples(folder, ranking_args(args), data, device)
+        dests = [flags.dest(flag) for group in flags.SCRIPTS["rank.py"] for flag, *_ in flags.FLAGS[group]]
+        rank_args = argparse.Namespace(**{dest: getattr(args, dest, None) for dest in dests})
+        rank_args.seed, rank_args.run, rank_args.force = 0, None, False
+        rank_examples(folder, rank_args, data, device)
     ranking = runs.load(path, ("fingerprint", "args", "epochs"))
     runs.check_fingerprint(data, ranking["fingerprint"], path)
     differ = [f"{k} {v} there, {getattr(args, k)} here" for k, v in ranking["args"].items()
               if k not in ("seed", "metrics") and getattr(args, k) != v]
     if differ:
-        say(f"note: {path} was made with other flags ({'; '.join(differ)}); rank.py --force with those of "
-            "this run makes it again")
+        say(f"note: {path} was made with other flags ({'; '.join(differ)}): rank.py --force makes it again")
     if args.metric not in ranking:
-        raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force (it then has all "
-                        "metrics)")
+        raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force")
     scores = ranking[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
     about = {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
@@ -231,19 +198,12 @@ def scores_for(args, data, device):
     return scores, about
 
 
-def ranking_args(args):
-    """rank.py's flags for the ranking that sat.py's flags `args` ask for."""
-    dests = [flags.dest(flag) for group in flags.SCRIPTS["rank.py"] for flag, *_ in flags.FLAGS[group]]
-    same = {k: getattr(args, k) for k in dests if k != "metrics"}
-    return argparse.Namespace(**{**same, "seed": 0, "run": None, "force": False, "metrics": None})
-
-
 def main(argv=None):
     """Makes the ranking that the flags describe, unless it is finished."""
     args = config.parse("rank.py", __doc__, argv)
     folder, is_finished = runs.run_folder(args, ["rank", args.arch], set(vars(args)), done="rank.json")
     if is_finished:
-        return say(finished(folder))
+        return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
     device = common.set_up(args)
     rank_examples(folder, args, open_dataset(args, device), device)
 

@@ -1,7 +1,5 @@
-"""The subset A: which examples are attacked, and the weight w_A of their loss (Sec. 3.2 and 3.3).
-
-A is chosen by class, at random, or by difficulty scores, which are rank.py's or the user's own.
-"""
+"""Chooses the subset A, which is attacked: by class, at random, or by difficulty scores, which are rank.py's
+or the user's own. Also the weight w_A of its loss (Sec. 3.2 and 3.3)."""
 import hashlib
 
 import numpy
@@ -10,9 +8,7 @@ import torch
 import flags
 from common import UserError, say
 
-# What a pickled numpy array of numbers consists of, for torch.load(weights_only=True). numpy 1 had another
-# name for the function.
-REBUILD = numpy.zeros(0).__reduce__()[0]
+REBUILD = numpy.zeros(0).__reduce__()[0]  # by which arrays are unpickled; numpy 1 had another name for it
 ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray, numpy.dtype,
          *(type(numpy.dtype(kind)) for kind in ("i4", "i8", "f4", "f8"))]
 
@@ -21,8 +17,7 @@ def subset_size(amount, n, unit):
     """|A| from a fraction (float) of n, or a number (int). Raises UserError outside 1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
     if not isinstance(k, int) or not 1 <= k <= n:
-        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n} (--size), or that part "
-                        "of them (--frac)")
+        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n} (--size, or by --frac)")
     return k
 
 
@@ -33,18 +28,16 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
     examples or classes, as a fraction (float) or a number (int). order: "hardest" or "easiest" by `scores`
     (N,), higher = harder; a class has the mean score of its examples (Eq. 3), ties go by index. Or "random",
     by `seed` ("redrawn" too: train() then draws another A every epoch). names: the classes of csat, in place
-    of amount and order. Raises UserError (a ValueError) for what cannot be chosen.
+    of amount and order. Raises UserError for what cannot be chosen.
     """
     if split not in ("none", "full", "esat", "csat") or order not in flags.ORDERS:
-        raise UserError(f"split {split!r} by order {order!r}: valid are none, full, esat, csat and "
-                        f"{', '.join(flags.ORDERS)}")
+        raise UserError(f"{split!r}, {order!r}: valid are none, full, esat, csat; {', '.join(flags.ORDERS)}")
     if split in ("none", "full"):
         return torch.full(y.shape, split == "full")
     if names:
         unknown = sorted(set(names) - set(classes))
         if unknown:
-            raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)} "
-                            "(classes of another data set need --dataset or --config)")
+            raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)} (by --dataset)")
         return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
     n, unit = (len(classes), "classes") if split == "csat" else (len(y), "examples")
     k = subset_size(amount, n, unit)
@@ -60,9 +53,7 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
         if tied.sum() > tied[first].sum():
             say(f"note: {int(tied.sum()):,} {unit} share the score at the edge of A; of these the first "
                 f"{int(tied[first].sum()):,}, by index, are in A")
-    if split == "csat":
-        return torch.isin(y, first)
-    return torch.zeros(n, dtype=torch.bool).index_fill(0, first, True)
+    return torch.isin(y if split == "csat" else torch.arange(n), first)
 
 
 def check_scores(scores, n, what="the scores"):
@@ -100,7 +91,7 @@ def weight_A(kind, n_A, n):
     named = {"vanilla": 1.0, "balanced": balanced, "emphasis": (1 + 10 * n_A / n) * balanced}
     if isinstance(kind, str) and kind not in named:
         raise ValueError(f"weight {kind!r}: {', '.join(named)}, or a number")
-    return named[kind] if isinstance(kind, str) else kind
+    return named.get(kind, kind)
 
 
 def within_class(scores, y):
@@ -111,41 +102,29 @@ def within_class(scores, y):
 
 
 def read_scores(path):
-    """The scores of --scores FILE as float64 (N,): N numbers, higher = harder, in a tensor or array (.pt,
-    .pth) or an array (.npy, .npz with one array). An integer permutation of 0 to N - 1 is read as an order of
-    the training examples, hardest first. One of 1 to N, or of floats, could be an order or ranks: UserError.
-    """
-    numbers = read_vector(path)
+    """The scores of --scores FILE, N numbers in a tensor or an array, higher = harder, as float64 (N,). A
+    permutation of the integers 0 to N - 1 is read as an order of the examples, hardest first. One of
+    1 to N, or of floats, could be an order or ranks: UserError, as for anything else."""
+    try:
+        if path.suffix in (".pt", ".pth"):
+            with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
+                numbers = torch.load(path, weights_only=True, map_location="cpu")
+        else:
+            numbers = numpy.load(path, allow_pickle=False)
+        if isinstance(numbers, numpy.lib.npyio.NpzFile):
+            numbers, = numbers.values()
+        numbers = numpy.asarray(numbers).squeeze()
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
+            raise ValueError(f"it holds {numbers.dtype} {numbers.shape}")
+    except Exception as e:  # numpy and torch raise many kinds on foreign files
+        reason = " ".join(str(e).split()).partition(". ")[0][:100]  # torch adds advice on its own flags
+        raise UserError(f"--scores {path}: {reason}; valid: N numbers in a .pt or .pth, .npy, .npz") from None
     n, ascending = len(numbers), numpy.sort(numbers)
     is_order, is_ranks = (n > 0 and numpy.array_equal(ascending, numpy.arange(n) + k) for k in (0, 1))
     if is_ranks or is_order and numbers.dtype.kind == "f":
         raise UserError(f"--scores {path} holds each of {ascending[0]:g} to {ascending[-1]:g} once: an order "
-                        f"or ranks? Give an order as integers 0 to {n - 1}, hardest first, or scores that "
-                        "are not all whole")
+                        "or ranks? Give an order as integers from 0, hardest first, or scores not all whole")
     if is_order:
-        say(f"{path} is read as an order of the indices, hardest first (give scores as numbers that are not "
-            "whole)")
-        order, numbers = numbers, numpy.empty(n)
-        numbers[order] = numpy.arange(n, 0, -1)
+        say(f"{path} is read as an order of the indices, hardest first (scores must not all be whole)")
+        numbers = n - numpy.argsort(numbers)  # argsort of an order: the place of each example in it
     return torch.from_numpy(numbers.astype(numpy.float64))
-
-
-def read_vector(path):
-    """The numbers (N,) in a .pt, .pth, .npy or .npz file. UserError for anything else."""
-    try:
-        if path.suffix in (".pt", ".pth"):
-            with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
-                content = torch.load(path, weights_only=True, map_location="cpu")
-        else:
-            content = numpy.load(path, allow_pickle=False)
-            if isinstance(content, numpy.lib.npyio.NpzFile):
-                name, = content.files
-                content = content[name]
-        vector = numpy.asarray(content).squeeze()
-        if vector.ndim != 1 or vector.dtype.kind not in "iuf":
-            raise ValueError(f"it holds {vector.dtype} {vector.shape}")
-        return vector
-    except Exception as e:  # numpy and torch raise many kinds on foreign files
-        reason = " ".join(str(e).split()).partition(". ")[0][:100]  # torch adds advice on its own flags
-        raise UserError(f"--scores {path}: {reason}; valid: N numbers in a .pt or .pth, a .npy, or a .npz "
-                        "with one array") from None

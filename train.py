@@ -58,7 +58,10 @@ def train(model, split, A, w_A, args, device, state=None):
     net = models.training_network(model, args, device)
     autocast = models.autocast(args.amp, device)
     for epoch in range(state["epoch"] if state else 0, args.epochs):
-        began, lr = time.perf_counter(), set_learning_rate(optimizer, args, epoch)
+        began = time.perf_counter()
+        lr = args.lr * 0.1 ** sum(epoch >= decay for decay in args.lr_decays)  # a tenth after each decay
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         sums = EpochSums(epoch, device)
         model.train()
         for x, y, a, w, w_sum, start in epoch_batches(split, A, w_A, args, epoch, device):
@@ -70,14 +73,6 @@ def train(model, split, A, w_A, args, device, state=None):
                **sums.row(model, args), "seconds": time.perf_counter() - began}
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                "row": row}
-
-
-def set_learning_rate(optimizer, args, epoch):
-    """Sets and returns the learning rate of an epoch: it falls tenfold at each of --lr-decays."""
-    lr = args.lr * 0.1 ** sum(epoch >= decay for decay in args.lr_decays)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def epoch_batches(split, A, w_A, args, epoch, device):
@@ -112,13 +107,13 @@ def epoch_batches(split, A, w_A, args, epoch, device):
 def training_attack(model, A, w_A, args, device):
     """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
     row = attacks.ATTACKS[args.attack]
-    attack = attacks.unchecked(row.function)
     settings = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
-                "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A}  # see attacks.pgd_authors
+                "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
+                "check_input": False}
     if args.compile and row.step:
         settings["step"] = models.compiled(row.step, device)
-    parameters = inspect.signature(attack).parameters
-    attack = functools.partial(attack, model, **{k: v for k, v in settings.items() if k in parameters})
+    parameters = inspect.signature(row.function).parameters
+    attack = functools.partial(row.function, model, **{k: v for k, v in settings.items() if k in parameters})
     return pad_to_multiple(attack) if args.compile and device.type == "cuda" else attack
 
 
@@ -126,11 +121,9 @@ def pad_to_multiple(attack, multiple=16):
     """Pads the batches of `attack` to a multiple of 16 with copies of their first example, so that CUDA
     graphs are recorded for few sizes. (On CPUs one graph serves all.)"""
     def pad(t):
-        """t, with its first example repeated."""
         return torch.cat([t, t[:1].expand(-len(t) % multiple, *t.shape[1:])])
 
     def padded_attack(x, y, start=None):
-        """The attack on the padded batch, without the padding."""
         starts = {} if start is None else {"start": pad(start)}
         return attack(pad(x), pad(y), **starts)[:len(x)]
     return padded_attack
@@ -142,14 +135,14 @@ class EpochSums:
     def __init__(self, epoch, device):
         self.epoch, self.loss_and_right = epoch, torch.zeros(2, device=device)
         self.first_bad = torch.full((), torch.inf, device=device)  # the first step that is not finite
-        self.steps = self.examples = self.attacked = 0
+        self.steps = self.attacked = 0
 
     def add(self, loss, logits, y, a):
         """Adds a step."""
         self.loss_and_right += torch.stack([loss / process_count(), (logits.argmax(1) == y).sum()])
         finite = loss.isfinite() & logits.isfinite().all()
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp_max(self.steps))
-        self.steps, self.examples = self.steps + 1, self.examples + len(y)
+        self.steps += 1
         self.attacked += len(a)
 
     def row(self, model, args):
@@ -161,8 +154,8 @@ class EpochSums:
             raise UserError(f"the loss or the logits are not finite in epoch {self.epoch + 1}, step "
                             f"{first_bad + 1:.0f}: stopped, the last good checkpoint is kept. Lower --lr "
                             "(with --run NAME or --force)")
-        counts = torch.tensor([self.examples, self.attacked], device=self.first_bad.device)
-        examples, attacked = all_sum(counts).tolist()
+        examples = self.steps * args.batch_size
+        attacked = all_sum(torch.tensor(self.attacked, device=self.first_bad.device)).item()
         gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0
         trained = 0 if model.frozen else examples  # images whose whole network goes backward
         return {"loss": loss / self.steps, "train_accuracy": right / examples, "attacked": attacked,
