@@ -11,8 +11,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix. The scripts print it as one line and exit with 2; for code that
-    imports them it is a ValueError."""
+    """A mistake that the user can fix: the scripts print it as one line and exit with 2."""
 
 
 def process_index():
@@ -51,31 +50,27 @@ def from_process_0(value):
 
 
 def set_up(args):
-    """Sets the device, the threads and, under torchrun, the process group (nccl on GPUs, gloo on CPUs).
-    Returns the device."""
+    """Sets the device, the threads and, under torchrun, the process group. Returns the device."""
     import torch
-    if args.device == "cuda" and not torch.cuda.is_available():
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if args.device == "cuda" and not on_gpu:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    kind = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    device = torch.device("cpu")
-    if kind == "cuda":
+    device, compilers = torch.device("cpu"), [os.environ.get("CXX", "g++"), "clang++"]
+    if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        compilers = [os.environ.get("CC", "gcc"), "clang"]  # Triton compiles C
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} "
                             "GPUs: start one per GPU, or give --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if kind == "cuda":  # Triton compiles C
-        compilers = [os.environ.get("CC", "gcc"), "clang"]
     if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
-        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}), and there is none here: "
-                        "install one, or give --no-compile")
+        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}): install one or drop it")
     if args.threads:
         torch.set_num_threads(args.threads)
     if process_count() > 1 and not torch.distributed.is_initialized():
         # The others wait while process 0 downloads data, and for the slowest chunk of AutoAttack: hours.
-        backend = {"backend": "nccl", "device_id": device} if kind == "cuda" else {"backend": "gloo"}
+        backend = {"backend": "nccl", "device_id": device} if on_gpu else {"backend": "gloo"}
         torch.distributed.init_process_group(**backend, timeout=datetime.timedelta(hours=12))
     return device
 
@@ -88,65 +83,48 @@ def device_name(device):
     return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
 
 
-def say(text):
+def say(text, file=None):
     """Prints a line, in process 0 only."""
     if process_index() == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 def progress(steps, **bar):
     """A tqdm bar over `steps`, shown by process 0 when stderr is a terminal. `bar`: tqdm's own arguments."""
     from tqdm import tqdm
-    terminal = sys.stderr and sys.stderr.isatty()
-    return tqdm(steps, disable=process_index() != 0 or not terminal, leave=False, dynamic_ncols=True, **bar)
+    return tqdm(steps, disable=process_index() > 0 or None, leave=False, dynamic_ncols=True, **bar)
 
 
-class Stopped(KeyboardInterrupt):
-    """Raised by SIGTERM and Ctrl-C. Its argument is the signal's number."""
-
-
-def stop(number, frame):
-    """A signal handler that raises Stopped."""
-    raise Stopped(number)
-
-
-def outcome(main):
-    """Runs main() and returns the exit code. A user's mistake (2), a signal (128 + its number) and a lost
-    process (1) end in one line on stderr."""
-    prefix = f"[rank {process_index()}] " if process_index() else ""
+def script(main):
+    """Runs a script's main(). A user's mistake (exit code 2), a signal (128 + its number) and a lost process
+    (1) end in one line on stderr."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    code, prefix = 0, f"[rank {process_index()}] " if process_index() else ""
     try:
         main()
         barrier()
-        return 0
     except (UserError, OSError) as e:
         if process_index():  # process 0 prints a mistake that all of them find; torchrun then ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         print(f"error: {prefix}{e}", file=sys.stderr)
-        return 2
-    except Stopped as e:
-        if process_index() == 0:
-            print("stopped: the same command, without --force, goes on from the last whole epoch or "
-                  "AutoAttack chunk", file=sys.stderr)
-        return 128 + e.args[0]
+        code = 2
+    except KeyboardInterrupt as e:
+        say("stopped: the same command, without --force, goes on from the last whole epoch or AutoAttack "
+            "chunk", sys.stderr)
+        code = 128 + e.args[0]
     except RuntimeError as e:
         lost = ("gloo", "NCCL", "Connection closed", "Connection reset")
         if process_count() == 1 or not any(word in str(e) for word in lost):
             raise
-        why = " ".join(str(e).split())[:100]
-        print(f"error: {prefix}another process of this run is gone, or was never reached ({why}); the same "
-              "command goes on from the last whole epoch", file=sys.stderr)
-        return 1
-
-
-def script(main):
-    """Runs a script's main() and exits with its outcome()."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    code = outcome(main)
+        reason = " ".join(str(e).split())[:100]
+        print(f"error: {prefix}another process is gone ({reason}); the same command goes on", file=sys.stderr)
+        code = 1
     if process_count() > 1:  # at once: gloo's threads now and then abort a process while Python shuts down
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,38 +22,30 @@ import torch
 import attacks
 import common
 import flags
-import models
 import runs
 from common import UserError, process_count, process_index, say
 from data import load_dataset, selection_and_final
-
-SEED = 0  # AutoAttack's, the same for every run
+from runs import load_model
 
 
 def wilson(k, n, z=1.959964):
-    """The 95 % Wilson score interval (low, high) of k successes in n trials."""
-    if n == 0:
-        return 0.0, 1.0
+    """The 95 % Wilson score interval (low, high) of k successes in n > 0 trials."""
     p, d = k / n, 1 + z * z / n
     middle, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def accuracy(right):
-    """The accuracy of bool (n,), with its 95 % Wilson interval: {"n", "accuracy", "low", "high"}, fractions.
-    It is None if n = 0."""
+    """The accuracy of bool (n,), None if n = 0, with its 95 % Wilson interval, as fractions."""
     n, k = len(right), int(right.sum())
-    low, high = wilson(k, n)
+    low, high = wilson(k, n) if n else (0.0, 1.0)
     return {"n": n, "accuracy": k / n if n else None, "low": low, "high": high}
 
 
 def accuracies(clean, robust, y, classes, A_classes=None):
-    """Clean and robust accuracy on all examples, per class and, if A consists of the classes `A_classes`, on
-    A_val and B_val: {part: {"clean", "robust": accuracy()}}, "classes": {class: the same}.
-
-    clean, robust: bool (n,). Each class also has which of its examples were right, in their order, as bits in
-    hexadecimal: paired comparisons of runs need them.
-    """
+    """Clean and robust accuracy of bool (n,) each: {"all", A_val and B_val if A consists of the classes
+    `A_classes`: {"clean", "robust": accuracy()}}, and "classes": {class: the same}. Each class also has which
+    of its examples were right, as bits in hexadecimal, for paired comparisons of runs."""
     parts, right = {"all": torch.ones_like(clean)}, {"clean": clean, "robust": robust}
     if A_classes:
         parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
@@ -73,9 +66,8 @@ def weights_hash(state):
 
 
 def eval_settings(args, data, prefix="eval"):
-    """What AutoAttack's numbers depend on besides network and data: threat model, attacks (those that exist
-    for this many classes), number of examples, batch size and seed. They come from the flags --eval-* or,
-    with the prefix "select", --select-*. UserError for what AutoAttack does not take."""
+    """What AutoAttack's numbers depend on besides network and data, by the flags --eval-* or --select-*
+    (`prefix`). UserError for what AutoAttack does not take."""
     try:
         usable = attacks.usable_attacks(getattr(args, f"{prefix}_attacks"), len(data.classes))
     except ValueError as e:
@@ -83,21 +75,24 @@ def eval_settings(args, data, prefix="eval"):
     if args.norm == "linf" and args.eps > 1:
         raise UserError(f"--norm linf --eps {args.eps:g}: pixels are in [0, 1] (8/255 is --eps 0.0314)")
     return {"norm": args.norm, "eps": args.eps, "attacks": usable,
-            "n": getattr(args, f"{prefix}_n"), "batch_size": args.eval_batch, "seed": SEED}
+            "n": getattr(args, f"{prefix}_n"), "batch_size": args.eval_batch, "seed": 0}
 
 
-def check_settings(args, data):
-    """UserError, before the work, for flags that AutoAttack does not take."""
-    eval_settings(args, data, "select")
-    eval_settings(args, data)
+def evaluate(model, data, settings, folder, A_classes=None):
+    """Evaluates on the 90 % of the test set that do not select a checkpoint. Returns the content of robust.pt
+    and what the results of sat.py, transfer.py and evaluate.py have in common."""
+    index = selection_and_final(len(data.test))[1][:settings["n"] or None]
+    clean, robust = autoattack_accuracy(model, data, index, settings, folder)
+    return {"index": index, "clean": clean, "robust": robust}, {
+        "settings": settings, "fingerprint": data.fingerprint(), "weights": weights_hash(model.state_dict()),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "pyautoattack")},
+        "accuracy": accuracies(clean, robust, data.test.y[index], data.classes, A_classes)}
 
 
 def autoattack_accuracy(model, data, index, settings, folder):
-    """AutoAttack on the test examples `index`: bool (n,) clean and robust. settings: of eval_settings.
-
-    They are dealt to the processes in chunks of a batch, chunk c with the seed seed + c. Finished chunks are
-    saved in `folder`, under a hash of all that they depend on: a stopped evaluation goes on from there.
-    """
+    """AutoAttack on the test examples `index`: bool (n,) clean and robust. settings: of eval_settings. The
+    examples are dealt to the processes in chunks of a batch, chunk c with the seed seed + c. Finished chunks
+    are saved in `folder`, under a hash of all they depend on: a stopped evaluation goes on from there."""
     same = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
     key = json.dumps([weights_hash(model.state_dict()), same, index.tolist(), settings], sort_keys=True)
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -111,7 +106,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
             path, chunk = folder / f"chunk{c:05d}.pt", None
             with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
                 chunk = runs.load(path)
-            if not isinstance(chunk, torch.Tensor) or chunk.shape != (2, len(part)):
+            if chunk is None:
                 try:
                     chunk = torch.stack(attacks.autoattack(
                         model, data.test.pixels(part, "cpu"), data.test.y[part], eps=settings["eps"],
@@ -126,38 +121,34 @@ def autoattack_accuracy(model, data, index, settings, folder):
     return tuple(common.all_sum(right).bool().cpu())
 
 
-class Watch(logging.Handler):
+class Watch:
     """A context in which what pyautoattack logs is shown: its progress in `bar` or, if stderr is no terminal,
     in a line after each attack; each kind of its warnings once."""
 
     def __init__(self, bar):
-        super().__init__()
         self.bar, self.warned, self.log = bar, set(), logging.getLogger("auto-attack")
 
     def __enter__(self):
-        self.before = self.log.level, self.log.propagate
-        self.log.addHandler(self)
         self.log.setLevel(logging.DEBUG)
-        self.log.propagate = False
+        self.log.addFilter(self.show)
 
     def __exit__(self, *error):
-        self.log.removeHandler(self)
-        self.log.setLevel(self.before[0])
-        self.log.propagate = self.before[1]
+        self.log.removeFilter(self.show)
 
-    def emit(self, record):
-        """Called by logging with every record of the package."""
+    def show(self, record):
+        """Shows a record of the package. Returns False, so that logging does not."""
         text = record.getMessage()
         kind = re.sub(r"\d", "", text)  # warnings of one kind differ in their numbers
-        if record.levelno >= logging.WARNING and kind not in self.warned:
-            self.warned.add(kind)
-            say(f"AutoAttack warns: {text}")
-        elif record.levelno < logging.WARNING:
+        after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
+        if record.levelno < logging.WARNING:
             self.bar.set_postfix_str(text[:60])
-            after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
             if self.bar.disable and after:
                 say(f"  AutoAttack, {self.bar.n} of {self.bar.total} examples done; this batch after "
                     f"{after[1]}: {float(after[2]):.1f} % robust")
+        elif kind not in self.warned:
+            self.warned.add(kind)
+            say(f"AutoAttack warns: {text}")
+        return False
 
 
 def accuracy_lines(result):
@@ -174,45 +165,19 @@ def accuracy_lines(result):
     return "\n".join(lines)
 
 
-def finished(run):
+def finished(folder):
     """The lines that are printed for a run that is finished."""
-    result = runs.read_json(run / "result.json", ("settings", "accuracy"))
-    try:
-        return f"{run} is finished (--force repeats it)\n{accuracy_lines(result)}"
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{run / 'result.json'} is not a result of this project ({type(e).__name__}): "
-                        "--force makes its run again") from None
-
-
-def versions():
-    """The versions of the packages on which the numbers depend."""
-    return {name: version(name) for name in ("torch", "torchvision", "pyautoattack")}
-
-
-def load_model(path):
-    """The Classifier of a checkpoint and the checkpoint's content. Raises UserError for a foreign file."""
-    ckpt = runs.read_checkpoint(path)
-    try:
-        mean, std = (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
-        model = models.build(ckpt["arch"], len(ckpt["classes"]), mean, std)
-        if ckpt["head"] == "mlp":
-            model.transfer(len(ckpt["classes"]))
-        model.load_state_dict(ckpt["model"], strict=True)
-    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from None
-    return model, ckpt
+    result = runs.read_json(folder / "result.json", ("args", "settings", "accuracy"))
+    return f"{folder} is finished (--force repeats it)\n{accuracy_lines(result)}"
 
 
 def command_line(argv=None):
     """Parses the command line. Flags that it leaves out have their values of the checkpoint's run."""
     parser = flags.script_parser("evaluate.py", __doc__, flags.DEFAULTS, "best.pt or last.pt of a run")
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"),
-                        help="folder that holds the data sets")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     typed = vars(parser.parse_args(argv))
-    of_run = runs.read_checkpoint(typed["checkpoint"])["args"]
-    base = {k: of_run.get(k, default) for k, default in flags.DEFAULTS.items()}
+    base = {**flags.DEFAULTS, **load_model(typed["checkpoint"])[1]["args"]}
     if typed.get("norm", base["norm"]) != base["norm"] and "eps" not in typed:
         raise UserError(f"--norm {typed['norm']} needs an --eps of its own: the checkpoint's {base['eps']} "
                         f"is in {base['norm']} (linf: 0.0314 is 8/255)")
@@ -228,19 +193,14 @@ def main(argv=None):
     runs.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
     settings, weights = eval_settings(args, data), weights_hash(ckpt["model"])
     key = hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()[:8]
-    path = args.checkpoint.parent / f"eval-{key}.json"
+    path, chunks = (args.checkpoint.with_name(f"eval-{key}{end}") for end in (".json", "-chunks"))
     if path.exists() and not args.force:
         return say(f"{path} is there already (--force repeats it)\n{accuracy_lines(runs.read_json(path))}")
     say(f"evaluating {args.checkpoint} ({data.name}, epoch {ckpt['epoch']}) on {device}")
-    index = selection_and_final(len(data.test))[1][:args.eval_n or None]
-    folder = args.checkpoint.parent / f"eval-{key}-chunks"
-    clean, robust = autoattack_accuracy(model.to(device), data, index, settings, folder)
-    result = {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], "settings": settings,
-              "versions": versions(), "fingerprint": ckpt["fingerprint"], "weights": weights,
-              "accuracy": accuracies(clean, robust, data.test.y[index], data.classes, ckpt["A_classes"])}
+    _, result = evaluate(model.to(device), data, settings, chunks, ckpt["A_classes"])
     if process_index() == 0:
-        runs.write_json(path, result)
-    runs.remove(folder)
+        runs.write_json(path, {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], **result})
+        shutil.rmtree(chunks, ignore_errors=True)
     say(f"{accuracy_lines(result)}\nwrote {path}")
 
 

@@ -1,8 +1,5 @@
-"""The folders of runs: their names, locks, atomic files and checkpoints, and how a stopped run goes on.
-
-It imports torch only where it reads or writes tensors.
-"""
-import contextlib
+"""The folders of runs: their names, locks, atomic files and checkpoints, and how a stopped run goes on. It
+imports torch only where it reads or writes tensors."""
 import fcntl
 import hashlib
 import json
@@ -11,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from common import UserError, barrier, from_process_0, process_index, say
+from common import UserError, from_process_0, process_index, say
 
 LOCKS = {}  # {folder: lock file} of the runs that this process is making
 # Attributes of args that say where a run is made and how fast, not what it is.
@@ -26,11 +23,9 @@ def identity(args):
 
 
 def run_folder(args, lead, named, done="result.json"):
-    """The folder results/<dataset>/<name> of a run, and whether it is finished (has the file `done`).
-
-    The name consists of the words in `lead`, of every flag that differs from the config and is not in `named`
-    (those that `lead` speaks of), and of the seed. Raises UserError if the folder was made with other flags.
-    """
+    """The folder results/<dataset>/<name> of a run, and what is_finished says of it. The name consists of the
+    words in `lead`, of every flag that differs from the config and is not in `named` (those that `lead`
+    speaks of), and of the seed."""
     words = [str(word) for word in lead]
     for dest, value in identity(args).items():
         if dest not in {*named, "seed", "dataset", "checkpoint"} and value != args.base.get(dest):
@@ -41,23 +36,24 @@ def run_folder(args, lead, named, done="result.json"):
     if name != plain or len(name) > 180:  # names stay distinct, and below a file system's 255 letters
         name = f"{name[:160]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
     folder = args.results / args.dataset / (args.run or f"{name}-seed{args.seed}")
-    check_folder(folder, args)
-    return folder, not args.force and (folder / done).exists()
+    return folder, is_finished(folder, args, done)
 
 
-def check_folder(folder, args):
-    """UserError if the run's folder was made with other flags, unless --force."""
+def is_finished(folder, args, done):
+    """Whether the run has the file `done` and is not to be repeated. UserError if it has other flags."""
     if not args.force and (folder / "args.json").exists():
         check_flags(folder, read_json(folder / "args.json", ("dataset",)), args)
+    return not args.force and (folder / done).exists()
 
 
 def check_flags(path, stored, args):
     """UserError if `path` was made with other flags: `stored` is the identity() of its run."""
-    here = json.loads(json.dumps(identity(args)))
-    differ = [k for k in sorted({*stored, *here}) if stored.get(k) != here.get(k)]
+    here = identity(args)
+    differ = [f"{k}: {stored.get(k)!r} there, {here.get(k)!r} now" for k in sorted({*stored, *here})
+              if stored.get(k) != here.get(k)]
     if differ:
-        text = "; ".join(f"{k}: {stored.get(k)!r} there, {here.get(k)!r} now" for k in differ)
-        raise UserError(f"{path} was made with other flags ({text}): name this run with --run, or --force")
+        raise UserError(f"{path} was made with other flags ({'; '.join(differ)}): name this run with --run, "
+                        "or --force")
 
 
 def check_fingerprint(data, stored, path):
@@ -65,53 +61,19 @@ def check_fingerprint(data, stored, path):
     differ = [f"{k}: {stored.get(k)} there, {v} here" for k, v in data.fingerprint().items()
               if stored.get(k) != v]
     if differ:
-        raise UserError(f"{path} belongs to other data ({'; '.join(differ)[:300]}): make it again from this "
-                        "data, or find its data")
+        raise UserError(f"{path} belongs to other data ({'; '.join(differ)[:300]}): find its data")
 
 
 def start_run(folder, args, done="result.json"):
-    """Locks the run's folder and makes it, with args.json, in process 0. Waits while another process makes
-    the same run. Returns whether that process has finished it.
-
-    With --force an earlier run is kept as .old-<run> until end_run: a repeat that fails loses nothing.
-    """
-    finished = False
-    if process_index() == 0:
-        lock_run(folder)
-        check_folder(folder, args)
-        finished = (folder / done).exists() and not args.force
-        if finished:
-            unlock_run(folder)
-        else:
-            if (folder / done).exists():
-                old = folder.with_name(f".old-{folder.name}")
-                shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)
-            elif args.force and folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.part"):  # of a killed process
-                path.unlink(missing_ok=True)
-            write_json(folder / "args.json", identity(args))
-    return from_process_0(finished)
-
-
-def end_run(folder):
-    """Deletes the earlier run that start_run kept and unlocks the folder, in process 0: the run is whole."""
-    if process_index() == 0:
-        shutil.rmtree(folder.with_name(f".old-{folder.name}"), ignore_errors=True)
-        unlock_run(folder)
-
-
-def lock_run(folder):
-    """Locks a run until unlock_run or the end of this process, so that two equal commands do not both write
-    to it. Waits for another process that has it. The lock is outside the folder, which --force moves."""
-    path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
-    if folder in LOCKS:
-        return
+    """Locks the run's folder until end_run or the end of this process, and makes it, with args.json, in
+    process 0. Waits while another process makes the same run. Returns whether that process has finished it.
+    With --force an earlier run is kept as .old-<run> until end_run: a repeat that fails loses nothing."""
+    if process_index() > 0:
+        return from_process_0(None)
+    path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"  # --force moves the folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = LOCKS[folder] = open(path, "w")  # closed, and so unlocked, with the process
+        lock = LOCKS[folder] = LOCKS.get(folder) or open(path, "w")
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; name another folder with --results") from None
     try:
@@ -119,17 +81,33 @@ def lock_run(folder):
     except BlockingIOError:
         say(f"{folder} is being made by another process: waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
+    if is_finished(folder, args, done):
+        end_run(folder)
+        return from_process_0(True)
+    if (folder / done).exists():
+        old = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    elif args.force and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob("*.part"):  # of a killed process
+        part.unlink(missing_ok=True)
+    write_json(folder / "args.json", identity(args))
+    return from_process_0(False)
 
 
-def unlock_run(folder):
-    """Releases the lock of a run."""
-    lock = LOCKS.pop(folder)
-    fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough while a loader process has the file, too
-    lock.close()
+def end_run(folder):
+    """Deletes what a finished run leaves behind and unlocks its folder, in process 0."""
+    if process_index() == 0:
+        for rest in (folder.with_name(f".old-{folder.name}"), folder / "chunks"):
+            shutil.rmtree(rest, ignore_errors=True)
+        with LOCKS.pop(folder) as lock:  # closing is not enough while a loader process has the file, too
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def resume(folder, args, data, keys=()):
-    """The content of last.pt, from which a stopped run goes on; None if there is none. Raises UserError if it
+    """The content of last.pt, from which a stopped run goes on; None if there is none. UserError if it
     belongs to other data or other flags."""
     path = folder / "last.pt"
     if not path.exists():
@@ -139,13 +117,6 @@ def resume(folder, args, data, keys=()):
     check_flags(path, state["args"], args)
     say(f"going on after epoch {state['epoch']} of {path}")
     return state
-
-
-def remove(folder):
-    """Deletes a folder, in process 0, when all processes are through with it."""
-    barrier()
-    if process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def atomic(path, write):
@@ -158,29 +129,17 @@ def atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        if isinstance(e, (OSError, RuntimeError)):  # torch.save turns the first into the second
-            reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
-            reason = reason or " ".join(str(e).split())[:100]
-            raise UserError(f"cannot write {path}: {reason} (finished work is kept: fix it and start "
-                            "again)") from None
-        raise
+    except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
+        reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
+        raise UserError(f"cannot write {path}: {reason or ' '.join(str(e).split())[:100]} (finished work is "
+                        "kept: fix it and start again)") from None
+    finally:
+        part.unlink(missing_ok=True)  # it is there after a failure
 
 
 def write_json(path, value):
     """Writes plain types as indented JSON, atomically."""
     atomic(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-def read_json(path, keys=()):
-    """Reads a JSON file. Raises UserError if it is none, or not a dict with `keys`."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from None
-    return require(value, keys, path)
 
 
 def save(path, value):
@@ -197,26 +156,25 @@ def save_epoch(folder, state):
 
 
 def load(path, keys=()):
-    """torch.load of plain types and tensors (weights_only, on the CPU). Raises UserError for a file that is
-    missing, truncated, foreign, or not a dict with `keys`."""
-    import torch
+    """The content of a .json file, or of a .pt file of plain types and tensors, on the CPU. UserError for one
+    that is missing, truncated, foreign, or not a dict with `keys`."""
     try:
-        value = torch.load(path, weights_only=True, map_location="cpu")
+        if Path(path).suffix == ".json":
+            value = json.loads(Path(path).read_text(encoding="utf-8"))
+        else:
+            import torch
+            value = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as e:  # torch raises many kinds on a truncated or foreign file
-        raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__}): check the "
-                        "path, or make the file again, of plain types and torch tensors") from None
-    return require(value, keys, path)
-
-
-def require(value, keys, path):
-    """The content `value` of the file `path`. UserError if it is not a dict with `keys`."""
+        raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__})") from None
     missing = [k for k in keys if not isinstance(value, dict) or k not in value]
     if missing:
-        raise UserError(f"{path} is not a file of this kind: it lacks {', '.join(missing)}; --force makes its "
-                        "run again")
+        raise UserError(f"{path} lacks {', '.join(missing)}: --force makes its run again")
     return value
+
+
+read_json = load  # the name by which other files read JSON
 
 
 def checkpoint(model, data, args, epoch, A_classes=None, **more):
@@ -226,19 +184,22 @@ def checkpoint(model, data, args, epoch, A_classes=None, **more):
             "epoch": epoch, "A_classes": A_classes, **more}
 
 
-def read_checkpoint(path):
-    """The content of a checkpoint, checked as far as that goes without building the network. Raises UserError
-    for a foreign file."""
+def load_model(path):
+    """The Classifier of a checkpoint and the checkpoint's content. UserError for a foreign file."""
+    import models
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
     ckpt = load(path, CHECKPOINT_KEYS)
-    args, classes, A_classes = ckpt["args"], ckpt["classes"], ckpt["A_classes"]
-    if not (isinstance(args, dict) and {"dataset", "side"} <= set(args)
-            and isinstance(ckpt["fingerprint"], dict)
-            and isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-            and isinstance(ckpt["epoch"], int)
-            and (A_classes is None or isinstance(A_classes, list) and set(A_classes) <= set(classes))
-            and isinstance(ckpt["model"], dict)):
-        raise UserError(f"{path} is not a checkpoint of this project: its args, classes or fingerprint are "
-                        "not as sat.py writes them")
-    return ckpt
+    try:
+        classes, (mean, std) = ckpt["classes"], (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
+        model = models.build(ckpt["arch"], len(classes), mean, std)
+        if ckpt["head"] == "mlp":
+            model.transfer(len(classes))
+        model.load_state_dict(ckpt["model"])
+        if not ({"dataset", "side"} <= ckpt["args"].keys() and "name" in ckpt["fingerprint"].keys()
+                and set(ckpt["A_classes"] or []) <= set(classes) and isinstance(ckpt["epoch"], int)):
+            raise ValueError("its args, classes or fingerprint are not as sat.py writes them")
+    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from None
+    return model, ckpt

@@ -9,7 +9,7 @@ Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, 
 """
 import hashlib
 import inspect
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 
@@ -27,24 +27,20 @@ from subset import choose_A, read_scores, scores_hash, subset_size, weight_A
 from train import train
 
 
-class Best(NamedTuple):
-    """A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected (Sec. 4):
-    the most robust; of these the one with the highest clean accuracy; of these the latest."""
-    robust: float = -1
-    clean: float = -1
-    epoch: int = 0
+# A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: the most robust
+# (Sec. 4); of these the one with the highest clean accuracy; of these the latest.
+Best = namedtuple("Best", "robust clean epoch", defaults=(-1, -1, 0))
+COUNTED = ("attacked", "forward", "backward", "forward_equivalents", "seconds")  # summed over the epochs
 
 
-def fit(folder, model, data, A, w_A, args, device, A_classes=None, **more):
-    """Trains, selects a checkpoint on 10 % of the test set, evaluates it on the other 90 %. Returns the
-    content of result.json, into which `more` is written too. Goes on from last.pt if there is one.
-
-    The checkpoint is selected by AutoAttack's robust accuracy one epoch after each decay and at the end
-    (Sec. 4).
-    """
-    select, final = selection_and_final(len(data.test))
-    select, final = select[:args.select_n or None], final[:args.eval_n or None]
-    settings = evaluate.eval_settings(args, data, "select")
+def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **more):
+    """Makes the run in `folder`, or goes on with it: trains, selects a checkpoint by AutoAttack on 10 % of
+    the test set, one epoch after each decay and at the end (Sec. 4), evaluates it on the other 90 %, and
+    prints the result. `more` is written into result.json too."""
+    if runs.start_run(folder, args):
+        return say(evaluate.finished(folder))
+    chunks = folder / "chunks"
+    select = selection_and_final(len(data.test))[0][:args.select_n or None]
     candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
     hash_of_A = hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16]
     state, log, best = resume(folder, args, data, hash_of_A)
@@ -53,7 +49,7 @@ def fit(folder, model, data, A, w_A, args, device, A_classes=None, **more):
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} "
             "attacked, {seconds:.1f} s".format(**row))
         if epoch in candidates:
-            right = evaluate.autoattack_accuracy(model, data, select, settings, folder / "chunks")
+            right = evaluate.autoattack_accuracy(model, data, select, settings["select"], chunks)
             clean, robust = (r.float().mean().item() for r in right)
             row["selection"] = {"n": len(select), "clean": clean, "robust": robust}
             say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select)} examples")
@@ -66,10 +62,17 @@ def fit(folder, model, data, A, w_A, args, device, A_classes=None, **more):
                 runs.save(folder / "best.pt", ckpt)
     common.barrier()
     model.load_state_dict(runs.load(folder / "best.pt")["model"])
-    return evaluate_and_save(folder, model, data, final, args, log, {
-        "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A, "epoch": best.epoch,
-        "selection": {**settings, "n": len(select)}, "device": common.device_name(device),
-        "precision": "+".join(sorted({row.get("precision", "float32") for row in log})), **more})
+    right, evaluation = evaluate.evaluate(model, data, settings["eval"], chunks, A_classes)
+    result = {"args": runs.identity(args), "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A,
+              "epoch": best.epoch, "selection": {**settings["select"], "n": len(select)},
+              "device": common.device_name(device), "processes": process_count(),
+              "precision": "+".join(sorted({row.get("precision", "float32") for row in log})),
+              "cost": {k: sum(row[k] for row in log) for k in COUNTED}, **more, **evaluation}
+    if process_index() == 0:
+        runs.save(folder / "robust.pt", right)
+        runs.write_json(folder / "result.json", result)
+    runs.end_run(folder)
+    say(f"{evaluate.accuracy_lines(result)}\nwrote {folder}/result.json")
 
 
 def resume(folder, args, data, hash_of_A):
@@ -79,54 +82,20 @@ def resume(folder, args, data, hash_of_A):
     if state is None:
         return None, [], Best()
     if state["A"] != hash_of_A:
-        raise UserError(f"{folder / 'last.pt'} was trained with another A: name this run with --run, or "
-                        "--force")
-    log, best = state.pop("log"), Best(*(state.pop("best") or Best()))
+        raise UserError(f"{folder}/last.pt was trained with another A: name this run with --run, or --force")
+    log, best = state.pop("log"), Best(*state.pop("best"))
     if 0 < best.epoch < state["epoch"] and not (folder / "best.pt").exists():
-        raise UserError(f"{folder / 'best.pt'}, of epoch {best.epoch}, is missing: --force repeats the run")
+        raise UserError(f"{folder}/best.pt, of epoch {best.epoch}, is missing: --force repeats the run")
     if best.epoch == state["epoch"] and process_index() == 0:  # perhaps it stopped before it wrote best.pt
         runs.save(folder / "best.pt", {k: v for k, v in state.items() if k != "optimizer"})
     return state, log, best
 
 
-def evaluate_and_save(folder, model, data, index, args, log, about):
-    """Evaluates the selected model on the test examples `index`; writes robust.pt and result.json. Returns
-    the content of result.json."""
-    settings = evaluate.eval_settings(args, data)
-    clean, robust = evaluate.autoattack_accuracy(model, data, index, settings, folder / "chunks")
-    counted = ("attacked", "forward", "backward", "forward_equivalents", "seconds")
-    result = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "versions": evaluate.versions(),
-              **about, "settings": settings,
-              "accuracy": evaluate.accuracies(clean, robust, data.test.y[index], data.classes,
-                                              about["A_classes"]),
-              "cost": {k: sum(row[k] for row in log) for k in counted},
-              "weights": evaluate.weights_hash(model.state_dict()), "processes": process_count()}
-    if process_index() == 0:
-        runs.save(folder / "robust.pt", {"index": index, "clean": clean, "robust": robust})
-        runs.write_json(folder / "result.json", result)
-    runs.remove(folder / "chunks")
-    runs.end_run(folder)
-    return result
-
-
 def command_line(argv=None):
     """Parses the command line, and checks what needs more than one flag."""
     args = config.parse("sat.py", __doc__, argv)
-    if args.classes:
-        args.classes = sorted(set(args.classes))
-    replace_amounts(args)
-    amounts = [name for name in flags.AMOUNTS["csat"] if getattr(args, name) is not None]
-    has_subset = args.split in ("esat", "csat")
-    not_taken = [name for name in (*amounts, "scores") if getattr(args, name) is not None and not has_subset]
-    if args.split == "esat" and args.classes:
-        not_taken = ["classes"]
-    if not_taken:
-        raise UserError(f"--split {args.split} takes no --{not_taken[-1]}")
-    if len(amounts) > 1:
-        valid = ", ".join(f"--{name}" for name in flags.AMOUNTS[args.split])
-        raise UserError(f"--split {args.split} takes one of {valid}; given: {', '.join(amounts)}")
-    if has_subset and not amounts:
-        args.frac = 0.5
+    args.classes = sorted(set(args.classes or [])) or None
+    check_amount(args)
     reset_flags_without_effect(args)
     if args.order == "redrawn" and args.split == "csat":
         raise UserError("--order redrawn draws single examples: it goes with --split esat")
@@ -137,37 +106,37 @@ def command_line(argv=None):
     return args
 
 
-def replace_amounts(args):
-    """Drops what a config says of the amount of A if the command line says another, or a --split that takes
-    none of this kind."""
-    amounts = flags.AMOUNTS[args.split]
-    for name in {*flags.AMOUNTS["csat"], "scores"} - args.typed:
-        replaced = name != "scores" and args.typed & {*flags.AMOUNTS["csat"]}
-        not_taken = name not in amounts and not (name == "scores" and amounts)
-        if replaced or not_taken and "split" in args.typed:
+def check_amount(args):
+    """UserError unless at most one flag says how large A is, and --split takes it. What a config says gives
+    way to another amount that is typed, and to a --split that is typed and takes none of its kind."""
+    amounts, valid = flags.AMOUNTS["csat"], flags.AMOUNTS[args.split]
+    for name in (*amounts, "scores"):
+        is_valid = name in valid or name == "scores" and valid
+        replaced = name != "scores" and args.typed.intersection(amounts)
+        if name not in args.typed and (replaced or "split" in args.typed and not is_valid):
             setattr(args, name, None)
-
-
-def flags_without_effect(args):
-    """The flags of sat.py that have no effect beside others: [(the other flag, their names)]."""
-    rules = [
-        (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
-        ("--split none", args.split == "none", "attack"),
-        ("--classes", args.classes, "order metric"),
-        ("--scores", args.scores, "metric"),
-        (f"--order {args.order}", args.order in ("random", "redrawn"), "metric"),
-        ("--weight-factor", args.weight_factor, "weight"),
-        ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size"),
-    ]
-    return [(other, names.split()) for other, holds, names in rules if holds]
+        if getattr(args, name) is not None and not is_valid:
+            raise UserError(f"--split {args.split} takes no --{name}")
+    given = [name for name in valid if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--split {args.split} takes one of {', '.join(f'--{name}' for name in valid)}; "
+                        f"given: {', '.join(given)}")
+    if valid and not given:
+        args.frac = 0.5
 
 
 def reset_flags_without_effect(args):
-    """Gives flags that have no effect the config's values back, so that they make no other run of the same,
-    and names those that were typed. Steps and step size stay as they are, because only runs that agree in
-    these stand in one table."""
-    for other, names in flags_without_effect(args):
-        for name in names:
+    """Gives flags that have no effect beside others the config's values back, so that they make no other run,
+    and names those that were typed. Steps and step size stay: runs that differ in them share no table."""
+    for other, given, names in [
+            (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
+            ("--split none", args.split == "none", "attack"),
+            ("--classes", args.classes, "order metric"),
+            ("--scores", args.scores, "metric"),
+            (f"--order {args.order}", args.order in ("random", "redrawn"), "metric"),
+            ("--weight-factor", args.weight_factor, "weight"),
+            ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size")]:
+        for name in names.split() if given else ():
             if name in args.typed:
                 say(f"note: --{name.replace('_', '-')} has no effect with {other}")
             if name not in ("steps", "step_size"):
@@ -175,8 +144,8 @@ def reset_flags_without_effect(args):
 
 
 def own_scores(args):
-    """The scores (N,) in the user's file, and what result.json says of them; (None, None) without --scores.
-    Their hash replaces the file in args: a run is what the file holds, not where it lies."""
+    """The scores (N,) of --scores, and what result.json says of them; (None, None) without it. Their hash
+    replaces the file in args: a run is what the file holds, not where it lies."""
     if not args.scores:
         return None, None
     file, scores = args.scores.name, read_scores(args.scores)
@@ -195,26 +164,11 @@ def run_folder(args):
             lead.append(f"scores={args.scores}")
         elif args.order in ("hardest", "easiest") and args.metric != "entropy":
             lead.append(args.metric)
-    if args.weight_factor:
-        lead.append(f"w{args.weight_factor}")
-    elif args.weight != "vanilla":
-        lead.append(args.weight)
+    weight = f"w{args.weight_factor}" if args.weight_factor else args.weight
+    if weight != "vanilla":
+        lead.append(weight)
     return runs.run_folder(args, lead, {"split", "frac", "size", "classes", "order", "metric", "scores",
                                         "weight", "weight_factor"})
-
-
-def subset_of(args, data, device, scores, ranking):
-    """A as bool (N,), and what result.json says of the scores that chose it. Makes the ranking if A needs one
-    and there are no `scores` of the user's."""
-    y, amount = data.train.y, args.frac or args.size
-    if amount and args.order in ("hardest", "easiest"):
-        n, unit = (len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")
-        subset_size(amount, n, unit)  # an impossible amount is refused before a ranking is made
-        if scores is None:
-            scores, ranking = rank.scores_for(args, data, device)
-    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order,
-                 scores=scores, seed=args.seed)
-    return A, ranking
 
 
 def main(argv=None):
@@ -226,12 +180,18 @@ def main(argv=None):
         return say(evaluate.finished(folder))
     device = common.set_up(args)
     data = open_dataset(args, device)
-    evaluate.check_settings(args, data)
-    A, ranking = subset_of(args, data, device, scores, ranking)
+    settings = {kind: evaluate.eval_settings(args, data, kind) for kind in ("select", "eval")}
+    y, amount = data.train.y, args.frac or args.size
+    if amount and scores is None and args.order in ("hardest", "easiest"):
+        n, unit = (len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")
+        subset_size(amount, n, unit)  # an impossible amount is refused before a ranking is made
+        scores, ranking = rank.scores_for(args, data, device)
+    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order,
+                 scores=scores, seed=args.seed)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes, names = None, ""
     if args.split == "csat":
-        A_classes = [data.classes[c] for c in data.train.y[A].unique()]
+        A_classes = [data.classes[c] for c in y[A].unique()]
         names = f" in {', '.join(A_classes)}" if len(A_classes) <= 10 else ""
     say(f"SAT on {data.name} ({len(A):,} training images, {len(data.classes)} classes): "
         f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}){names}, w_A {w_A:.3g}; "
@@ -239,12 +199,9 @@ def main(argv=None):
         f"seed {args.seed} -> {folder}")
     if device.type == "cuda" and not args.compile and A.any():
         say("note: on a GPU --compile makes this several times as fast (README, Speed)")
-    if runs.start_run(folder, args):
-        return say(evaluate.finished(folder))
     torch.manual_seed(args.seed)  # after the ranking, which draws from it too
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    result = fit(folder, model, data, A, w_A, args, device, A_classes, ranking=ranking)
-    say(f"{evaluate.accuracy_lines(result)}\nwrote {folder}/result.json")
+    fit(folder, model, data, A, w_A, args, device, settings, A_classes, ranking=ranking)
 
 
 if __name__ == "__main__":

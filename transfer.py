@@ -25,27 +25,21 @@ def command_line(argv=None):
     return config.parse("transfer.py", __doc__, argv, "best.pt of the source run")
 
 
-def source_of(ckpt, path):
-    """What the target's result says about its source run: data set, name, weights, ranking, and what SOURCE
-    lists. UserError if there is no result.json of these weights beside the checkpoint `path`."""
-    about = path.parent / "result.json"
-    if not about.exists():
-        raise UserError(f"{about} is missing beside {path}: give the best.pt of a finished run of sat.py")
-    result = runs.read_json(about, SOURCE)
-    if result["weights"] != evaluate.weights_hash(ckpt["model"]):
-        raise UserError(f"{about} was not made by {path}: give the best.pt of a finished run of sat.py")
-    return {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "weights": result["weights"],
-            "ranking": result.get("ranking"), **{k: result[k] for k in SOURCE if k != "weights"}}
-
-
 def main(argv=None):
     """Loads the source, trains the head, and writes and prints the result."""
     args = command_line(argv)
     path, args.checkpoint = args.checkpoint.resolve(), None  # source and source_weights identify it instead
     model, ckpt = evaluate.load_model(path)
+    about, advice = path.with_name("result.json"), "give the best.pt of a finished run of sat.py"
     if model.frozen:
         raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")
-    source = source_of(ckpt, path)
+    if not about.exists():
+        raise UserError(f"{about} is missing beside {path}: {advice}")
+    result = runs.read_json(about, SOURCE)
+    if result["weights"] != evaluate.weights_hash(ckpt["model"]):
+        raise UserError(f"{about} was not made by {path}: {advice}")
+    source = {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "ranking": result.get("ranking"),
+              **{k: result[k] for k in SOURCE}}
     args.arch = args.base["arch"] = ckpt["arch"]
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
     lead = [*config.config_prefix(args), source["dataset"], source["run"]]
@@ -54,22 +48,18 @@ def main(argv=None):
         return say(evaluate.finished(folder))
     device = common.set_up(args)
     data = open_dataset(args, device)
-    evaluate.check_settings(args, data)
-    channels = ckpt["model"]["mean"].shape[1]
-    if data.train.x.shape[1] != channels:
-        raise UserError(f"{path} takes images of {channels} channels, {data.name} has "
-                        f"{data.train.x.shape[1]}")
+    settings = {kind: evaluate.eval_settings(args, data, kind) for kind in ("select", "eval")}
+    channels, expected = data.train.x.shape[1], ckpt["model"]["mean"].shape[1]
+    if channels != expected:
+        raise UserError(f"{path} takes images of {expected} channels, {data.name} has {channels}")
     say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> "
         f"{data.name} ({len(data.train):,} training images, {len(data.classes)} classes): features frozen, "
         f"new head; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {folder}")
-    if runs.start_run(folder, args):
-        return say(evaluate.finished(folder))
     torch.manual_seed(args.seed)
     model = model.transfer(len(data.classes)).to(device)
     # A = {}: the head is trained on clean images, and the target is not split into A and B.
     empty_A = torch.zeros(len(data.train), dtype=torch.bool)
-    result = fit(folder, model, data, empty_A, 1.0, args, device, source=source)
-    say(f"{evaluate.accuracy_lines(result)}\nwrote {folder}/result.json")
+    fit(folder, model, data, empty_A, 1.0, args, device, settings, source=source)
 
 
 if __name__ == "__main__":
