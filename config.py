@@ -56,7 +56,7 @@ def parse(script, doc, argv=None, checkpoint=None):
     """
     finder = Parser(add_help=False, prog=script)
     finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
-                        help="file of flag values; the command line wins over it (default: digits.yaml)")
+                        help="file of flag values; the command line wins (default: configs/digits.yaml)")
     from_config = from_yaml(finder.parse_known_args(argv)[0].config)
     parser = script_parser(script, doc, {**DEFAULTS, **from_config}, checkpoint, parents=[finder])
     typed = vars(parser.parse_args(argv))

@@ -102,7 +102,7 @@ FLAGS = {
         ("--seed", 0, number(int, 0, 2**31 - 1), "seed of weights, batches, augmentation and random subsets"),
     ],
     "evaluation (AutoAttack)": [
-        ("--eval-attacks", list(AUTOATTACK), (AUTOATTACK, "+"), "those of the reported numbers"),
+        ("--eval-attacks", list(AUTOATTACK), (AUTOATTACK, "+"), "attacks of the reported numbers"),
         ("--eval-n", 0, whole, "examples of the 90 %% part to report on; 0 = all"),
         ("--eval-batch", 250, count, "examples in a batch, the unit of resume; changes random numbers"),
     ],
