@@ -1,7 +1,6 @@
 """Serves the data sets: the fixed 10 % / 90 % split of the test set, the augmentation of Fig. 9, and batches.
 
-Files in: those that datasets.py describes. Batches are (x, y, index): images (b, C, H, W) in [0, 1], labels
-(b,) and positions in the data set (b,).
+Batches are (x, y, index): images (b, C, H, W) in [0, 1], labels (b,) and positions in the data set (b,).
 """
 import functools
 import hashlib
@@ -17,8 +16,7 @@ from datasets import read_dataset
 from image_files import ImageFiles
 
 SPLIT_SEED = 90622  # of the permutation of the test set, which is the same in every run
-# Mean and standard deviation of ImageNet, for streamed images, because reading all of them would take long.
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation of the channels
 
 
 @dataclass
@@ -48,13 +46,11 @@ class Split:
 
     def pixels(self, index, device):
         """The images `index` (on the CPU), not augmented, as float32 (n, C, H, W) in [0, 1] on `device`."""
-        if self.streamed:  # one image a batch, so that all workers read
-            return torch.cat(list(self.read(index.split(1), device)))
-        return next(self.read([index], device))
+        batches = index.split(1) if self.streamed else [index]  # one image each, so that all workers read
+        return torch.cat(list(self.read(batches, device)))
 
     def to(self, device):
-        """The split with images in memory moved to `device`. Labels and indices stay on the CPU, where the
-        batches are made."""
+        """The split with images in memory moved to `device`. Labels stay on the CPU."""
         return self if self.streamed else Split(self.x.to(device), self.y)
 
 
@@ -78,20 +74,18 @@ class DataSet:
         return h.hexdigest()[:16]
 
     def fingerprint(self):
-        """What must agree for scores and checkpoints to belong to these data: name, counts, classes and
-        hashes of the labels and images."""
+        """What must agree for scores and checkpoints to belong to these data."""
         labels = self.train.y.numpy().tobytes() + self.test.y.numpy().tobytes()
         return {"name": self.name, "train": len(self.train), "test": len(self.test),
                 "classes": list(self.classes), "labels": hashlib.sha256(labels).hexdigest()[:16],
                 "images": self.images_hash}
 
     def mean_std(self):
-        """Mean and standard deviation of the training pixels in each channel, two lists of C numbers, for the
-        first layer of the network."""
+        """Mean and standard deviation of the training pixels in each channel, two lists of C numbers. Of
+        streamed images ImageNet's: to read all would take long."""
         if self.train.streamed:
             return IMAGENET
-        x = self.train.x
-        counts = [torch.bincount(x[:, c].flatten().int(), minlength=256) for c in range(x.shape[1])]
+        counts = [torch.bincount(x.flatten().int(), minlength=256) for x in self.train.x.transpose(0, 1)]
         counts = torch.stack(counts).double().cpu()  # (C, 256)
         values, total = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
         mean = (counts * values).sum(1) / total
@@ -100,8 +94,7 @@ class DataSet:
 
 
 def open_dataset(args, device):
-    """The DataSet that the flags ask for. UserError unless its training set holds a whole batch, of which each
-    process gets a part, and its test set can be split."""
+    """The DataSet that the flags ask for. UserError if it is too small for a batch, or to be split."""
     data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
     selection_and_final(len(data.test))
     n, least = len(data.train), process_count()
@@ -112,8 +105,7 @@ def open_dataset(args, device):
 
 
 def load_dataset(name, data_dir, device="cpu", side=224, workers=0):
-    """The DataSet `name`, with images in memory on `device`. Process 0 reads it before the others, so that
-    only it downloads."""
+    """The DataSet `name`, with images in memory on `device`. Process 0 is first: it alone downloads."""
     if process_index() > 0:
         barrier()
     train, test, classes = read_dataset(name, Path(data_dir))
@@ -128,19 +120,16 @@ def selection_and_final(n):
     """Indices of the 10 % of the n test examples that select checkpoints, and of the other 90 %, on which
     accuracies are reported (Sec. 4)."""
     if n < 2:
-        raise UserError(f"the test set has {n} image: at least 2 are needed, "
-                        "to select a checkpoint and to report on")
+        raise UserError(f"the test set has {n} image: at least 2 are needed, one selects a checkpoint")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
     n_selection = max(1, round(0.1 * n))
     return order[:n_selection], order[n_selection:]
 
 
 def draw_augmentation(n, shape, augmentation, streamed, generator):
-    """Augmentation parameters of n examples of `shape` (..., H, W), drawn on the CPU, as {name: tensor (n,
-    ...)}. `augmentation`: "full" (Fig. 9), "crop" (only the crop) or "none" ({}).
-
-    Streamed images are cropped when they are read, each by a "seed", and jittered less (Fig. 9, right).
-    """
+    """Augmentation parameters of n examples of `shape` (..., H, W), on the CPU: {name: tensor (n, ...)}.
+    `augmentation`: "full" (Fig. 9), "crop" or "none". Streamed images are cropped when they are read, each by
+    a "seed", and jittered less (Fig. 9, right)."""
     if augmentation == "none":
         return {}
     if streamed:
@@ -157,26 +146,11 @@ def draw_augmentation(n, shape, augmentation, streamed, generator):
     return params
 
 
-def jitter(x, factor, order):
-    """Colour jitter of x (N, C, H, W): brightness, contrast and saturation by factor (N, 3), for each example
-    in its own order (N, 3). Each is a blend f x + (1 - f) base, where base is black for brightness, the mean
-    grey of the example for contrast, and its grey image for saturation."""
-    luma = (0.299, 0.587, 0.114) if x.shape[1] == 3 else (1 / x.shape[1],) * x.shape[1]
-    for step in range(3):
-        kind = order[:, step].view(-1, 1, 1, 1)
-        f = factor.gather(1, order[:, step:step + 1]).view(-1, 1, 1, 1)
-        # A sum over the channels: a tensor of weights would make the GPU wait until it is copied there.
-        grey = sum(w * x[:, c:c + 1] for c, w in enumerate(luma))
-        base = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), 0.0)
-        base = torch.where(kind == 2, grey, base)
-        x = (f * x + (1 - f) * base).clamp(0, 1)
-    return x
-
-
 def augment(x, params):
     """Augments x (N, C, H, W) in [0, 1] by draw_augmentation()'s parameters, each example by its own: crop,
-    flip, colour jitter and rotation, in this order (Fig. 9)."""
-    n, _, h, w = x.shape
+    flip, colour jitter and rotation (Fig. 9). Jitter changes brightness, contrast and saturation in each
+    example's own order: to f x + (1 - f) base, where base is black, its mean grey, or its grey image."""
+    n, channels, h, _ = x.shape
     if "crop" in params:
         pad, offsets = h // 8, torch.arange(h, device=x.device)
         example = torch.arange(n, device=x.device)[:, None, None]
@@ -185,7 +159,13 @@ def augment(x, params):
     if "flip" in params:
         x = torch.where(params["flip"].view(-1, 1, 1, 1), x.flip(3), x)
     if "factor" in params:
-        x = jitter(x, params["factor"], params["order"])
+        luma = (0.299, 0.587, 0.114) if channels == 3 else (1 / channels,) * channels
+        for kind in params["order"].T[:, :, None, None, None]:  # (N, 1, 1, 1)
+            f = params["factor"].gather(1, kind.view(-1, 1)).view_as(kind)
+            # A sum over the channels: a tensor of weights would make the GPU wait until it is copied there.
+            grey = sum(weight * x[:, c:c + 1] for c, weight in enumerate(luma))
+            base = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), 0.0)
+            x = (f * x + (1 - f) * torch.where(kind == 2, grey, base)).clamp(0, 1)
         cos, sin, zero = params["angle"].cos(), params["angle"].sin(), torch.zeros_like(params["angle"])
         rotation = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(n, 2, 3)
         grid = F.affine_grid(rotation, x.shape, align_corners=False)
@@ -194,8 +174,8 @@ def augment(x, params):
 
 
 def epoch_order(n, batch_size, seed, epoch):
-    """The batches of an epoch as positions in the training set, (steps, batch_size), without an incomplete
-    last batch; and the generator that drew them from (seed, epoch)."""
+    """The full batches of an epoch as positions in the training set, (steps, batch_size), and the generator
+    that drew them from (seed, epoch)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n, generator=generator)[:n // batch_size * batch_size]
     return order.view(-1, batch_size), generator
@@ -207,23 +187,21 @@ def process_part(values):
 
 
 def training_batches(split, batch_size, seed, epoch, augmentation, device):
-    """The training batches of an epoch (epoch_order): x (b, C, H, W), augmented, on `device` and in
-    channels_last, in which convolutions are fastest; y (b,), on `device` too; index (b,), on the CPU.
+    """The training batches of an epoch: x, augmented, on `device` and in channels_last, in which convolutions
+    are fastest; y, on `device`; index, on the CPU.
 
     Order and augmentation are drawn from (seed, epoch) for the whole epoch, and each process takes its part
     of every batch: a resumed run, or one with another number of processes, sees the same batches.
     """
     order, generator = epoch_order(len(split), batch_size, seed, epoch)
     params = draw_augmentation(order.numel(), split.x.shape, augmentation, split.streamed, generator)
-    params = {name: process_part(v.view(*order.shape, *v.shape[1:])) for name, v in params.items()}
+    # Copied to the device once an epoch: a small copy in every step would make a GPU wait for the CPU.
+    params = {name: process_part(v.view(*order.shape, *v.shape[1:])).to(device) for name, v in params.items()}
     order = process_part(order)
-    seeds = params.pop("seed").tolist() if "seed" in params else None
-    # Copied once an epoch: a small copy in every step would make a GPU wait for the CPU.
-    y, params = split.y[order].to(device), {name: v.to(device) for name, v in params.items()}
+    y, seeds = split.y[order].to(device), params.pop("seed").tolist() if "seed" in params else None
     places = order if split.streamed else order.to(device)
     for step, x in enumerate(split.read(places, device, seeds)):
-        if params:
-            x = augment(x, {name: v[step] for name, v in params.items()})
+        x = augment(x, {name: v[step] for name, v in params.items()})
         yield x.contiguous(memory_format=torch.channels_last), y[step], order[step]
 
 

@@ -40,9 +40,9 @@ def read_dataset(name, root):
         train, test, classes = publisher(name, root)
     check(name, root, train, test, classes)
     if isinstance(train[0], torch.Tensor) and not path.exists() and not has_folder:
-        parts = {"train": train, "test": test}
+        parts = {part: {"x": x, "y": y} for part, (x, y) in (("train", train), ("test", test))}
         try:
-            save(path, {**{part: {"x": x, "y": y} for part, (x, y) in parts.items()}, "classes": classes})
+            save(path, {**parts, "classes": classes})
             say(f"wrote {path}, which is read from now on")
         except UserError as e:
             say(f"warning: {e}; the publisher's files will be read again next time")
@@ -50,32 +50,30 @@ def read_dataset(name, root):
 
 
 def check(name, root, train, test, classes):
-    """UserError if labels or images are not as promised, if small images are not square, or if a set of Table
-    1 has another number of classes. Warns if such a set has another number of images."""
-    x, y = train
-    for images, labels in (train, test):
-        in_memory = isinstance(images, torch.Tensor)
-        if len(images) != len(labels) or in_memory and (images.dtype != torch.uint8 or images.dim() != 4) \
-                or not 0 <= labels.min() <= labels.max() < len(classes):
-            raise UserError(f"{name} under {root} is damaged: {len(images)} images, {len(labels)} labels "
-                            f"from {labels.min()} to {labels.max()} of {len(classes)} classes")
-    if isinstance(x, torch.Tensor) and x.shape[2] != x.shape[3]:
-        raise UserError(f"{name} under {root} has images of {x.shape[2]} x {x.shape[3]} pixels: "
-                        "small images must be square")
+    """UserError if a data set cannot be used. Warns if one of Table 1 has another number of images."""
+    source = f"{name} under {root}"
+    for part, (x, y) in (("train", train), ("test", test)):
+        if len(x) != len(y) or y.min() < 0 or y.max() >= len(classes):
+            raise UserError(f"{source}: {part} has {len(x)} images and {len(y)} labels, from {y.min()} to "
+                            f"{y.max()}; valid: a label for each, in 0..{len(classes) - 1}")
+        if isinstance(x, torch.Tensor) and not (x.shape[1] in (1, 2, 3, 4) and 5 <= x.shape[2] == x.shape[3]
+                                                and x.shape[1:] == train[0].shape[1:]):
+            raise UserError(f"{source}: {part} has images {tuple(x.shape[1:])}; valid: 1 to 4 channels, "
+                            "square, 5 pixels or more (AutoAttack's Square), test as train")
+    if missing := len(classes) - len(train[1].unique()):
+        raise UserError(f"{source}: {missing} of its {len(classes)} classes have no training image")
     if name in TABLE_1:
-        n_classes, n_train, n_test = TABLE_1[name]
+        n_classes, *paper = TABLE_1[name]
         if len(classes) != n_classes:
-            raise UserError(f"{name} under {root} has {len(classes)} classes, not {n_classes}: "
-                            "give other data another name")
-        if (len(y), len(test[1])) != (n_train, n_test):
-            say(f"warning: {name} here has {len(y):,} / {len(test[1]):,} images, the paper's (Table 1) "
-                f"{n_train:,} / {n_test:,}")
+            raise UserError(f"{source} has {len(classes)} classes, not {n_classes}: rename other data")
+        if [len(train[1]), len(test[1])] != paper:
+            say(f"warning: {name} has {len(train[1]):,} / {len(test[1]):,} images here, and {paper[0]:,} / "
+                f"{paper[1]:,} in the paper (Table 1)")
 
 
 def digits(name):
     """The 8x8 digits in the repository: all of them, or only the classes 0-4 or 5-9 (relabelled from 0)."""
-    low, high = DIGITS[name]
-    parts = []
+    (low, high), parts = DIGITS[name], []
     with np.load(HERE / "data" / "digits.npz", allow_pickle=False) as arrays:
         for part in ("train", "test"):
             x, y = torch.from_numpy(arrays[f"{part}_x"])[:, None], torch.from_numpy(arrays[f"{part}_y"])
@@ -86,35 +84,18 @@ def digits(name):
 
 def tensor_file(path):
     """The data set in a <name>.pt. UserError for a file that has another format."""
-    content = load(path, ("train", "test", "classes"))
-    if "folder" in content:
-        raise UserError(f"{path} is a copy of an image folder that an earlier version made: delete it; the "
-                        "folder itself is read now")
+    content, parts = load(path, ("train", "test", "classes")), []
     classes = content["classes"]
     if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)
             and len(set(classes)) == len(classes) > 1):
         raise UserError(f"{path}: classes must be a list of two or more different names")
-    train, test = (tensor_part(path, part, content[part], len(classes)) for part in ("train", "test"))
-    if missing := len(classes) - len(train[1].unique()):
-        raise UserError(f"{path}: {missing} of its {len(classes)} classes have no training image")
-    shape, test_shape = tuple(train[0].shape[1:]), tuple(test[0].shape[1:])
-    if shape != test_shape:
-        raise UserError(f"{path}: train has images {shape} and test {test_shape}; they must agree")
-    return train, test, classes
-
-
-def tensor_part(path, part, content, n_classes):
-    """(x, y) of `content`, which is the "train" or "test" of a <name>.pt. UserError if it cannot be used."""
-    x, y = (content.get(key) if isinstance(content, dict) else None for key in "xy")
-    if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 4
-            and isinstance(y, torch.Tensor) and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y)):
-        raise UserError(f"{path}: {part} must hold x, uint8 (N, C, H, W), and y, int64 (N,)")
-    if not 1 <= x.shape[1] <= 4 or x.shape[2] < 5:
-        raise UserError(f"{path}: {part} has images of {x.shape[1]} channels and {x.shape[2]} x {x.shape[3]} "
-                        "pixels; valid: 1 to 4 channels, 5 x 5 pixels or more (AutoAttack's Square)")
-    if y.min() < 0 or y.max() >= n_classes:
-        raise UserError(f"{path}: {part} has labels outside 0..{n_classes - 1}, its classes")
-    return x, y
+    for part in ("train", "test"):
+        x, y = (content[part].get(key) if isinstance(content[part], dict) else None for key in "xy")
+        if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 4
+                and isinstance(y, torch.Tensor) and y.dtype == torch.int64 and y.dim() == 1 and len(y)):
+            raise UserError(f"{path}: {part} must hold x, uint8 (N, C, H, W), and y, int64 (N,)")
+        parts.append((x, y))
+    return *parts, classes
 
 
 def publisher(name, root):
@@ -126,19 +107,16 @@ def publisher(name, root):
         return imagenet200(root)
     read, files = READERS[name]
     try:
-        try:
+        with contextlib.suppress(RuntimeError):  # torchvision's, for files that are missing or damaged
             return read(root, download=False)
-        except RuntimeError:  # torchvision's error for files that are missing or have a wrong checksum
-            root.mkdir(parents=True, exist_ok=True)
-            with open(root / f".{name}.lock", "w") as lock:  # run_all.sh starts several processes at once
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                say(f"downloading {name} to {root}")
-                return read(root, download=True)
-    except UserError:  # which is a ValueError too
-        raise
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / f".{name}.lock", "w") as lock:  # run_all.sh starts several processes at once
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            say(f"downloading {name} to {root}")
+            return read(root, download=True)
     except (OSError, RuntimeError, KeyError, ValueError) as e:
-        raise UserError(f"no {name} under {root} and no download ({' '.join(str(e).split())[:80]}): put "
+        raise UserError(f"no {name} under {root} and no download ({' '.join(str(e).split())[:200]}): put "
                         f"{files}, or {name}.pt, or image folders {name}/train/<class>/ and "
                         f"{name}/test/<class>/ there, or name their folder with --data-dir") from None
 
@@ -157,7 +135,7 @@ def svhn(root, download):
     """SVHN, read by torchvision. The digit 0 is class 0."""
     from torchvision.datasets import SVHN
     sets = [SVHN(root, split=part, download=download) for part in ("train", "test")]
-    parts = [(torch.from_numpy(np.ascontiguousarray(s.data)), torch.from_numpy(s.labels)) for s in sets]
+    parts = [(torch.from_numpy(s.data).contiguous(), torch.from_numpy(s.labels)) for s in sets]
     return *parts, [str(c) for c in range(10)]
 
 
@@ -166,14 +144,13 @@ def flowers102(root, download):
     from torchvision.datasets import Flowers102
     sets = [Flowers102(root, split=part, download=download) for part in ("train", "val")]
     parts = [(list(s._image_files), torch.tensor(s._labels)) for s in sets]
-    return *parts, list(getattr(sets[0], "classes", [f"flower {c}" for c in range(1, 103)]))
+    return *parts, list(sets[0].classes)
 
 
 def caltech256(root, download):
-    """Caltech-256, split by a fixed permutation into 80 % train and 20 % test. The counts are the paper's,
-    which does not publish its split."""
+    """Caltech-256, split by a fixed permutation into 80 % train and 20 % test, as many as in the paper."""
     from torchvision.datasets import Caltech256
-    Caltech256(root, download=download)  # only finds or downloads the files, which are listed below
+    Caltech256(root, download=download)  # only to find or download the files
     folder = root / "caltech256" / "256_ObjectCategories"
     classes = class_folders(folder)
     paths, y = class_files(folder, classes)
@@ -187,9 +164,7 @@ def imagenet200(root):
     """The 200 classes of ImageNet-A, picked by their wnids from the folders of ImageNet."""
     lines = (HERE / "configs" / "imagenet200_wnids.txt").read_text().splitlines()
     rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
-    folder = root / "imagenet200"
-    if not (folder / "train").is_dir() and (root / "imagenet" / "train").is_dir():
-        folder = root / "imagenet"
+    folder = root / "imagenet200" if (root / "imagenet200").is_dir() else root / "imagenet"
     train, test, _ = image_folder(folder, [row[0] for row in rows])
     return train, test, [row[2] for row in rows]
 

@@ -1,10 +1,8 @@
 """Defines every flag of the scripts, in groups of which each script takes some."""
 import argparse
 import contextlib
-import functools
 import os
 import re
-import shutil
 from pathlib import Path
 
 from common import UserError
@@ -21,17 +19,16 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises UserError, so that an error in a YAML file is reported with the file's name."""
 
     def __init__(self, **options):
-        width = max(110, shutil.get_terminal_size().columns - 2)
-        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=width)
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         """Raises UserError where argparse would exit."""
         raise UserError(f"{message} (python {self.prog} --help lists what is valid)")
 
 
-def number(kind, low, high, above=False):
-    """A type for argparse: an int or a float in [low, high], or in (low, high] if it must lie above `low`."""
+def number(kind, low, high=1e30, above=False):
+    """A type for argparse: an int or a float in [low, high], or in (low, high] if it must lie above `low`.
+    float32 can hold the default of `high`."""
     name, bound = {int: "a whole", float: "a finite"}[kind], "above" if above else "of at least"
 
     def convert(text):
@@ -59,34 +56,25 @@ def attack_name(text):
     return text
 
 
-HUGE = 1e30  # which float32 can hold
-count, positive = number(int, 1, 10**9), number(float, 0, HUGE, above=True)
-not_negative, whole = number(float, 0, HUGE), number(int, 0, 10**9)
+count, positive = number(int, 1, 10**9), number(float, 0, above=True)
+not_negative, whole = number(float, 0), number(int, 0, 10**9)
 
 # {group: [(flag, default, kind, help)]}. kind: a type, a tuple of choices, or bool for a switch; a tuple that
 # ends in "+" or "*" takes a list, of a type or of choices.
 FLAGS = {
-    "network": [
-        ("--arch", "preactresnet8", ARCHS, "network (README, Deviations, on preactresnet18-authors)"),
-    ],
+    "network": [("--arch", "preactresnet8", ARCHS, "network (README, Deviations: preactresnet18-authors)")],
     "data": [
-        ("--dataset", "digits", plain_name,
-         "one of the paper's, digits, digits0-4, digits5-9, or one of your own in --data-dir"),
+        ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or your own"),
         ("--data-dir", Path("data"), Path, "folder that holds (or receives) the data sets"),
-        ("--side", 224, number(int, 32, 10**4),
-         "side of the images of streamed sets, in pixels; small images keep theirs"),
-        ("--augment", "full", ("none", "crop", "full"),
-         "training images: none; pad an eighth and crop; or all of Fig. 9"),
+        ("--side", 224, number(int, 32, 10**4), "side of streamed images, in pixels; small ones keep theirs"),
+        ("--augment", "full", ("none", "crop", "full"), "none; pad an eighth and crop; or all of Fig. 9"),
     ],
     "subset A (Sec. 3)": [
-        ("--split", "esat", ("none", "csat", "esat", "full"),
-         "A = nothing, whole classes, single examples, everything"),
-        ("--frac", None, number(float, 0, 1, above=True),
-         "|A| as a fraction: of the classes (csat), of the examples (esat); 0.5 if no amount is given"),
+        ("--split", "esat", ("none", "csat", "esat", "full"), "A: nothing, classes, examples, everything"),
+        ("--frac", None, number(float, 0, 1, above=True), "|A| as a fraction (0.5 if no amount is given)"),
         ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
-        ("--order", "hardest", ORDERS,
-         "which come into A first; random ones by --seed; redrawn: other random ones every epoch"),
+        ("--order", "hardest", ORDERS, "which are in A; random: by --seed; redrawn: others every epoch"),
         ("--metric", "entropy", METRICS, "difficulty score that orders them (written by rank.py)"),
         ("--scores", None, Path, "scores of your own in place of rank.py's: .pt, .npy or .npz, N numbers, "
          "higher = harder, or an order of the indices, hardest first"),
@@ -99,9 +87,8 @@ FLAGS = {
         ("--eps", 0.5, not_negative, "its radius, pixels in [0, 1]"),
     ],
     "attack in training": [
-        ("--attack", "pgd", attack_name,
-         "attack on A: pgd; fgsm-rs, one step of 1.25 eps from a random start; pgd-authors, the iterate of "
-         "the highest loss, as in the authors' code; or one of your own (attacks.py, ATTACKS)"),
+        ("--attack", "pgd", attack_name, "pgd; fgsm-rs, one step of 1.25 eps from a random start; "
+         "pgd-authors, the iterate of the highest loss; or one of your own (attacks.py, ATTACKS)"),
         ("--steps", 7, count, "PGD steps"),
         ("--step-size", 0.1, not_negative, "PGD step, in the units of --eps"),
         ("--random-start", False, bool, "start PGD uniformly in the ball, not at 0"),
@@ -115,30 +102,24 @@ FLAGS = {
         ("--seed", 0, number(int, 0, 2**31 - 1), "seed of weights, batches, augmentation and random subsets"),
     ],
     "evaluation (AutoAttack)": [
-        ("--eval-attacks", list(AUTOATTACK), (AUTOATTACK, "+"),
-         "attacks of the reported numbers; all four = standard AutoAttack"),
+        ("--eval-attacks", list(AUTOATTACK), (AUTOATTACK, "+"), "attacks of the reported numbers"),
         ("--eval-n", 0, whole, "examples of the 90 %% part to report on; 0 = all"),
-        ("--eval-batch", 250, count,
-         "AutoAttack's batch and unit of resume, in examples; changes its random numbers"),
+        ("--eval-batch", 250, count, "examples in a batch, the unit of resume; changes random numbers"),
     ],
     "selection of the checkpoint": [
         ("--select-attacks", list(AUTOATTACK), (AUTOATTACK, "+"), "attacks that select it"),
         ("--select-n", 0, whole, "examples of the 10 %% part that select it; 0 = all"),
     ],
-    "ranking": [
-        ("--metrics", None, (METRICS, "+"),
-         "scores to write (default: all; of streamed images entropy and svar). vog keeps 8 bytes a pixel"),
-    ],
+    "ranking": [("--metrics", None, (METRICS, "+"),
+                 "scores to write (default: all; of streamed images not vog, which keeps 8 bytes a pixel)")],
     "machine": [
         ("--device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU when there is one"),
         ("--threads", 0, number(int, 0, os.cpu_count()), "CPU threads of a process; 0 = torch's choice"),
-        ("--workers", 4, whole, "loader processes (224x224 sets only)"),
+        ("--workers", 4, whole, "loader processes (streamed images only)"),
     ],
     "speed of training": [
-        ("--amp", "auto", ("auto", "off", "bf16"),
-         "bf16 autocast in training; auto: where the hardware multiplies in bf16. Evaluation is float32"),
-        ("--compile", False, bool, "torch.compile the attack and the network for training: one to two "
-         "minutes at the start, then faster (README, Speed)"),
+        ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: where hardware has it"),
+        ("--compile", False, bool, "torch.compile attack and network: minutes at the start, then faster"),
     ],
     "the run": [
         ("--results", Path("results"), Path, "folder that receives every run"),
@@ -146,7 +127,6 @@ FLAGS = {
         ("--force", False, bool, "repeat a finished run; the old one is kept until the new one is whole"),
     ],
 }
-
 SCRIPTS = {  # script: the groups whose flags it has
     "sat.py": [group for group in FLAGS if group != "ranking"],
     "rank.py": ["network", "data", "training", "machine", "speed of training", "the run", "ranking"],
@@ -155,7 +135,6 @@ SCRIPTS = {  # script: the groups whose flags it has
     "evaluate.py": ["threat model", "evaluation (AutoAttack)", "machine"],
     "bench.py": ["network", "threat model", "attack in training", "training", "machine", "speed of training"],
 }
-DEFAULTS = {flag[2:].replace("-", "_"): default for group in FLAGS.values() for flag, default, *_ in group}
 
 
 def dest(flag):
@@ -163,22 +142,19 @@ def dest(flag):
     return flag[2:].replace("-", "_")
 
 
+DEFAULTS = {dest(flag): default for group in FLAGS.values() for flag, default, *_ in group}
+
+
 def only_flags_of(words, script):
     """The words of a command line (flags and values) without the flags that the script does not have."""
     names = {flag for group in SCRIPTS[script] for flag, *_ in FLAGS[group]}
-    kept_words, keep = [], True
+    selected, keep = [], True
     for word in words:
         if word.startswith("--"):
-            name = word.split("=")[0]
-            keep = name in names or name.replace("--no-", "--") in names
+            keep = word.split("=")[0].replace("--no-", "--") in names
         if keep:
-            kept_words.append(word)
-    return kept_words
-
-
-def takes_list(kind):
-    """Whether a flag of this kind takes several values."""
-    return isinstance(kind, tuple) and kind[-1] in ("+", "*")
+            selected.append(word)
+    return selected
 
 
 def add_flags(parser, groups, values=DEFAULTS):
@@ -187,29 +163,25 @@ def add_flags(parser, groups, values=DEFAULTS):
     for title in groups:
         group = parser.add_argument_group(title)
         for flag, _, kind, text in FLAGS[title]:
-            options = {"default": argparse.SUPPRESS, "help": text}
             value = values.get(dest(flag))
             if value not in (None, False, []):
                 default = " ".join(map(str, value)) if isinstance(value, list) else value
-                options["help"] += f" (default: {default})"
-            metavar = flag[2:].split("-")[-1].upper()
+                text = f"{text} (default: {default})"
+            options = {"default": argparse.SUPPRESS, "help": text}
+            if isinstance(kind, tuple) and kind[-1] in ("+", "*"):
+                kind, options["nargs"] = kind
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
-            elif takes_list(kind):
-                options |= {"nargs": kind[-1], "metavar": metavar}
-                options["choices" if isinstance(kind[0], tuple) else "type"] = kind[0]
-            elif isinstance(kind, tuple):
-                options["choices"] = kind
             else:
-                options |= {"type": kind, "metavar": metavar}
+                options["choices" if isinstance(kind, tuple) else "type"] = kind
             group.add_argument(flag, **options)
 
 
-def script_parser(script, doc, values, checkpoint=None):
+def script_parser(script, doc, values, checkpoint=None, **options):
     """The parser of a script: its flags, with `values` as their defaults. `checkpoint`: the help of its
-    argument CHECKPOINT, if it has one."""
+    argument CHECKPOINT, if it has one. `options`: of argparse."""
     words = "CHECKPOINT [--flag VALUE ...]" if checkpoint else "[--flag VALUE ...]"
-    parser = Parser(prog=script, usage=f"python {script} {words}", description=doc)
+    parser = Parser(prog=script, usage=f"python {script} {words}", description=doc, **options)
     if checkpoint:
         parser.add_argument("checkpoint", type=Path, help=checkpoint)
     add_flags(parser, SCRIPTS[script], values)

@@ -18,59 +18,45 @@ def open_image(path):
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as e:
-        raise UserError(f"{path} is not an image that can be read ({' '.join(str(e).split())[:80]}): fix or "
-                        "delete it") from None
+        reason = " ".join(str(e).split())[:80]
+        raise UserError(f"{path} is not an image that can be read ({reason}): fix or delete it") from None
 
 
 def class_folders(folder):
-    """The sorted names of the class folders in `folder`. UserError if there are none, or if two names differ
-    only in case or spaces."""
+    """The sorted names of the class folders in `folder`."""
     names = sorted(d.name for d in folder.iterdir() if d.is_dir())
-    if not names:
-        raise UserError(f"{folder} has no class folders: put images into {folder}/<class>/")
-    first = {}  # {name without case and spaces: the first folder of that name}
-    for name in names:
-        twin = first.setdefault("".join(name.casefold().split()), name)
-        if twin != name:
-            raise UserError(f"{folder} holds the class folder {twin!r} twice, also as {name!r}: merge them")
+    if len({"".join(name.casefold().split()) for name in names}) < max(2, len(names)):
+        raise UserError(f"{folder} has the class folders {names}: two or more are needed, whose names differ "
+                        "in more than case and spaces")
     return names
 
 
 def class_files(folder, classes):
     """([path], labels) of <folder>/<class>/*, ordered as `classes`, and within a class by file name."""
-    if missing := [c for c in classes if not (folder / c).is_dir()]:
-        raise UserError(f"{folder} lacks {len(missing)} class folders: {', '.join(missing[:10])}")
     paths, labels = [], []
     for label, c in enumerate(classes):
-        images = sorted(p for p in (folder / c).iterdir() if p.suffix.lower() in IMAGES)
+        images = sorted(p for p in (folder / c).glob("*") if p.suffix.lower() in IMAGES)
         if not images:
-            raise UserError(f"{folder / c} holds no images ({', '.join(IMAGES)}): fill it, or remove the "
-                            "class in train/ and test/")
+            raise UserError(f"there are no images ({', '.join(IMAGES)}) in {folder / c}")
         paths += images
         labels += [label] * len(images)
     return paths, torch.tensor(labels)
 
 
 def image_folder(root, classes=None):
-    """(train, test, classes) of <root>/train/<class>/* and <root>/test/<class>/* (or val/), where train and
-    test are (images, labels). Images that small_images() does not read are paths. `classes`: the names of the
-    class folders to read, by default all."""
+    """(train, test, classes) of the image folder `root`, where train and test are (images, labels). Images
+    that small_images() does not read are paths. `classes`: the class folders to read, by default all."""
     train_folder = root / "train"
     test_folder = root / "test" if (root / "test").is_dir() else root / "val"
-    for folder, name in ((train_folder, "train/"), (test_folder, "test/ or val/")):
-        if not folder.is_dir():
-            raise UserError(f"{root} lacks {name}: an image folder is {root.name}/train/<class>/* and "
-                            f"{root.name}/test/<class>/* (or val/)")
+    if not (train_folder.is_dir() and test_folder.is_dir()):
+        raise UserError(f"{root} lacks train/, or test/ and val/: an image folder is train/<class>/* and "
+                        "test/<class>/* (or val/)")
     if classes is None:
         classes = class_folders(train_folder)
         if extra := sorted(set(class_folders(test_folder)) - set(classes)):
-            raise UserError(f"{test_folder} has class folders that {train_folder} lacks: "
-                            f"{', '.join(extra[:10])}")
-        if len(classes) < 2:
-            raise UserError(f"{train_folder} has the class {classes[0]} alone: two or more are needed")
+            raise UserError(f"{test_folder} has classes that {train_folder} lacks: {', '.join(extra[:10])}")
     (train, y), (test, y_test) = class_files(train_folder, classes), class_files(test_folder, classes)
-    x = small_images([*train, *test])
-    if x is not None:
+    if (x := small_images([*train, *test])) is not None:
         train, test = x[:len(train)], x[len(train):]
     return (train, y), (test, y_test), classes
 
@@ -110,8 +96,7 @@ class ImageFiles(Dataset):
         return T.pil_to_tensor(image)
 
     def load(self, batches):
-        """Yields a uint8 tensor (n, 3, side, side) for each list of (position, seed) in `batches`. Workers
-        read ahead."""
+        """Yields a uint8 tensor (n, 3, side, side) for each list of (position, seed) in `batches`."""
         try:
             yield from DataLoader(self, batch_sampler=batches, num_workers=self.workers,
                                   pin_memory=torch.cuda.is_available())

@@ -1,12 +1,10 @@
-"""Builds the networks (Sec. 4, Table 2) and sets up their training: optimizer, bf16 or float32,
-torch.compile, several processes. Every network is a Classifier, from pixels in [0, 1] to logits.
-"""
+"""Builds the networks (Sec. 4, Table 2) and sets up their training: optimizer, bf16, torch.compile, torchrun.
+Every network is a Classifier, from pixels in [0, 1] to logits."""
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from common import process_count
-from flags import ARCHS
 
 
 class PreActBlock(nn.Module):
@@ -41,8 +39,7 @@ def preactresnet(channels, widths, blocks, stem=None, always=False):
 
 class Classifier(nn.Module):
     """A network from pixels in [0, 1], (N, C, H, W), to logits (N, n_classes). `mean` and `std` normalise
-    each channel, in pixel units. `frozen`: the features, batch-norm statistics included, are not trained
-    (transfer, paper, Sec. 4.3)."""
+    each channel. `frozen`: the features, batch-norm statistics included, are not trained (Sec. 4.3)."""
 
     def __init__(self, features, head, mean, std):
         super().__init__()
@@ -56,22 +53,19 @@ class Classifier(nn.Module):
     def train(self, mode=True):
         """Like nn.Module.train, except that frozen features stay in eval mode."""
         super().train(mode)
-        if self.frozen:
-            self.features.eval()
+        self.features.train(mode and not self.frozen)
         return self
 
     def transfer(self, n_classes):
         """Freezes the K features and puts a new head with one hidden layer on them: [K, N] in Table 2."""
-        k = self.head.in_features
+        k, self.frozen = self.head.in_features, True
         self.features.requires_grad_(False)
         self.head = nn.Sequential(nn.Linear(k, k), nn.ReLU(), nn.Linear(k, n_classes))
-        self.frozen = True
         return self
 
 
 def build(arch, n_classes, mean, std):
-    """A new network of one of flags.ARCHS with a linear head. Its weights are drawn from torch's global
-    generator and stored in the memory format channels_last, in which convolutions are fastest."""
+    """A new network of flags.ARCHS, in channels_last (faster). Torch's global generator draws its weights."""
     if arch == "preactresnet18":
         features, k = preactresnet(len(mean), (64, 128, 256, 512), 2), 512
     elif arch == "preactresnet18-authors":  # as in the authors' released configs
@@ -83,29 +77,25 @@ def build(arch, n_classes, mean, std):
         features, k = resnet50(weights=None), 2048
         features.fc = nn.Identity()
     else:
-        raise ValueError(f"no architecture {arch!r}: {', '.join(ARCHS)}")
+        raise ValueError(f"no architecture {arch!r}")
     return Classifier(features, nn.Linear(k, n_classes), mean, std).to(memory_format=torch.channels_last)
 
 
 def sgd(model, lr, weight_decay, device, state=None):
-    """The optimizer of Table 2: SGD with momentum 0.9 on the parameters that require a gradient. `state`: the
-    state_dict of the optimizer of a stopped run, perhaps from another device."""
+    """The optimizer of Table 2. `state`: its state_dict in a stopped run, perhaps on another device."""
     trained, fused = [p for p in model.parameters() if p.requires_grad], device.type == "cuda"
     optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
     if state:
         optimizer.load_state_dict(state)
-        for group in optimizer.param_groups:
-            group["fused"] = fused
+        optimizer.param_groups[0]["fused"] = fused
     return optimizer
 
 
 def training_network(model, args, device):
-    """The network to train: `model`, compiled with --compile, and wrapped under torchrun, so that gradients
-    are averaged over the processes. It shares its parameters with `model`, which the attacks use directly."""
+    """`model`, compiled with --compile, and under torchrun with gradients averaged over the processes. It
+    shares its parameters with `model`, which the attacks use directly."""
     net = compiled(model, device) if args.compile else model
-    if process_count() > 1:  # see share_batch_statistics for the buffers
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    return net
+    return net if process_count() == 1 else nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
 
 
 def share_batch_statistics(model):
@@ -117,7 +107,7 @@ def share_batch_statistics(model):
 
 def precision(amp, device):
     """The arithmetic of training that --amp asks for: "bf16" (autocast) or "float32". "auto" is bf16 where
-    the hardware multiplies in bf16: on a CPU without such units it takes 13 times as long as float32."""
+    the hardware multiplies in it: on other CPUs bf16 takes 13 times as long as float32."""
     if device.type == "cuda":
         has_units = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -135,13 +125,7 @@ def compiled(function, device):
     """A function or network, compiled; on GPUs to CUDA graphs. The output of a function is copied, since the
     next call overwrites it; that of a network is used before then."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
-    if device.type != "cuda":
-        return torch.compile(function, fullgraph=True)
-    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead")
-    if isinstance(function, nn.Module):
+    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
+    if device.type != "cuda" or isinstance(function, nn.Module):
         return graph
-
-    def copied(*args):
-        """Calls the graph and copies its output."""
-        return torch.utils._pytree.tree_map(torch.clone, graph(*args))
-    return copied
+    return lambda *args: torch.utils._pytree.tree_map(torch.clone, graph(*args))
