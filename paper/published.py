@@ -21,9 +21,8 @@ def published_accuracy(figure, data, line, share, kind):
     if line in ("AT", "no AT"):
         figure = "baselines"
     value = numbers()["curves"].get(figure, {}).get(data, {}).get(kind, {}).get(line)
-    if isinstance(value, dict):  # {|A|/N as text: accuracy}
-        return value.get(f"{round(share, 2):g}")
-    return value
+    # One number, or {|A|/N as text: number}.
+    return value.get(f"{round(share, 2):g}") if isinstance(value, dict) else value
 
 
 def fig2_accuracy(a, c):
