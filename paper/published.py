@@ -16,65 +16,51 @@ def numbers():
 
 
 def published_accuracy(figure, data, line, share, kind):
-    """The accuracy (percent) that the paper gives in a figure, or None where it gives none.
-
-    data: a data set, or source->target. line: the name of the line in our figure; the baselines "AT" and
-    "no AT" belong to no figure. share: |A|/N. kind: robust or clean.
-    """
+    """The paper's accuracy (percent) at |A|/N = share on a line of our figure (all have "AT" and "no AT"), or
+    None if it gives none. data: a data set, or source->target. kind: robust or clean."""
     if line in ("AT", "no AT"):
         figure = "baselines"
     value = numbers()["curves"].get(figure, {}).get(data, {}).get(kind, {}).get(line)
-    if not isinstance(value, dict):
-        return value
-    return next((accuracy for f, accuracy in value.items() if abs(float(f) - share) < 0.004), None)
+    # One number, or {|A|/N as text: number}.
+    return value.get(f"{round(share, 2):g}") if isinstance(value, dict) else value
 
 
 def fig2_accuracy(a, c):
-    """Fig. 2's robust accuracy (percent) on class `c`, or on "B_val", for CSAT on class `a` of CIFAR-10. None
-    for classes that CIFAR-10 does not have."""
+    """Fig. 2's robust accuracy (percent) on class `c` or "B_val" for CSAT on `a`; None outside CIFAR-10."""
     fig2, a, c = numbers()["fig2"], NAMES.get(a, a), NAMES.get(c, c)
-    if c == "B_val":
-        return fig2["robust_B_val"].get(a)
-    if not {a, c} <= set(fig2["classes"]):
-        return None
-    return fig2["robust_rows_are_A"][fig2["classes"].index(a)][fig2["classes"].index(c)]
+    rows = dict(zip(fig2["classes"], fig2["robust_rows_are_A"]))
+    row = {"B_val": fig2["robust_B_val"].get(a), **dict(zip(fig2["classes"], rows.get(a, [])))}
+    return row.get(c)
 
 
 @functools.cache
 def published_setting(data):
-    """The flags {dest: value} of the paper's runs on `data` (a data set, or source->target), from configs/.
+    """The flags {dest: value} of the paper's runs on `data`, from configs/, and the N of their training set.
     Empty for data that the paper does not have."""
-    source, *target = data.split("->")
-    folder = HERE / "configs"
-    files = [folder / f"{source}.yaml", *(folder / "transfer" / f"{name}.yaml" for name in target)]
+    source, *targets = data.split("->")
+    files = [HERE / f"configs/transfer/{target}.yaml" for target in targets]
     if source not in numbers()["data sets"] or not all(file.exists() for file in files):
         return {}
-    setting, *of_target = (DEFAULTS | from_yaml(file) for file in files)
-    if target:
+    setting = DEFAULTS | from_yaml(HERE / f"configs/{source}.yaml")
+    setting["N"] = numbers()["data sets"][source]["train"]
+    for file in files:
         setting |= {f"source's {k}": setting[k] for k in ("norm", "eps")}
-        setting |= {f"target's {k}": v for k, v in of_target[0].items()}
+        setting |= {f"target's {k}": v for k, v in (DEFAULTS | from_yaml(file)).items()}
     return setting
 
 
 def comparable_data(data, setting):
-    """The data whose published numbers may stand beside runs on `data`: these data, or "" if the norm or eps
-    (in a transfer, also that of the source's training) is not the paper's."""
+    """`data`, or "" if runs with another norm or eps than the paper's may not stand beside its numbers."""
     threat_model = {k: v for k, v in published_setting(data).items() if k.split()[-1] in ("norm", "eps")}
     return data if all(setting.get(k, v) == v for k, v in threat_model.items()) else ""
 
 
 def differences_from_paper(data, setting):
-    """A sentence that lists where our setting differs from the paper's. Empty if it does not, or if the paper
-    does not have these data."""
+    """A sentence that lists where our setting differs from the paper's. May be empty."""
     paper, different = published_setting(data), []
-    if paper:
-        n = numbers()["data sets"][data.split("->")[0]]["train"]
-        different += [f"N {setting['N']:,} ({n:,})"] if setting["N"] != n else []
     for k in (k for k, v in setting.items() if paper.get(k, v) != v):
         ours, published = ((" ".join(map(str, v)) or "none") if isinstance(v, list) else v
                            for v in (setting[k], paper[k]))
         different.append(f"{k.replace('_', ' ')} {ours} ({published})")
-    if not different:
-        return ""
-    return ("Not the paper's setting, so the differences from it are no reproduction. "
-            f"Ours (the paper's): {', '.join(different)}.")
+    start = "Not the paper's setting, so the differences from it are no reproduction. Ours (the paper's): "
+    return f"{start}{', '.join(different)}." if different else ""
