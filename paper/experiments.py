@@ -48,7 +48,7 @@ DATA = {
     "cifar10-cpu-linf": Data("cifar10-cpu", "cifar10", 10, esat=(0.5,), prefix="cpu-linf-", flags=LINF),
 }
 IMAGES = {"cifar10": 50000, "cifar100": 50000, "imagenet200": 259906, "svhn": 73257, "caltech256": 24485,
-          "flowers102": 1020, "digits": 1297, "digits0-4": 649, "digits5-9": 648}  # training images, for costs
+          "flowers102": 1020, "digits": 1297, "digits0-4": 649, "digits5-9": 648}  # training images
 
 ORDERS = ["hardest", "easiest", "random"]
 FIGURES = {  # what the runs of a figure are: every combination of these values of flags, for each amount of A
