@@ -532,7 +532,7 @@ def test_the_authors_attack_stands_beside_pgd_and_in_no_other_table(tmp_path):
 
 def test_pale_baselines_alone_are_named_in_the_legend(tmp_path):
     name = "linf eps 0.0313725, AutoAttack's apgd-ce and apgd-t, n = 1,000"  # 60 columns end after "n ="
-    group = figures.Group("cifar10", name, [], {}, {"no AT": [], "AT": []}, "cifar10")
+    group = figures.Group("cifar10", name, {}, {"no AT": [], "AT": []}, "cifar10")
     figures.curves(tmp_path / "f", "title", "none", [group], [("all", "robust")])
     drawn = (tmp_path / "f.svg").read_text()
     assert figures.PALE in drawn
