@@ -62,7 +62,7 @@ def make(stage, command, results, wait=False):
             print(line, end="", flush=True)
             log.write(line)
         if process.wait() in (130, 143, -2, -15):
-            sys.exit(130)  # it was stopped, and has said so
+            sys.exit(130)  # the stage was stopped
     return True
 
 
