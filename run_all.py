@@ -5,13 +5,11 @@ any time and started again.
     ./run_all.sh cifar10-cpu               the paper's claims on all of CIFAR-10 and -100, at a size for a CPU
     ./run_all.sh cifar10 fig2 fig6         some figures of a section, at the paper's settings
     ./run_all.sh --dry-run all             print every command, the runs of each figure and their cost
-    NPROC=4 ./run_all.sh cifar10           each run on 4 GPUs (or processes) of this machine, by torchrun
 
-Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all. Figures of them may follow;
-without any, all are made. Environment: RESULTS and DATA (folders), NPROC, PYTHON, EXTRA (flags for all runs,
-for instance EXTRA="--epochs 2", except those by which runs differ). Several copies may share a results
-folder, one a GPU, also on several machines if its file system has flock: each run is made once, a transfer
-waits for its source, and a run whose copy died is taken over.
+Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all. Environment: RESULTS and DATA
+(folders), PYTHON, NPROC (GPUs or processes of a run), EXTRA (flags for all runs, as EXTRA="--epochs 2", but
+not those by which runs differ). Several copies may share a results folder, one per GPU, also on several
+machines if its file system has flock: each run is made once, and a run whose copy died is taken over.
 """
 import fcntl
 import os
@@ -21,13 +19,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import flags
 from common import HERE, UserError
 from paper.experiments import FIGURES, SECTIONS, overview, stages
 
 # The flags by which the runs differ, and those with a variable of their own: EXTRA may not have them.
-OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--metrics",
-       "--scores", "--weight", "--weight-factor", "--attack", "--seed", "--run", "--results", "--data-dir")
+OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--scores",
+       "--weight", "--weight-factor", "--attack", "--seed", "--run", "--results", "--data-dir")
 # glibc keeps freed memory. Else it gives that of each large tensor back to the kernel, which has to zero it
 # page by page for the next one: a sixth of the time of a training step of PreActResNet-8 on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -41,17 +40,15 @@ def environment():
 def make(stage, command, results, wait=False):
     """Runs the command of a stage unless it is finished. Returns whether there is nothing left to do.
 
-    The copy of this script that first locks the stage's log, results/logs/<folder>.log, makes it. The kernel
-    drops the lock when the last process that holds it ends, the stage's own included: the run of a copy that
-    was killed is neither lost nor made twice. When another copy makes this stage or its source, make() waits
-    for that copy if `wait` is set, else returns False. It always waits for rankings.
+    A copy of this script makes a stage while it holds the lock on its log. The kernel drops the lock when the
+    last process that holds it ends, the stage's own included: the run of a killed copy is neither lost nor
+    made twice. `wait` waits for a copy that makes this stage or its source; for rankings make() always waits.
     """
     source = Path(stage.arguments[0]).with_name("result.json")
     if stage.script == "transfer.py" and not wait and not source.exists():
         return False
-    path = Path(results, "logs", str(Path(stage.folder).relative_to(results)).replace("/", "_") + ".log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as log:
+    path = Path(results, "logs", os.path.relpath(stage.folder, results).replace("/", "_") + ".log")
+    with open(path, "a", buffering=1) as log:  # a line at a time
         try:
             fcntl.flock(log, fcntl.LOCK_EX | (0 if wait or stage.script == "rank.py" else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -59,107 +56,81 @@ def make(stage, command, results, wait=False):
         if Path(stage.folder, stage.done).exists():
             return True
         print(f"\n> {shlex.join(command)}", flush=True)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   env=environment(), pass_fds=[log.fileno()])
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   errors="replace", env=environment(), pass_fds=[log.fileno()])
         for line in process.stdout:
-            sys.stdout.buffer.write(line)
-            sys.stdout.flush()
+            print(line, end="", flush=True)
             log.write(line)
-            log.flush()
         if process.wait() in (130, 143, -2, -15):
-            raise KeyboardInterrupt
+            sys.exit(130)  # the stage was stopped
     return True
 
 
 def command_line(argv):
-    """Parses the words: (sections, figures, whether it only prints)."""
-    words = [w for w in argv if w != "--dry-run"]
-    if "--help" in words or "-h" in words:
-        print(__doc__.strip())
-        sys.exit(0)
-    valid = f"valid: {' '.join(SECTIONS)} all, then {' '.join(FIGURES)}, and --dry-run"
-    for word in words:
+    """Parses the words of the command line and EXTRA. Returns args with the lists `sections` and `figures`,
+    with `extra`, the words of EXTRA, and `values`, what these give, {dest: value}."""
+    parser = flags.Parser(prog="run_all.py", description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="a section, or a figure of the sections")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
+    args = parser.parse_intermixed_args(argv)
+    args.sections = [name for name in SECTIONS if name in args.words or "all" in args.words]
+    args.figures = [word for word in args.words if word in FIGURES]
+    valid = f"valid: {' '.join(SECTIONS)} all, then {' '.join(FIGURES)}"
+    for word in args.words:
         if word not in (*SECTIONS, "all", *FIGURES):
             raise UserError(f"there is no section or figure {word!r}; {valid}")
-    sections = [s for w in words for s in (SECTIONS if w == "all" else [w]) if s in SECTIONS]
-    figures = [w for w in words if w in FIGURES]
-    if not sections:
+    if not args.sections:
         raise UserError(f"name a section; {valid}")
-    for figure in figures:
+    for figure in args.figures:
         having = [name for name, parts in SECTIONS.items() if any(figure in p[2].split() for p in parts)]
-        if not set(having) & set(sections):
-            raise UserError(f"{' '.join(sections)} has no {figure}; it is in: {' '.join(having)}")
-    return list(dict.fromkeys(sections)), figures, "--dry-run" in argv
-
-
-def extra_flags(text):
-    """The words of EXTRA, and the values {dest: value} that they give."""
-    parser = flags.Parser(prog="sat.py", add_help=False)
-    flags.add_flags(parser, flags.FLAGS)
+        if not set(having) & set(args.sections):
+            raise UserError(f"{' '.join(args.sections)} has no {figure}; it is in: {' '.join(having)}")
     try:
-        words = shlex.split(text)
-        values = vars(parser.parse_args(words))
+        args.extra = shlex.split(os.environ.get("EXTRA", ""))
+        args.values = vars(flags.script_parser("sat.py", "", flags.DEFAULTS).parse_args(args.extra))
     except ValueError as e:  # UserError too
         raise UserError(f"EXTRA: {e}") from None
-    for flag in OWN:
-        if flags.dest(flag) in values:
-            raise UserError(f"EXTRA: {flag} differs between the runs, so run_all.sh sets it (folders: "
-                            "RESULTS, DATA)")
-    return words, values
+    if own := [flag for flag in OWN if flags.dest(flag) in args.values]:
+        raise UserError(f"EXTRA: {own[0]} differs between the runs, so run_all.sh sets it")
+    return args
 
 
-def commands(listed, extra, results):
-    """[(stage, command)], each stage once, where it is first needed. extra: the words of EXTRA."""
-    nproc = os.environ.get("NPROC", "1")
+def main(argv=None):
+    """Lists the stages, then either prints their commands or makes them and the report."""
+    args = command_line(argv)
+    results, python = os.environ.get("RESULTS", "results"), os.environ.get("PYTHON", sys.executable)
+    start, nproc = [python], os.environ.get("NPROC", "1")
     if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
         raise UserError(f"NPROC={nproc}: give the number of processes, 1 or more")
-    start = [os.environ.get("PYTHON", sys.executable)]
     if nproc != "1":
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
-    folders = ["--results", results, "--data-dir", os.environ.get("DATA", "data")]
-    first = {}
+    listed = list(stages(args.sections, args.figures, results, args.values))
+    todo = {}  # {folder: (stage, command)}
     for stage in listed:
-        if stage.folder not in first:
-            words = [*stage.arguments, *flags.only_flags_of(extra, stage.script)]
-            if extra and stage.script == "sat.py" and "--run" not in words:
-                words += ["--run", Path(stage.folder).name]  # sat.py would put the extra flags into the name
-            first[stage.folder] = stage, [*start, str(HERE / stage.script), *words, *folders]
-    return list(first.values())
-
-
-def main(argv):
-    """Lists the stages, then either prints them or makes them and the report. Returns the exit code."""
-    sections, figures, dry_run = command_line(argv)
-    extra, values = extra_flags(os.environ.get("EXTRA", ""))
-    results = os.environ.get("RESULTS", "results")
-    listed = list(stages(sections, figures, results, values))
-    todo = commands(listed, extra, results)
-    report = [os.environ.get("PYTHON", sys.executable), str(HERE / "report.py"), "--results", results]
-    if dry_run:
-        lines = [shlex.join(command) for command in [*(command for _, command in todo), report]]
-        print("\n".join([*lines, *overview(listed)]))
-        return 0
+        words = [*stage.arguments, *flags.only_flags_of(args.extra, stage.script)]
+        if args.extra and stage.script == "sat.py" and "--run" not in words:
+            words += ["--run", Path(stage.folder).name]  # sat.py would put the extra flags into the name
+        words += ["--results", results, "--data-dir", os.environ.get("DATA", "data")]
+        todo.setdefault(stage.folder, (stage, [*start, str(HERE / stage.script), *words]))
+    report = [python, str(HERE / "report.py"), "--results", results]
+    if args.dry_run:
+        commands = [command for _, command in todo.values()]
+        print("\n".join([*map(shlex.join, [*commands, report]), *overview(listed)]))
+        return
+    try:
+        Path(results, "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{e} (RESULTS=FOLDER names another folder for the results)") from None
     # By training seed, so that a list that is cut short has one seed of everything.
-    todo.sort(key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0].folder).name)[1]))
+    todo = sorted(todo.values(), key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0].folder).name)[1]))
     for stage, command in [item for item in todo if not make(*item, results)]:
         make(stage, command, results, wait=True)  # then the stage is finished, or taken over
     code = subprocess.run(report).returncode
     missing = [stage.folder for stage, _ in todo if not Path(stage.folder, stage.done).exists()]
     if missing:
-        print(f"\n{len(missing)} missing (see their logs):", *(f"  {folder}" for folder in missing),
-              sep="\n", file=sys.stderr)
-    return 1 if missing or code else 0
+        sys.exit("\n  ".join([f"\n{len(missing)} missing (see their logs):", *missing]))
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("stopped; started again, it goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        print(f"error: {e} (RESULTS=FOLDER names another folder for the results)", file=sys.stderr)
-        sys.exit(2)
+    common.script(main)

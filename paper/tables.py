@@ -1,12 +1,10 @@
-"""The sections of the report. Each is a list of paragraphs, of which the first is the heading.
-
-Those that have figures draw them, too, into the folder `out`.
-"""
+"""The sections of the report. Each is a list of paragraphs, of which the first is the heading. Those that
+have figures draw them, too, into the folder `out`."""
+import functools
 import statistics
 from dataclasses import dataclass
 
 import flags
-from common import UserError
 from paper import claims, figures
 from paper.published import (NAMES, comparable_data, differences_from_paper, fig2_accuracy,
                              numbers, published_accuracy)
@@ -14,11 +12,9 @@ from paper.results import counted, grouped, pick, ranking_cautions, result_files
 from paper.stats import cell, mean, no_at_on_b_val, seeds
 from runs import read_json
 
-ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
+ROBUST, CLEAN, B_VAL = ("all", "robust"), ("all", "clean"), ("B_val", "robust")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
 BASELINES = {"no AT": "none", "AT": "full"}  # line: --split
-# What a figure does not show alone: these runs are in Fig. 6, 8 or 15.
-ALONE = {"metric": {"entropy"}, "attack": {"pgd"}, "weight": {"emphasis"}}
 
 
 @dataclass(frozen=True)
@@ -31,18 +27,9 @@ class Curves:
     lines: str = "order"  # what differs between its lines
     transfer: bool = False
 
-    def runs_of(self, runs):
-        """The runs that the figure shows, baselines left out. Those of transfers have emphasis (Sec. 4.3)."""
-        usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
-                 "weight": "emphasis" if self.transfer else "vanilla"}
-        del usual[self.lines]
-        runs = pick(runs, split=self.split, transfer=self.transfer, **usual)
-        return [r for r in runs if r.order != "named"]
-
 
 CURVES = [
-    Curves("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", "csat",
-           [ROBUST, ("B_val", "robust"), CLEAN]),
+    Curves("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", "csat", [ROBUST, B_VAL, CLEAN]),
     Curves("fig13", "Fig. 13: CSAT on all parts", "csat", PARTS),
     Curves("fig6", "Fig. 6: ESAT, A made of single examples", "esat", [ROBUST, CLEAN]),
     Curves("fig12", "Fig. 12: ESAT by several difficulty metrics", "esat", [ROBUST, CLEAN], "metric"),
@@ -74,81 +61,66 @@ def beside(runs, part, kind, published):
             "-" if published is None or not ours else f"{ours[0] - published:+.1f}"]
 
 
-# --- figures of accuracy against |A|/N ----------------------------------------------------------------------
-
-def curve_groups(curves, runs):
-    """The groups of runs that a figure compares, each with its baselines."""
-    ends, groups = grouped(pick(runs, transfer=curves.transfer, attack="pgd"), "data", "group"), []
-    for (data, name), in_group in grouped(curves.runs_of(runs), "data", "group").items():
-        lines, baselines = lines_of(in_group, curves.lines), ends.get((data, name), [])
-        if set(lines) - ALONE.get(curves.lines, set()):
-            groups.append(figures.Group(
-                data, name, in_group, lines, {k: pick(baselines, split=v) for k, v in BASELINES.items()},
-                comparable_data(data, in_group[0].setting)))
-    return groups
-
-
 def curve_table(curves, group):
     """The table of one group: our accuracies, and the paper's where it has a number."""
     rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items()]
     rows += [(line, runs, runs[0].share) for line, sizes in group.lines.items() for runs in sizes.values()]
-    published = {kind: [published_accuracy(curves.name, group.published, line, share, kind)
-                        for line, _, share in rows] for kind in ("robust", "clean")}
-    published = {kind: values for kind, values in published.items() if any(v is not None for v in values)}
-    with_b_val = ("B_val", "robust") in curves.panels
-    head = [curves.lines, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"]
+    published = functools.partial(published_accuracy, curves.name, group.published)
+    kinds = [kind for kind in ("robust", "clean")
+             if any(published(line, share, kind) is not None for line, _, share in rows)]
+    head, body = [curves.lines, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"], []
     head += [f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in curves.panels]
+    with_b_val = B_VAL in curves.panels
     head += ["no AT on that B %"] if with_b_val else []
-    head += [text for kind in published for text in (f"paper {kind} %", "difference")]
-    body = []
-    for i, (line, runs, share) in enumerate(rows):
-        body.append([line, "no run yet", f"{share:.0f}", "-", "0"])
+    for line, runs, share in rows:
+        row = [line, "no run yet", f"{share:.0f}", "-", "0"]
         if runs:
             size = counted(runs[0].size, "class") if runs[0].A_classes else f"{runs[0].size:,}"
-            body[-1] = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seeds(runs))]
-        body[-1] += [cell(runs, *panel) for panel in curves.panels]
-        body[-1] += [no_at_on_b_val(group.baselines["no AT"], runs)] if with_b_val else []
-        for kind, values in published.items():
-            body[-1] += beside(runs, "all", kind, values[i])
-    return markdown(head, body)
-
-
-def gaps(group):
-    """A sentence that lists the missing baselines, and the sizes that only other lines have; may be empty."""
-    sizes = sorted({size for of_line in group.lines.values() for size in of_line})
-    missing = [f"{line} at |A| = {size:,}" for line, of_line in group.lines.items() for size in sizes
-               if size not in of_line]
-    missing += [f"the baseline {line}" for line, runs in group.baselines.items() if not runs]
-    return f"Missing runs of these lines: {', '.join(missing)}." if missing else ""
+            row = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seeds(runs))]
+        row += [cell(runs, *panel) for panel in curves.panels]
+        row += [no_at_on_b_val(group.baselines["no AT"], runs)] if with_b_val else []
+        row += [text for kind in kinds for text in beside(runs, "all", kind, published(line, share, kind))]
+        body.append(row)
+    return markdown([*head, *(text for kind in kinds for text in (f"paper {kind} %", "difference"))], body)
 
 
 def curve_section(runs, out, curves):
     """A figure of accuracy against |A|/N and its tables, one for each group of runs."""
-    groups = curve_groups(curves, runs)
+    usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
+             "weight": "emphasis" if curves.transfer else "vanilla"}  # Sec. 4.3
+    usual_line = usual.pop(curves.lines)
+    candidates = [r for r in runs if r.order != "named"]
+    groups, text = [], [f"## {curves.title}", f"![{curves.title}](figures/{curves.name}.png)"]
+    selected = pick(candidates, split=curves.split, transfer=curves.transfer, **usual)
+    for (data, name), in_group in grouped(selected, "data", "group").items():
+        lines, setting = lines_of(in_group, curves.lines), in_group[0].setting
+        if curves.lines != "order" and set(lines) == {usual_line}:
+            continue  # these runs are in Fig. 6, 8 or 15
+        baselines = {line: pick(runs, data=data, group=name, attack="pgd", split=split)
+                     for line, split in BASELINES.items()}
+        groups.append(figures.Group(data, name, lines, baselines, comparable_data(data, setting)))
+        sizes = sorted({size for of_line in lines.values() for size in of_line})
+        missing = [f"{line} at |A| = {size:,}" for line, of_line in lines.items() for size in sizes
+                   if size not in of_line]
+        missing += [f"the baseline {line}" for line in baselines if not baselines[line]]
+        text += [f"### {data}: {name}", curve_table(curves, groups[-1]),
+                 differences_from_paper(data, setting), ranking_cautions(in_group),
+                 f"Missing runs of these lines: {', '.join(missing)}." if missing else ""]
     if not groups:
-        return [f"## {curves.title}",
-                "No runs yet." if curves.lines == "order" else "No runs yet that compare them."]
+        return [text[0], "No runs yet." if curves.lines == "order" else "No runs yet that compare them."]
     figures.curves(out / curves.name, curves.title, curves.name, groups, curves.panels)
-    text = [f"## {curves.title}", f"![{curves.title}](figures/{curves.name}.png)"]
-    for group in groups:
-        text += [f"### {group.data}: {group.name}", curve_table(curves, group),
-                 differences_from_paper(group.data, group.runs[0].setting), ranking_cautions(group.runs),
-                 gaps(group)]
     return text
 
 
-# --- Fig. 2: CSAT on a single class -------------------------------------------------------------------------
-
 def matrix_table(group, classes, single, comparable):
-    """Fig. 2's table: one row for each class A. Its last columns are the matrix, if `comparable` with the
-    paper's numbers in brackets."""
+    """Fig. 2's table, with a row for each class A; if `comparable`, the paper's numbers stand in brackets."""
     rows = []
     for a in classes:
         runs, cells = single.get(a, []), []
         for c in classes:
             values = [r.accuracy["classes"][c]["robust"]["accuracy"] for r in runs]
             cells.append(f"{100 * statistics.fmean(values):.0f}" if values and None not in values else "-")
-            if comparable and fig2_accuracy(a, c) is not None:
+            if comparable:
                 cells[-1] += f" ({fig2_accuracy(a, c)})"
         rows.append([a if runs else f"{a}: no run yet", str(len(runs)), cell(runs, "A_val"),
                      cell(runs, "B_val"), no_at_on_b_val(group, runs),
@@ -160,14 +132,6 @@ def matrix_table(group, classes, single, comparable):
     head = ["A", "seeds", "robust A_val %", "robust B_val %", "no AT on that B %", "paper B_val %",
             "difference", "robust all %"]
     return markdown([*head, *(f"on {c} %" for c in classes)], rows)
-
-
-def authors_attack_table(single, authors):
-    """The runs with the training attack of the authors' code beside those of the same A with plain PGD."""
-    rows = [[a, attack, str(seeds(runs)), *(cell(runs, part) for part in ("A_val", "B_val", "all"))]
-            for a in authors for attack, runs in (("pgd", single.get(a, [])), ("pgd-authors", authors[a]))]
-    head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %"]
-    return markdown(head, rows)
 
 
 def matrix_section(runs, out):
@@ -184,7 +148,7 @@ def matrix_section(runs, out):
             file = "fig2" if i == 1 else f"fig2-{i}"
             classes, setting = list(group[0].accuracy["classes"]), group[0].setting
             comparable = comparable_data(data, setting) == "cifar10"
-            figures.matrix(out / file, f"{title}, {weight}\n{data}: {name}", classes, single,
+            figures.matrix(out / file, f"{title}, {weight}", data, name, classes, single,
                            pick(group, split="none"), pick(group, split="full"))
             text += [f"![{title}](figures/{file}.png)", f"### {data}: {formula}; {name}",
                      "In brackets: the paper's." if comparable else "",
@@ -192,50 +156,42 @@ def matrix_section(runs, out):
                      claims.agreement_with_fig2(classes, single) if comparable else "",
                      differences_from_paper(data, setting)]
             if authors:
-                text += ["With the training attack of the authors' code, beside PGD:",
-                         authors_attack_table(single, authors)]
+                head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %"]
+                rows = [[a, attack, str(seeds(rs)), *(cell(rs, part) for part in ("A_val", "B_val", "all"))]
+                        for a in authors
+                        for attack, rs in (("pgd", single.get(a, [])), ("pgd-authors", authors[a]))]
+                text += ["With the training attack of the authors' code, beside PGD:", markdown(head, rows)]
     return [f"## {title}", *(text or ["No runs yet."])]
 
 
-# --- the other sections -------------------------------------------------------------------------------------
-
-def difficulty_table(ranking):
-    """Fig. 3's table: the classes hardest first (of a long list both ends), for CIFAR-10 with the paper's
-    numbers beside ours."""
-    rows, fig3 = ranking["classes_hardest_first"], numbers()["fig3"]
-    published = dict(zip(fig3["classes"], zip(fig3["mean_entropy_nats"], fig3["error_fraction"])))
-    metrics = [m for m in flags.METRICS if m in rows[0]]
-    head, body = ["class, hardest first", *metrics, "clean error %", "n"], []
-    is_cifar10 = ranking["fingerprint"]["name"] == "cifar10"
-    if is_cifar10:
-        head += ["paper entropy", "paper error %"]
-    for r in rows if len(rows) <= 20 else rows[:10] + rows[-10:]:
-        error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
-        body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
-        if is_cifar10:
-            entropy, error = published.get(NAMES.get(r["class"], r["class"]), (None, None))
-            body[-1] += ["-", "-"] if entropy is None else [f"{entropy:.4f}", f"{100 * error:.1f}"]
-    return markdown(head, body)
-
-
 def difficulty_section(rankings, runs, out):
-    """Fig. 3: mean score and clean error of each class, from every rank.json."""
-    title, text, drawn = "Fig. 3: class entropy and class error", [], {}
+    """Fig. 3: mean score and clean error of each class, from every rank.json, for CIFAR-10 with the paper's
+    numbers beside ours. A long table has its two ends only."""
+    title, text, drawn, fig3 = "Fig. 3: class entropy and class error", [], {}, numbers()["fig3"]
     for path, ranking in rankings.items():
-        rows = ranking["classes_hardest_first"]
-        name = f"{ranking['fingerprint']['name']}: {ranking['args']['arch']}, {ranking['epochs']} epochs"
+        rows, data = ranking["classes_hardest_first"], ranking["fingerprint"]["name"]
+        name = f"{data}: {ranking['args']['arch']}, {ranking['epochs']} epochs"
         name += f" ({path.parent.name})" if name in drawn else ""
         drawn[name] = rows
+        metrics = [m for m in flags.METRICS if m in rows[0]]
+        head, body = ["class, hardest first", *metrics, "clean error %", "n"], []
+        head += ["paper entropy", "paper error %"] if data == "cifar10" else []
+        for r in rows if len(rows) <= 20 else rows[:10] + rows[-10:]:
+            error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
+            body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
+            if data == "cifar10":
+                i = fig3["classes"].index(NAMES.get(r["class"], r["class"]))
+                body[-1] += [f"{fig3['mean_entropy_nats'][i]:.4f}", f"{100 * fig3['error_fraction'][i]:.1f}"]
         notes = [f"Spearman's correlation of {pair} over examples: {rho:.3f}."
                  for pair, rho in ranking["spearman_of_examples"].items()]
-        for metric in (m for m in flags.METRICS if m in rows[0]):
+        for metric in metrics:
             if correlation := claims.class_order_correlation(ranking, metric):
                 notes.append(f"Of {metric} with the paper's class order: {correlation[0]:.3f} "
                              f"({correlation[1]} classes).")
         uses = sum(run.ranking in ranking.get("scores", {}).values() for run in runs)
         notes += [f"{counted(uses, 'run')} of these tables used it."] if uses else []
         text += [f"### {name}{f' (20 of {len(rows)} classes)' if len(rows) > 20 else ''}",
-                 difficulty_table(ranking), " ".join(notes)]
+                 markdown(head, body), " ".join(notes)]
     if not drawn:
         return [f"## {title}", "No rankings yet."]
     figures.difficulty(out / "fig3", title, drawn)
@@ -254,15 +210,12 @@ def evaluation_section(folder):
     """What evaluate.py measured with other threat models or attacks."""
     rows = []
     for path in result_files(folder, "eval-*.json"):
-        r = read_json(path)
-        try:
-            s, a = r["settings"], r["accuracy"]["all"]
-            rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"],
-                         f"{s['norm']} eps {s['eps']:g}", " ".join(s["attacks"]), f"{a['clean']['n']:,}",
-                         *(f"{100 * a[k]['accuracy']:.1f} [{100 * a[k]['low']:.1f}, {100 * a[k]['high']:.1f}]"
-                           for k in ("clean", "robust"))])
-        except (KeyError, TypeError):
-            raise UserError(f"{path} was not written by evaluate.py: move it away") from None
+        r = read_json(path, ["fingerprint", "checkpoint", "settings", "accuracy"])
+        s, a = r["settings"], r["accuracy"]["all"]
+        rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"],
+                     f"{s['norm']} eps {s['eps']:g}", " ".join(s["attacks"]), f"{a['clean']['n']:,}",
+                     *(f"{100 * a[k]['accuracy']:.1f} [{100 * a[k]['low']:.1f}, {100 * a[k]['high']:.1f}]"
+                       for k in ("clean", "robust"))])
     head = ["run", "checkpoint", "threat model", "attacks", "n", "clean %", "robust %"]
     return ["## Evaluations under other settings (evaluate.py)", markdown(head, rows)] if rows else []
 
