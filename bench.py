@@ -41,13 +41,14 @@ def measure(args, device):
 
 def main(argv=None):
     """Parses the command line, times the steps and prints the table."""
-    defaults = {**flags.DEFAULTS, "epochs": 5, "order": "random", "augment": "full", "lr": 0.01}
+    defaults = {**flags.DEFAULTS, "epochs": 4, "order": "random", "augment": "full", "lr": 0.01}
     parser = flags.script_parser("bench.py", __doc__, defaults)
     parser.add_argument("--image-side", type=flags.number(int, 8, 1024), default=32, help="in pixels")
     parser.add_argument("--fractions", type=flags.number(float, 0, 1), nargs="+", default=[0.0, 0.1, 0.5],
                         help="|A|/N, besides 1")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = argparse.Namespace(**{**defaults, **vars(parser.parse_args(argv))})
+    args.epochs += 1  # the first warms up
     device = common.set_up(args)
     setting = (f"{args.arch}, batch {args.batch_size}, {args.image_side}x{args.image_side}, {args.attack}, "
                f"{models.precision(args.amp, device)}, compile {args.compile}, {common.device_name(device)}")

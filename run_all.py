@@ -32,11 +32,6 @@ OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--me
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
-def environment():
-    """The environment of the stages: on a machine without a GPU, KEEP_MEMORY where the user set nothing."""
-    return dict(os.environ) if any(Path("/dev").glob("nvidia[0-9]*")) else KEEP_MEMORY | os.environ
-
-
 def make(stage, command, results, wait=False):
     """Runs the command of a stage unless it is finished. Returns whether there is nothing left to do.
 
@@ -56,8 +51,10 @@ def make(stage, command, results, wait=False):
         if Path(stage.folder, stage.done).exists():
             return True
         print(f"\n> {shlex.join(command)}", flush=True)
+        has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+        environment = dict(os.environ) if has_gpu else KEEP_MEMORY | os.environ  # the user's own values win
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   errors="replace", env=environment(), pass_fds=[log.fileno()])
+                                   errors="replace", env=environment, pass_fds=[log.fileno()])
         for line in process.stdout:
             print(line, end="", flush=True)
             log.write(line)

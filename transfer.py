@@ -20,14 +20,9 @@ from sat import fit
 SOURCE = ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint", "weights")
 
 
-def command_line(argv=None):
-    """Parses the command line and the config."""
-    return config.parse("transfer.py", __doc__, argv, "best.pt of the source run")
-
-
 def main(argv=None):
     """Loads the source, trains the head, and writes and prints the result."""
-    args = command_line(argv)
+    args = config.parse("transfer.py", __doc__, argv, "best.pt of the source run")
     path, args.checkpoint = args.checkpoint.resolve(), None  # source and source_weights identify it instead
     model, ckpt = evaluate.load_model(path)
     about, advice = path.with_name("result.json"), "give the best.pt of a finished run of sat.py"

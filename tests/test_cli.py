@@ -57,7 +57,7 @@ def test_a_config_is_the_defaults_updated_by_the_file(path):
     texts, words = yaml.load(path.read_text(), yaml.BaseLoader), ["--config", str(path)]
     parsed = {name: config.parse(name, "", words) for name in ("sat.py", "rank.py")}
     if path.parent.name == "transfer":
-        parsed = {"transfer.py": transfer.command_line(["x.pt", *words])}
+        parsed = {"transfer.py": config.parse("transfer.py", "", ["x.pt", *words], "best.pt")}
     for name, args in parsed.items():
         for flag, default, *_ in (row for group in flags.SCRIPTS[name] for row in flags.FLAGS[group]):
             value, text = getattr(args, flags.dest(flag)), texts.get(flag[2:])
@@ -90,7 +90,7 @@ def test_configs_are_table_2(row):
                 "batch_size": int(batch_size), "lr_decays": [int(d) for d in decays.split(",")],
                 "weight_decay": float(weight_decay), "norm": norm, "eps": float(eps), "augment": "full",
                 "eval_attacks": list(attacks.STANDARD), "eval_n": 0, "select_n": 0}
-    args = transfer.command_line(["x.pt", *words])
+    args = config.parse("transfer.py", "", ["x.pt", *words], "best.pt")
     if step_size != "-":
         args = sat.command_line([*words, "--split", "full"])
         expected |= {"attack": "pgd", "steps": 7, "step_size": float(step_size), "random_start": False}

@@ -670,7 +670,7 @@ def test_sources_and_rankings_are_made_before_they_are_used(fast_configs):
             if args.split not in ("none", "full") and not args.classes:
                 assert (args.dataset, args.arch) in made
         else:
-            args = transfer.command_line(argv)
+            args = config.parse("transfer.py", "", argv, "best.pt")
             assert args.checkpoint.as_posix() in made
             sources.setdefault(args.dataset, set()).add(args.checkpoint.parent.name)
     assert sources["svhn"] == {r for r in sources["cifar10"] if r.startswith(("none", "full", "esat"))
@@ -684,7 +684,7 @@ def test_the_folders_are_those_that_the_scripts_make(fast_configs):
         if stage.script == "sat.py":
             folder = sat.run_folder(sat.command_line(stage.arguments))[0].as_posix()
         elif stage.script == "transfer.py":
-            args = transfer.command_line(stage.arguments)
+            args = config.parse("transfer.py", "", stage.arguments, "best.pt")
             folder = f"results/{args.dataset}/{args.run}"
         else:
             args = config.parse("rank.py", "", stage.arguments)
