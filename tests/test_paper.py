@@ -22,7 +22,6 @@ import evaluate
 import report
 import run_all
 import sat
-import transfer
 from common import UserError
 from conftest import HERE
 from paper import claims, experiments, figures, results, stats, tables
