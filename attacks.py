@@ -62,7 +62,7 @@ def random_start(x, eps, norm, generator=None):
 
 
 def check(x, y, norm, eps, start=None, steps=0, step_size=0.0):
-    """Raises ValueError unless the arguments are what an attack takes."""
+    """Raises ValueError unless the arguments are valid for an attack."""
     check_norm(norm)
     if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps = {eps}: a finite number of 0 or more, pixels in [0, 1]")
@@ -81,7 +81,7 @@ def check(x, y, norm, eps, start=None, steps=0, step_size=0.0):
 def pgd_step(model, x, y, delta, eps, step_size, norm):
     """One iteration of PGD: a step of steepest ascent on the cross-entropy, the projection onto the eps-ball,
     the clamp of x + delta to [0, 1]. Returns the new delta (N, C, H, W) and the cross-entropies (N,) before
-    the step. `delta` must ask for a gradient."""
+    the step. `delta` must require a gradient."""
     losses = F.cross_entropy(model(x + delta).float(), y, reduction="none")
     # Summed, not averaged: an example's gradient must not depend on the batch around it.
     grad, = torch.autograd.grad(losses.sum(), delta)  # only of the input: no weight gradients are computed

@@ -15,6 +15,7 @@ import common
 import flags
 import models
 import runs
+from attacks import ATTACKS
 from common import say
 from data import Split
 from train import train
@@ -23,7 +24,7 @@ STEPS = 20  # in an epoch, which is timed as a whole: a GPU runs behind Python
 
 
 def measure(args, device):
-    """Seconds of a step, {|A|/N: median over epochs but the first, in which --compile compiles}. The epochs
+    """Seconds per step, {|A|/N: median over all epochs but the first, which includes compilation}. The epochs
     of all |A|/N alternate, so that a drift of the machine's speed affects all alike."""
     n, g = STEPS * args.batch_size, torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (n, 3, args.image_side, args.image_side), generator=g, dtype=torch.uint8)
@@ -41,7 +42,7 @@ def measure(args, device):
 
 def main(argv=None):
     """Parses the command line, times the steps and prints the table."""
-    defaults = {**flags.DEFAULTS, "epochs": 4, "order": "random", "augment": "full", "lr": 0.01}
+    defaults = {**flags.DEFAULTS, "epochs": 4, "lr": 0.01}
     parser = flags.script_parser("bench.py", __doc__, defaults)
     parser.add_argument("--image-side", type=flags.number(int, 8, 1024), default=32, help="in pixels")
     parser.add_argument("--fractions", type=flags.number(float, 0, 1), nargs="+", default=[0.0, 0.1, 0.5],
@@ -55,13 +56,14 @@ def main(argv=None):
     say(f"one training step, augmentation included: {setting}; medians of {args.epochs - 1} epochs\n\n"
         "| \\|A\\|/N | ms a step | images/s | time relative to \\|A\\| = N | cost model |\n"
         "| --- | --- | --- | --- | --- |")
-    seconds, rows = measure(args, device), []
-    for share, s in seconds.items():
-        rate, relative = args.batch_size / s, s / seconds[1.0]
-        model = (3 + 2 * args.steps * share) / (3 + 2 * args.steps)
-        rows.append({"share": share, "seconds": s, "images_per_s": rate, "time_to_full": relative,
-                     "model": model})
-        say(f"| {share:g} | {1000 * s:.1f} | {rate:.1f} | {relative:.2f} | {model:.2f} |")
+    step_seconds, rows = measure(args, device), []
+    gradients = ATTACKS[args.attack].gradient_steps or args.steps
+    for share, seconds in step_seconds.items():
+        rate, relative = args.batch_size / seconds, seconds / step_seconds[1.0]
+        predicted = (3 + 2 * gradients * share) / (3 + 2 * gradients)
+        rows.append({"share": share, "seconds": seconds, "images_per_s": rate, "time_to_full": relative,
+                     "model": predicted})
+        say(f"| {share:g} | {1000 * seconds:.1f} | {rate:.1f} | {relative:.2f} | {predicted:.2f} |")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(args.json, {"setting": setting, "torch": torch.__version__, "steps": rows})

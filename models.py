@@ -20,8 +20,8 @@ class PreActBlock(nn.Module):
 
     def forward(self, x):
         out = F.relu(self.bn1(x), inplace=True)
-        identity = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + identity
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + shortcut
 
 
 def preactresnet(channels, widths, blocks, stem=None, always=False):

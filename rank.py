@@ -159,12 +159,12 @@ def rank_examples(folder, args, data, device):
                 runs.save_epoch(folder, runs.checkpoint(model, data, args, state["epoch"], **more))
     scores = {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
     passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
-    about = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
-    result = {**about, "cost": sum(row["forward_equivalents"] for row in log) + passes,
+    identity = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
+    result = {**identity, "cost": sum(row["forward_equivalents"] for row in log) + passes,
               "scores": {m: scores_hash(s) for m, s in scores.items()},
               **tables_of(scores, model, data, device)}
     if process_index() == 0:
-        runs.save(folder / "scores.pt", {**scores, **about})
+        runs.save(folder / "scores.pt", {**scores, **identity})
         runs.write_json(folder / "rank.json", result)
     runs.end_run(folder)
     common.barrier()  # the files are there for all processes
@@ -192,10 +192,10 @@ def scores_for(args, data, device):
         raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force")
     scores = ranking[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
-    about = {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
+    origin = {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
     if args.metric == "vog" and args.split == "esat":  # gradients of classes differ in size (Agarwal et al.)
         scores = within_class(scores, data.train.y)
-    return scores, about
+    return scores, origin
 
 
 def main(argv=None):

@@ -120,7 +120,11 @@ def main(argv=None):
         raise UserError(f"{e} (RESULTS=FOLDER names another folder for the results)") from None
     # By training seed, so that a list that is cut short has one seed of everything.
     todo = sorted(todo.values(), key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0].folder).name)[1]))
-    for stage, command in [item for item in todo if not make(*item, results)]:
+    busy = []  # made by other copies
+    for stage, command in todo:
+        if not make(stage, command, results):
+            busy.append((stage, command))
+    for stage, command in busy:
         make(stage, command, results, wait=True)  # then the stage is finished, or taken over
     code = subprocess.run(report).returncode
     missing = [stage.folder for stage, _ in todo if not Path(stage.folder, stage.done).exists()]

@@ -126,8 +126,9 @@ def check_amount(args):
 
 
 def reset_flags_without_effect(args):
-    """Gives flags that have no effect beside others the config's values back, so that they make no other run,
-    and names those that were typed. Steps and step size stay: runs that differ in them share no table."""
+    """Resets flags that have no effect beside others to the config's values, so that they make no separate
+    run, and names those that were typed. Steps and step size stay: runs that differ in them share no table.
+    """
     for other, given, names in [
             (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
             ("--split none", args.split == "none", "attack"),
@@ -135,7 +136,7 @@ def reset_flags_without_effect(args):
             ("--scores", args.scores, "metric"),
             (f"--order {args.order}", args.order in ("random", "redrawn"), "metric"),
             ("--weight-factor", args.weight_factor, "weight"),
-            ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size")]:
+            ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size random_start")]:
         for name in names.split() if given else ():
             if name in args.typed:
                 say(f"note: --{name.replace('_', '-')} has no effect with {other}")
@@ -145,7 +146,7 @@ def reset_flags_without_effect(args):
 
 def own_scores(args):
     """The scores (N,) of --scores, and what result.json says of them; (None, None) without it. Their hash
-    replaces the file in args: a run is what the file holds, not where it lies."""
+    replaces the file in args: the content of the file identifies the run, not its path."""
     if not args.scores:
         return None, None
     file, scores = args.scores.name, read_scores(args.scores)

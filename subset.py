@@ -17,7 +17,7 @@ def subset_size(amount, n, unit):
     """|A| from a fraction (float) of n, or a number (int). Raises UserError outside 1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
     if not isinstance(k, int) or not 1 <= k <= n:
-        raise UserError(f"|A| = {amount} of {n} {unit} makes {k}; it must be 1 to {n} (--size, or by --frac)")
+        raise UserError(f"|A| = {amount} of {n} {unit} comes to {k}: choose 1 to {n} with --size or --frac")
     return k
 
 

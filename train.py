@@ -110,13 +110,14 @@ def training_attack(model, A, w_A, args, device):
     settings = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
                 "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
                 "check_input": False}
-    if args.compile and row.step:
+    compiled = args.compile and row.step
+    if compiled:
         settings["step"] = models.compiled(row.step, device)
     parameters = inspect.signature(row.function).parameters
     attack = functools.partial(row.function, model, **{k: v for k, v in settings.items() if k in parameters})
-    # The padding would count in the mean by which pgd_authors stops.
-    padded = args.compile and device.type == "cuda" and "limit" not in parameters
-    return pad_to_multiple(attack) if padded else attack
+    if compiled and device.type == "cuda" and "limit" not in parameters:  # whose mean would count the padding
+        return pad_to_multiple(attack)
+    return attack
 
 
 def pad_to_multiple(attack, multiple=16):

@@ -25,14 +25,14 @@ def main(argv=None):
     args = config.parse("transfer.py", __doc__, argv, "best.pt of the source run")
     path, args.checkpoint = args.checkpoint.resolve(), None  # source and source_weights identify it instead
     model, ckpt = evaluate.load_model(path)
-    about, advice = path.with_name("result.json"), "give the best.pt of a finished run of sat.py"
+    result_path, advice = path.with_name("result.json"), "give the best.pt of a finished run of sat.py"
     if model.frozen:
         raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")
-    if not about.exists():
-        raise UserError(f"{about} is missing beside {path}: {advice}")
-    result = runs.read_json(about, SOURCE)
+    if not result_path.exists():
+        raise UserError(f"{result_path} is missing beside {path}: {advice}")
+    result = runs.read_json(result_path, SOURCE)
     if result["weights"] != evaluate.weights_hash(ckpt["model"]):
-        raise UserError(f"{about} was not made by {path}: {advice}")
+        raise UserError(f"{result_path} was not made by {path}: {advice}")
     source = {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "ranking": result.get("ranking"),
               **{k: result[k] for k in SOURCE}}
     args.arch = args.base["arch"] = ckpt["arch"]
