@@ -65,7 +65,7 @@ def check(name, root, train, test, classes):
     if name in TABLE_1:
         n_classes, *paper = TABLE_1[name]
         if len(classes) != n_classes:
-            raise UserError(f"{source} has {len(classes)} classes, not {n_classes}: give other data another name")
+            raise UserError(f"{source} has {len(classes)} classes, not {n_classes}: give it another name")
         if [len(train[1]), len(test[1])] != paper:
             say(f"warning: {name} has {len(train[1]):,} / {len(test[1]):,} images here, and {paper[0]:,} / "
                 f"{paper[1]:,} in the paper (Table 1)")

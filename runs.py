@@ -61,7 +61,7 @@ def check_fingerprint(data, stored, path):
     differ = [f"{k}: {stored.get(k)} there, {v} here" for k, v in data.fingerprint().items()
               if stored.get(k) != v]
     if differ:
-        raise UserError(f"{path} belongs to other data ({'; '.join(differ)[:300]}): make it again, or use its data")
+        raise UserError(f"{path} belongs to other data ({'; '.join(differ)[:300]}): make it again")
 
 
 def start_run(folder, args, done="result.json"):

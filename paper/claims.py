@@ -1,6 +1,6 @@
-"""Tests the paper's claims against our runs. A claim "holds" if the 95 % interval of stats.contrast lies where
-the claim puts it, is "contradicted" if the interval lies outside, and is otherwise "open"; it is also open if
-any of the settings that it compares has only one training seed."""
+"""Tests the paper's claims against our runs. A claim "holds" if the 95 % interval of stats.contrast lies
+where the claim puts it, is "contradicted" if it lies outside, and is otherwise "open"; it is also open if any
+setting that it compares has only one training seed."""
 import collections
 import math
 

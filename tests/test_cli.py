@@ -165,7 +165,7 @@ BAD = [  # words of sat.py, message
     ("--epochs 0", "'0' is not a whole number of at least 1"), ("--seed 2147483648", "at most 2147483647"),
     ("--threads 10000", "'10000' is not a whole number of at least 0 and at most"),
     ("--frac 0", "above 0 and at most 1"), ("--frac 1.5", "'1.5' is not a finite number above 0 and at mo"),
-    ("--split csat --frac 0.01", "makes 0; it must be 1 to 10"), ("--size 1298", "must be 1 to 1297"),
+    ("--split csat --frac 0.01", "comes to 0: choose 1 to 10"), ("--size 1298", "choose 1 to 1297"),
     ("--split full --batch-size 1298", "must be 1 to 1297"),
     ("--split csat --classes cat", "unknown class cat; valid: 0, 1, 2"),
     ("--split csat --order redrawn", "it goes with --split esat"),
