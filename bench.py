@@ -20,6 +20,7 @@ from common import say
 from data import Split
 from train import train
 
+SHARES = 0.0, 0.1, 0.5, 1.0  # |A|/N
 STEPS = 20  # in an epoch, which is timed as a whole: a GPU runs behind Python
 
 
@@ -28,9 +29,9 @@ def measure(args, device):
     of all |A|/N alternate, so that a drift of the machine's speed affects all alike."""
     n, g = STEPS * args.batch_size, torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (n, 3, args.image_side, args.image_side), generator=g, dtype=torch.uint8)
-    split = Split(x, torch.randint(0, 10, (n,), generator=g)).to(device)
+    split = Split(x.to(device), torch.randint(0, 10, (n,), generator=g))
     trainings, seconds = {}, {}
-    for share in sorted({*args.fractions, 1.0}):
+    for share in SHARES:
         model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device)
         A = torch.arange(n) < round(share * n)
         trainings[share], seconds[share] = train(model, split, A, 1.0, args, device), []
@@ -45,8 +46,6 @@ def main(argv=None):
     defaults = {**flags.DEFAULTS, "epochs": 4, "lr": 0.01}
     parser = flags.script_parser("bench.py", __doc__, defaults)
     parser.add_argument("--image-side", type=flags.number(int, 8, 1024), default=32, help="in pixels")
-    parser.add_argument("--fractions", type=flags.number(float, 0, 1), nargs="+", default=[0.0, 0.1, 0.5],
-                        help="|A|/N, besides 1")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = argparse.Namespace(**{**defaults, **vars(parser.parse_args(argv))})
     args.epochs += 1  # the first warms up
@@ -65,7 +64,6 @@ def main(argv=None):
                      "model": predicted})
         say(f"| {share:g} | {1000 * seconds:.1f} | {rate:.1f} | {relative:.2f} | {predicted:.2f} |")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(args.json, {"setting": setting, "torch": torch.__version__, "steps": rows})
 
 

@@ -49,10 +49,6 @@ class Split:
         batches = index.split(1) if self.streamed else [index]  # one image each, so that all workers read
         return torch.cat(list(self.read(batches, device)))
 
-    def to(self, device):
-        """The split with images in memory moved to `device`. Labels stay on the CPU."""
-        return self if self.streamed else Split(self.x.to(device), self.y)
-
 
 @dataclass
 class DataSet:
@@ -105,13 +101,13 @@ def open_dataset(args, device):
 
 
 def load_dataset(name, data_dir, device="cpu", side=224, workers=0):
-    """The DataSet `name`, with images in memory on `device`. Process 0 is first: it alone downloads."""
+    """The DataSet `name`, its images on `device` or streamed. Process 0 is first: it alone downloads."""
     if process_index() > 0:
         barrier()
     train, test, classes = read_dataset(name, Path(data_dir))
     if process_index() == 0:
         barrier()
-    splits = [Split(x if isinstance(x, torch.Tensor) else ImageFiles(x, side, workers), y).to(device)
+    splits = [Split(x.to(device) if isinstance(x, torch.Tensor) else ImageFiles(x, side, workers), y)
               for x, y in (train, test)]
     return DataSet(name, *splits, classes)
 

@@ -171,24 +171,20 @@ def finished(folder):
     return f"{folder} is finished (--force repeats it)\n{accuracy_lines(result)}"
 
 
-def command_line(argv=None):
-    """Parses the command line. Flags that it leaves out have their values of the checkpoint's run."""
+def main(argv=None):
+    """Loads the checkpoint, attacks it, writes the numbers beside it. Flags that the command line leaves out
+    have the values of the checkpoint's run."""
     parser = flags.script_parser("evaluate.py", __doc__, flags.DEFAULTS, "best.pt or last.pt of a run")
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     typed = vars(parser.parse_args(argv))
-    base = {**flags.DEFAULTS, **load_model(typed["checkpoint"])[1]["args"]}
+    model, ckpt = load_model(typed["checkpoint"])
+    base = {**flags.DEFAULTS, **ckpt["args"]}
     if typed.get("norm", base["norm"]) != base["norm"] and "eps" not in typed:
         raise UserError(f"--norm {typed['norm']} needs an --eps of its own: the checkpoint's {base['eps']} "
                         f"is in {base['norm']} (linf: 0.0314 is 8/255)")
-    return argparse.Namespace(**{**base, **typed})
-
-
-def main(argv=None):
-    """Loads the checkpoint, attacks it, writes the numbers beside it."""
-    args = command_line(argv)
+    args = argparse.Namespace(**{**base, **typed})
     device = common.set_up(args)
-    model, ckpt = load_model(args.checkpoint)
     data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
     runs.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
     settings, weights = eval_settings(args, data), weights_hash(ckpt["model"])

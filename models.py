@@ -116,11 +116,6 @@ def precision(amp, device):
     return "bf16" if amp == "bf16" or (amp == "auto" and has_units) else "float32"
 
 
-def autocast(amp, device):
-    """The autocast context of a training step. Loss, projection, gradient norms and weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(amp, device) == "bf16")
-
-
 def compiled(function, device):
     """A function or network, compiled; on GPUs to CUDA graphs. The output of a function is copied, since the
     next call overwrites it; that of a network is used before then."""

@@ -1,6 +1,10 @@
-"""Builds the paper's tables and figures from all results, the paper's numbers beside ours: python report.py
+"""Builds the paper's tables and figures from all results, the paper's numbers beside ours.
+
+    python report.py
+
 Files in: results/**/result.json, rank.json and eval-*.json, configs/. Files out: results/tables.md,
-results/figures/*.png and *.svg, and the tables in the files of --into."""
+results/figures/*.png and *.svg, and the tables in the files of --into.
+"""
 import re
 from pathlib import Path
 

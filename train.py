@@ -56,7 +56,8 @@ def train(model, split, A, w_A, args, device, state=None):
         model.load_state_dict(state["model"])
     attack = training_attack(model, A, w_A, args, device) if A.any() else None
     net = models.training_network(model, args, device)
-    autocast = models.autocast(args.amp, device)
+    precision = models.precision(args.amp, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         began = time.perf_counter()
         lr = args.lr * 0.1 ** sum(epoch >= decay for decay in args.lr_decays)  # a tenth after each decay
@@ -69,8 +70,8 @@ def train(model, split, A, w_A, args, device, state=None):
                 loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start, w_sum)
             sums.add(loss, logits, y, a)
         models.share_batch_statistics(model)
-        row = {"epoch": epoch + 1, "precision": models.precision(args.amp, device), "lr": lr,
-               **sums.row(model, args), "seconds": time.perf_counter() - began}
+        row = {"epoch": epoch + 1, "precision": precision, "lr": lr, **sums.row(model, args),
+               "seconds": time.perf_counter() - began}
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                "row": row}
 
@@ -110,14 +111,13 @@ def training_attack(model, A, w_A, args, device):
     settings = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
                 "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
                 "check_input": False}
-    compiled = args.compile and row.step
-    if compiled:
+    if args.compile and row.step:
         settings["step"] = models.compiled(row.step, device)
     parameters = inspect.signature(row.function).parameters
     attack = functools.partial(row.function, model, **{k: v for k, v in settings.items() if k in parameters})
-    if compiled and device.type == "cuda" and "limit" not in parameters:  # whose mean would count the padding
-        return pad_to_multiple(attack)
-    return attack
+    # pgd_authors stops by a mean in which the padding would count.
+    padded = "step" in settings and device.type == "cuda" and "limit" not in parameters
+    return pad_to_multiple(attack) if padded else attack
 
 
 def pad_to_multiple(attack, multiple=16):

@@ -98,12 +98,8 @@ def read_runs(folder):
 
 def read_rankings(folder):
     """{path: content} of every rank.json below `folder`."""
-    rankings = {path: read_json(path) for path in result_files(folder, "rank.json")}
-    for path, ranking in rankings.items():
-        if not {"classes_hardest_first", "spearman_of_examples", "fingerprint", "args"} <= set(ranking):
-            raise UserError(f"{path} is not a ranking of this project: move it away, "
-                            "or repeat it with rank.py --force")
-    return rankings
+    keys = ("classes_hardest_first", "spearman_of_examples", "fingerprint", "args")
+    return {path: read_json(path, keys) for path in result_files(folder, "rank.json")}
 
 
 def without_repeats(runs):
