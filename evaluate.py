@@ -167,7 +167,7 @@ def accuracy_lines(result):
 
 def finished(folder):
     """The lines that are printed for a run that is finished."""
-    result = runs.read_json(folder / "result.json", ("args", "settings", "accuracy"))
+    result = runs.load(folder / "result.json", ("args", "settings", "accuracy"))
     return f"{folder} is finished (--force repeats it)\n{accuracy_lines(result)}"
 
 
@@ -191,7 +191,7 @@ def main(argv=None):
     key = hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()[:8]
     path, chunks = (args.checkpoint.with_name(f"eval-{key}{end}") for end in (".json", "-chunks"))
     if path.exists() and not args.force:
-        return say(f"{path} is there already (--force repeats it)\n{accuracy_lines(runs.read_json(path))}")
+        return say(f"{path} is there already (--force repeats it)\n{accuracy_lines(runs.load(path))}")
     say(f"evaluating {args.checkpoint} ({data.name}, epoch {ckpt['epoch']}) on {device}")
     _, result = evaluate(model.to(device), data, settings, chunks, ckpt["A_classes"])
     if process_index() == 0:

@@ -117,7 +117,7 @@ def tables_of(scores, model, data, device):
 
 def table(folder):
     """The classes hardest first and the correlations of a finished ranking, as text."""
-    result = runs.read_json(folder / "rank.json", ("classes_hardest_first", "spearman_of_examples"))
+    result = runs.load(folder / "rank.json", ("classes_hardest_first", "spearman_of_examples"))
     rows = result["classes_hardest_first"]
     metrics = [m for m in flags.METRICS if m in rows[0]]
     lines = [f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'error %':>8}"]

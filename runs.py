@@ -42,7 +42,7 @@ def run_folder(args, lead, named, done="result.json"):
 def is_finished(folder, args, done):
     """Whether the run has the file `done` and is not to be repeated. UserError if it has other flags."""
     if not args.force and (folder / "args.json").exists():
-        check_flags(folder, read_json(folder / "args.json", ("dataset",)), args)
+        check_flags(folder, load(folder / "args.json", ("dataset",)), args)
     return not args.force and (folder / done).exists()
 
 
@@ -172,9 +172,6 @@ def load(path, keys=()):
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: --force makes its run again")
     return value
-
-
-read_json = load  # the name by which other files read JSON
 
 
 def checkpoint(model, data, args, epoch, A_classes=None, **more):

@@ -144,6 +144,16 @@ def reset_flags_without_effect(args):
                 setattr(args, name, args.base[name])
 
 
+def own_scores(args):
+    """The scores (N,) of --scores, and what result.json says of them; (None, None) without it. Their hash
+    replaces the file in args: the content of the file identifies the run, not its path."""
+    if not args.scores:
+        return None, None
+    file, scores = args.scores.name, read_scores(args.scores)
+    args.scores = scores_hash(scores)
+    return scores, {"scores": args.scores, "file": file}
+
+
 def run_folder(args):
     """The folder of the run that these flags describe, and whether it is finished."""
     lead = [*config.config_prefix(args), args.split]
@@ -165,11 +175,7 @@ def run_folder(args):
 def main(argv=None):
     """Chooses A, trains on A and B, writes and prints the result."""
     args = command_line(argv)
-    scores = ranking = None
-    if args.scores:  # the content of the file identifies the run, not its path
-        scores = read_scores(args.scores)
-        ranking = {"scores": scores_hash(scores), "file": args.scores.name}
-        args.scores = ranking["scores"]
+    scores, ranking = own_scores(args)
     folder, is_finished = run_folder(args)
     if is_finished:
         return say(evaluate.finished(folder))

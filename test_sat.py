@@ -442,15 +442,15 @@ def test_a_run_on_the_hardest_classes_its_evaluation_and_its_transfer(results):
     run, (transferred,) = results / "digits0-4/run", (results / "digits5-9").iterdir()
     ranking, y = results / "digits0-4/rank-preactresnet8-seed0", load_dataset("digits0-4", "data").train.y
     entropy = runs.load(ranking / "scores.pt")["entropy"].double()
-    rows = runs.read_json(ranking / "rank.json")["classes_hardest_first"]
+    rows = runs.load(ranking / "rank.json")["classes_hardest_first"]
     means = {str(c): entropy[y == c].mean().item() for c in range(5)}
-    hardest, result = sorted(means, key=means.get, reverse=True), runs.read_json(run / "result.json")
+    hardest, result = sorted(means, key=means.get, reverse=True), runs.load(run / "result.json")
     assert [row["class"] for row in rows] == hardest
     assert [row["entropy"] for row in rows] == pytest.approx([means[c] for c in hardest], abs=1e-6)
     assert sorted(result["A_classes"]) == sorted(hardest[:2])
     assert result["A"] == sum(str(c) in hardest[:2] for c in y.tolist())
     assert result["w_A"] == subset.weight_A("emphasis", result["A"], len(y))
-    evaluation, target = runs.read_json(*run.glob("eval-*.json")), runs.read_json(transferred / "result.json")
+    evaluation, target = runs.load(*run.glob("eval-*.json")), runs.load(transferred / "result.json")
     for key in ("accuracy", "settings", "weights"):
         assert evaluation[key] == result[key]
     before, after = (runs.load(path / "best.pt")["model"] for path in (run, transferred))
@@ -472,7 +472,7 @@ def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, mon
     monkeypatch.setattr(evaluate, "autoattack_accuracy", autoattack_accuracy)
     sat.main(["--dataset", "digits0-4", "--split", "none", *QUICK, "--epochs", "7", "--select-n", "10",
               "--lr-decays", "1", "2", "4", "5", "--results", str(tmp_path), "--run", "run"])
-    result, best = runs.read_json(folder / "result.json"), runs.load(folder / "best.pt")
+    result, best = runs.load(folder / "result.json"), runs.load(folder / "best.pt")
     selections = [row["epoch"] for row in runs.load(folder / "last.pt")["log"] if "selection" in row]
     assert selections == [2, 3, 5, 6, 7], "after decays, at the end"
     assert result["epoch"] == best["epoch"] == 6, "robust 4 three times, then clean 7 twice, then the later"
@@ -532,7 +532,7 @@ def test_no_step_waits_for_the_gpu(device, request):
     attack = train.training_attack(model, A, 2.0, args, device)
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     for x, y, a, w, w_sum, start in train.epoch_batches(split, A, 2.0, args, 0, device):
-        with models.autocast("bf16", device):
+        with torch.autocast(device, torch.bfloat16):
             loss, logits = train.sat_step(model, optimizer, x, y, a, w, attack, start, w_sum)
         sums.add(loss, logits, y, a)
         torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one sets libraries up

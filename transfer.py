@@ -28,7 +28,7 @@ def main(argv=None):
     result_path, advice = path.with_name("result.json"), "give the best.pt of a finished run of sat.py"
     if model.frozen:
         raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")
-    result = runs.read_json(result_path, SOURCE) if result_path.exists() else {}
+    result = runs.load(result_path, SOURCE) if result_path.exists() else {}
     if result.get("weights") != evaluate.weights_hash(ckpt["model"]):
         raise UserError(f"{result_path} is missing, or not of {path}: {advice}")
     source = {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "ranking": result.get("ranking"),

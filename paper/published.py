@@ -4,7 +4,7 @@ import functools
 from common import HERE
 from config import from_yaml
 from flags import DEFAULTS
-from runs import read_json
+from runs import load
 
 NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the paper calls them
 
@@ -12,7 +12,7 @@ NAMES = {"airplane": "plane", "automobile": "car"}  # CIFAR-10's classes as the 
 @functools.cache
 def numbers():
     """The content of published.json. Accuracies are in percent unless the file says otherwise."""
-    return read_json(HERE / "paper" / "published.json")
+    return load(HERE / "paper" / "published.json")
 
 
 def published_accuracy(figure, data, line, share, kind):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy
 
 from common import UserError, say
-from runs import read_json
+from runs import load
 
 # Flags in which the runs of one table may differ, and those that have no effect on a run's result.
 NOT_SETTING = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor",
@@ -90,7 +90,7 @@ def read_runs(folder):
     runs = []
     for path in result_files(folder, "result.json"):
         try:
-            runs.append(Run(path, read_json(path)))
+            runs.append(Run(path, load(path)))
         except (KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{path} is not a result of this project ({e!r}): move it away") from None
     return runs
@@ -99,7 +99,7 @@ def read_runs(folder):
 def read_rankings(folder):
     """{path: content} of every rank.json below `folder`."""
     keys = ("classes_hardest_first", "spearman_of_examples", "fingerprint", "args")
-    return {path: read_json(path, keys) for path in result_files(folder, "rank.json")}
+    return {path: load(path, keys) for path in result_files(folder, "rank.json")}
 
 
 def without_repeats(runs):

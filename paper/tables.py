@@ -10,7 +10,7 @@ from paper.published import (NAMES, comparable_data, differences_from_paper, fig
                              numbers, published_accuracy)
 from paper.results import counted, grouped, pick, ranking_cautions, result_files
 from paper.stats import cell, mean, no_at_on_b_val, seeds
-from runs import read_json
+from runs import load
 
 ROBUST, CLEAN, B_VAL = ("all", "robust"), ("all", "clean"), ("B_val", "robust")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
@@ -210,7 +210,7 @@ def evaluation_section(folder):
     """What evaluate.py measured with other threat models or attacks."""
     rows = []
     for path in result_files(folder, "eval-*.json"):
-        r = read_json(path, ["fingerprint", "checkpoint", "settings", "accuracy"])
+        r = load(path, ["fingerprint", "checkpoint", "settings", "accuracy"])
         s, a = r["settings"], r["accuracy"]["all"]
         rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"],
                      f"{s['norm']} eps {s['eps']:g}", " ".join(s["attacks"]), f"{a['clean']['n']:,}",

@@ -85,13 +85,24 @@ def test_configs_are_table_2(row):
                                       "eval_attacks": list(attacks.STANDARD)}.items()
 
 
-def test_evaluate_takes_what_is_not_typed_from_the_checkpoints_run(finished):
+class Seen(Exception):
+    """Raised with what a stage was about to use."""
+
+
+def test_evaluate_takes_what_is_not_typed_from_the_checkpoints_run(finished, monkeypatch):
     best = str(finished / "few/b/best.pt")
-    args = evaluate.command_line([best, "--eval-n", "3"])
-    assert (args.eval_n, args.eval_batch, args.eval_attacks, args.dataset) == (3, 5, ["apgd-ce"], "few")
+
+    def stop(model, data, settings, *rest):
+        raise Seen(settings)
+    monkeypatch.setattr(evaluate, "evaluate", stop)
+    with pytest.raises(Seen) as seen:
+        evaluate.main([best, "--eval-n", "3"])
+    assert seen.value.args[0].items() >= {"n": 3, "batch_size": 5, "attacks": ["apgd-ce"]}.items()
     with pytest.raises(UserError, match="--norm linf needs an --eps of its own: the checkpoint's 0.5 is in"):
-        evaluate.command_line([best, "--norm", "linf"])
-    assert evaluate.command_line([best, "--norm", "linf", "--eps", "0.03"]).eps == 0.03
+        evaluate.main([best, "--norm", "linf"])
+    with pytest.raises(Seen) as seen:
+        evaluate.main([best, "--norm", "linf", "--eps", "0.03"])
+    assert seen.value.args[0]["eps"] == 0.03
 
 
 @pytest.mark.parametrize("words,idle", [
@@ -130,7 +141,7 @@ BAD = [  # words of sat.py, message
     ("--eps nan", "'nan' is not a finite number of at"), ("--seed 2147483648", "at most 2147483647"),
     ("--epochs 0", "'0' is not a whole number of at least 1"), ("--threads 10000", "at least 0 and at most"),
     ("--frac 0", "above 0 and at most 1"), ("--frac 1.5", "'1.5' is not a finite number above 0"),
-    ("--split csat --frac 0.01", "makes 0; it must be 1 to 10"), ("--size 1298", "must be 1 to 1297"),
+    ("--split csat --frac 0.01", "comes to 0: choose 1 to 10"), ("--size 1298", "choose 1 to 1297"),
     ("--split full --batch-size 1298", "must be 1 to 1297"), ("--split none --scores x.npy", "no --scores"),
     ("--split csat --classes cat", "unknown class cat; valid: 0, 1, 2"), ("--classes 3", "takes no --class"),
     ("--split csat --classes 3 --size 1", "takes one of --frac, --size, --classes; given: size, classes"),
@@ -170,7 +181,7 @@ def test_bad_flags_and_configs(main, words, message, text, monkeypatch):
 
 
 @pytest.mark.parametrize("line", ["sat.py --lr fast", "rank.py --lr fast", "transfer.py none.pt",
-                                  "evaluate.py none.pt", "report.py --results no", "bench.py --fractions 2"])
+                                  "evaluate.py none.pt", "report.py --results no", "bench.py --image-side 2"])
 def test_a_bad_input_is_one_line_and_exit_code_2(line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", line.split())
     with pytest.raises(SystemExit, match="2"):
@@ -200,7 +211,7 @@ def test_files_of_a_run_that_somebody_has_edited(finished):
     torch.save(ckpt, best.with_name("other.pt"))
     Path("cut.pt").write_bytes(best.read_bytes()[:10000])
     for path, message in (("frozen.pt", "is itself a transferred network; give the best.pt of a run of sat"),
-                          (RANKING / "last.pt", "result.json is missing beside .*last.pt: give the bes"),
+                          (RANKING / "last.pt", "result.json is missing, or not of .*last.pt: give the"),
                           (best.with_name("other.pt"), "result.json was not made by .*other.pt: give the b"),
                           ("cut.pt", "cut.pt is truncated or not a file of this project")):
         with pytest.raises(UserError, match=message):
@@ -271,7 +282,7 @@ def test_a_run_by_scores_of_ones_own_is_named_by_what_the_file_holds():
     assert folders["a"] != folders["b"]
     assert "-scores=" in folders["a"]
     sat.main([*SAT, "--epochs", "1", "--lr-decays", "--scores", "a.pt", "--size", "40", "--run", "r"])
-    result = runs.read_json(R / "result.json")
+    result = runs.load(R / "result.json")
     assert result["A"] == 40
     assert result["ranking"] == {"scores": result["args"]["scores"], "file": "a.pt"}
     assert not RANKING.exists()
@@ -323,7 +334,7 @@ def test_an_attack_of_ones_own_is_one_more_line_of_the_table(gradient_steps, pas
     monkeypatch.setitem(attacks.ATTACKS, "brighter", attacks.Attack(brighter, gradient_steps))
     sat.main(words)
     assert batches == [32, 32, 32]
-    cost, n = runs.read_json(R / "result.json")["cost"], 96 * (1 + passes)
+    cost, n = runs.load(R / "result.json")["cost"], 96 * (1 + passes)
     assert (cost["attacked"], cost["forward"], cost["backward"]) == (96, n, n)
     assert cost["forward_equivalents"] == 3 * 96 + 2 * 96 * passes
     with pytest.raises(UserError, match="--attack brighter takes no start: it goes without --random-start"):

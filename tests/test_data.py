@@ -322,7 +322,7 @@ def test_resnet50_through_every_stage(tmp_path, monkeypatch):
     evaluate.main(["results/pets/a/best.pt"])
     transfer.main(["results/pets/a/best.pt", *flags, "other"])
     files = ("pets/a/result.json", "pets/a/eval-*.json", "other/*/result.json")
-    result, again, target = (runs.read_json(next(Path("results").glob(f))) for f in files)
+    result, again, target = (runs.load(next(Path("results").glob(f))) for f in files)
     assert result["accuracy"] == again["accuracy"]
     assert (result["A"], result["cost"]["attacked"]) == (4, 4)
     assert target["source"]["run"] == "a"

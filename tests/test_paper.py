@@ -21,11 +21,10 @@ import evaluate
 import report
 import run_all
 import sat
-import transfer
 from common import UserError
 from conftest import HERE
 from paper import claims, experiments, figures, published, results, stats, tables
-from runs import read_json
+from runs import load
 
 CLASSES = experiments.CIFAR10
 FIG6 = next(c for c in tables.CURVES if c.name == "fig6")
@@ -35,7 +34,7 @@ SETTING = {**published.published_setting("cifar10"), "n": 1000}
 def published_run(name, source=(), **args):
     """A published Run with these flags in place of its own and, in a transfer, of its source's."""
     path = HERE / f"results-published/cifar10/{name}/result.json"
-    result = read_json(path)
+    result = load(path)
     result["args"] |= args
     result.get("source", result)["args"] |= source
     return results.Run(path, result)
@@ -344,7 +343,7 @@ def test_readme_is_made_from_the_published_results(tmp_path):
 
 def test_report_of_a_pipeline(pipeline):
     text = (pipeline / "tables.md").read_text()
-    accuracy = read_json(pipeline / "digits0-4/b/result.json")["accuracy"]["B_val"]["robust"]
+    accuracy = load(pipeline / "digits0-4/b/result.json")["accuracy"]["B_val"]["robust"]
     robust, low, high = (100 * accuracy[k] for k in ("accuracy", "low", "high"))
     for line in ("| hardest | 2 classes | 0.40 |", f"| {robust:.1f} [{low:.1f}, {high:.1f}] |",
                  "Missing runs of these lines: the baseline AT.", "runs of these tables used it.",
@@ -363,7 +362,8 @@ def test_the_report_and_the_list_of_runs_need_no_torch():
 @pytest.fixture(scope="module")
 def listed():
     """All stages with their parsed arguments, repeats included."""
-    parsers = {"sat.py": sat.command_line, "transfer.py": transfer.command_line,
+    parsers = {"sat.py": sat.command_line,
+               "transfer.py": functools.partial(config.parse, "transfer.py", "", checkpoint="x"),
                "rank.py": functools.partial(config.parse, "rank.py", "")}
     with pytest.MonkeyPatch.context() as patch:  # a thousand commands share a few configs
         patch.setattr("config.from_yaml", functools.cache(config.from_yaml))
@@ -532,8 +532,8 @@ def test_several_run_alls_make_each_run_once(start, listed):
 
 def test_bench_counts_by_the_cost_model(tmp_path, capsys):
     bench.main(["--image-side", "8", "--batch-size", "8", "--epochs", "2", "--steps", "2", "--threads", "1",
-                "--json", str(tmp_path / "new" / "bench.json")])
-    rows = {r["share"]: r for r in read_json(tmp_path / "new" / "bench.json")["steps"]}
+                "--json", str(tmp_path / "bench.json")])
+    rows = {r["share"]: r for r in load(tmp_path / "bench.json")["steps"]}
     assert list(rows) == [0, 0.1, 0.5, 1]
     assert rows[0.5]["model"] == pytest.approx((3 + 2 * 2 * 0.5) / (3 + 2 * 2))
     assert rows[1.0]["time_to_full"] == 1

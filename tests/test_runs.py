@@ -130,7 +130,7 @@ def test_a_folder_made_with_other_flags_is_refused():
     assert (R / "args.json").read_bytes() == before
     other.force = True
     assert runs.start_run(R, other) is False
-    assert runs.read_json(R / "args.json")["lr"] == 0.2
+    assert runs.load(R / "args.json")["lr"] == 0.2
 
 
 def test_force_keeps_the_old_run_until_the_new_one_is_whole(capsys):
@@ -208,7 +208,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file():
     runs.write_json("a.json", 1)
     with pytest.raises(ZeroDivisionError):
         runs.atomic("a.json", lambda file: file.write(b"2") / 0)
-    assert runs.read_json("a.json") == 1
+    assert runs.load("a.json") == 1
     assert sorted(os.listdir()) == ["a.json", "data"]
 
 
