@@ -500,7 +500,8 @@ def short_training(device, compiled=False, amp="off", k=3):
     torch.manual_seed(0)
     model = models.Classifier(models.preactresnet(1, (8, 8), 1), nn.Linear(8, 10), [0.3], [0.35]).to(device)
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    split, A = digits(160).to(device), torch.arange(160) % k == 0
+    split, A = digits(160), torch.arange(160) % k == 0
+    split.x = split.x.to(device)
     state, = train.train(model, split, A, 2.0, args, torch.device(device))
     assert not [key for key in model.state_dict() if "_orig_mod" in key], "as of an uncompiled network"
     return (nn.utils.parameters_to_vector(model.parameters()).detach() - before).cpu(), state["row"]
@@ -526,13 +527,14 @@ def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compil
 @pytest.mark.parametrize("device", [GPU])
 def test_no_step_waits_for_the_gpu(device, request):
     device, A = torch.device(device), torch.arange(256) % 2 == 0
-    args, split = arguments("--augment", "full", "--random-start"), digits(256).to(device)
+    args, split = arguments("--augment", "full", "--random-start"), digits(256)
+    split.x = split.x.to(device)
     model, sums = net().to(device).train(), train.EpochSums(0, device)
     optimizer = models.sgd(model, 0.1, 0.0, device)
     attack = train.training_attack(model, A, 2.0, args, device)
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     for x, y, a, w, w_sum, start in train.epoch_batches(split, A, 2.0, args, 0, device):
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss, logits = train.sat_step(model, optimizer, x, y, a, w, attack, start, w_sum)
         sums.add(loss, logits, y, a)
         torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one sets libraries up
@@ -543,7 +545,7 @@ def test_the_attack_under_bf16_keeps_images_and_projection_in_float32(device):
     model, data = trained()
     x, y = data.test.pixels(torch.arange(64), "cpu"), data.test.y[:64]
     exact = attacks.pgd(model, x, y, eps=0.5, step_size=0.1)
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         x_adv = attacks.pgd(model.to(device), x.to(device), y.to(device), eps=0.5, step_size=0.1).cpu()
     model.cpu()
     delta = (x_adv - x).flatten(1)

@@ -212,7 +212,7 @@ def test_files_of_a_run_that_somebody_has_edited(finished):
     Path("cut.pt").write_bytes(best.read_bytes()[:10000])
     for path, message in (("frozen.pt", "is itself a transferred network; give the best.pt of a run of sat"),
                           (RANKING / "last.pt", "result.json is missing, or not of .*last.pt: give the"),
-                          (best.with_name("other.pt"), "result.json was not made by .*other.pt: give the b"),
+                          (best.with_name("other.pt"), "result.json is missing, or not of .*other.pt: give the b"),
                           ("cut.pt", "cut.pt is truncated or not a file of this project")):
         with pytest.raises(UserError, match=message):
             transfer.main([str(path), *TARGET])

@@ -213,8 +213,9 @@ def test_a_write_that_is_cut_off_leaves_the_old_file():
 
 
 @pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_ends_a_run_in_one_line(name, code, tmp_path, capsys):
-    done, _ = run_stage(tmp_path, "rank", RANK, "epoch", 4, WITH=name)
+def test_a_signal_ends_a_run_in_one_line(name, code, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WITH", name)
+    done, _ = run_stage(tmp_path, "rank", RANK, "epoch", 4)
     assert done.returncode == code
     assert done.stderr.startswith("stopped: the same command, without --force, goes on from the last whole")
     assert done.stderr.count("\n") == 1
