@@ -65,9 +65,9 @@ def test_paired_contrast_by_hand():
     """Two single runs: the paired interval from the differences example by example."""
     a, b = np.random.default_rng(0).random((2, 1000)) < [[0.6], [0.4]]
     differences, others = a.astype(float) - b, [c for c in CLASSES if c != "cat"]
+    one, other = [run("full", a)], [run("none", b)]
     for classes, d in ((None, differences), (others, np.delete(differences.reshape(10, 100), 3, 0).ravel())):
-        value, low, high = stats.contrast([(1, [run("full", a)], classes), (-1, [run("none", b)], classes)],
-                                          [])
+        value, low, high = stats.contrast([(1, one, classes), (-1, other, classes)], [])
         assert value == pytest.approx(100 * d.mean())
         assert (high - low) / 2 == pytest.approx(196.234 * d.std(ddof=1) / len(d)**0.5, rel=1e-4)
 
@@ -91,8 +91,7 @@ def test_a_contrast_has_its_own_noise_and_squared_weights(kind, between):
             for split, middle in (("full", 0.7), ("none", 0.4)))
     rights = [np.mean([np.concatenate([r.right(kind, c) for c in CLASSES]) for r in runs], axis=0)
               for runs in (a, b)]
-    test = 1e4 * np.var(rights[0] - 0.5 * rights[1], ddof=1) / 1000
-    training = 1.25 * between / 3
+    test, training = 1e4 * np.var(rights[0] - 0.5 * rights[1], ddof=1) / 1000, 1.25 * between / 3
     df = (test + training)**2 / (training**2 / 4 + test**2 / 999)
     _, low, high = stats.contrast([(1, a, None), (-0.5, b, None)], [*a, *b], kind)
     assert (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, df) * (test + training)**0.5)
@@ -119,7 +118,6 @@ def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, training, tes
     rng, holds, n = np.random.default_rng(1), 0, 500
 
     def setting(A, shift):
-        """Three seeds of a setting."""
         chances = easy + shift + rng.normal(0, test, n)
         return [run("esat", rng.random(n) < chances + rng.normal(0, training), n=n, seed=seed, A=A)
                 for seed in range(3)]
@@ -178,6 +176,7 @@ def test_claims_get_the_verdict_of_their_interval():
     assert stats.Noise(runs[:3]).variance == pytest.approx(1), "no AT alone"
     assert "34.8, 18.9: +15.9" in rows[2][1]
     assert "66.4 of 69.0: 96 %" in rows[4][1]
+    assert "+25.0, +9.0: +16.0 [" in rows[-1][2]
     plain, moved = results.pick(runs, transfer=False), results.pick(runs, transfer=True)
     cat, car = (results.pick(plain, A_classes=(c,), weight="balanced") for c in ("cat", "automobile"))
     half, full = results.pick(moved, split="esat"), results.pick(moved, split="full")
@@ -256,7 +255,7 @@ def test_the_papers_numbers(figure, data, line, share, kind, expected):
 
 def test_every_setting_that_is_not_the_papers_is_named():
     ours = published.published_setting("cifar100->cifar10")
-    for data in ("cifar100->cifar10", "cifar100->mine", "digits"):  # the paper lacks two of them
+    for data in ("cifar100->cifar10", "cifar100->own", "digits"):  # the paper lacks two of them
         assert published.differences_from_paper(data, ours) == ""
     for key, value, text in (
             ("norm", "linf", "norm linf (l2)"), ("step_size", 0.2, "step size 0.2 (0.1)"),
@@ -320,6 +319,7 @@ def test_the_authors_attack_stands_beside_pgd_and_in_no_other_table(tmp_path):
     """Neither the claims nor the pooled noise nor Fig. 2's own table change."""
     plain = [*three("none", 0.02), *three("csat", 0.38, A_classes=("cat",), weight="balanced")]
     more = three("csat", 0.8, A_classes=("cat",), weight="balanced", attack="pgd-authors")
+    assert results.without_repeats(plain + more) == plain + more
     assert tables.claims_section(plain + more) == tables.claims_section(plain)
     before, after = (tables.matrix_section(runs, tmp_path) for runs in (plain, plain + more))
     assert [text for text in after if text in before] == before
@@ -381,8 +381,7 @@ def test_every_run_of_the_paper_is_listed(listed):
         "cifar100 -> cifar10: fig15": [63, 63 + 2, 54 + 54], "cifar100 -> svhn: fig14": [63, 63 + 2, 63 + 2],
         "cifar100 -> cifar10: fig16": [9 * 2, 18 + 2, 9 + 9],  # hardest, PGD-7 and FGSM-RS
         "imagenet200 -> caltech256 flowers102: fig16": [9 * 2, 2 * (18 + 2), 9 + 18]}  # two targets
-    lines = experiments.overview([stage for stage, _ in listed])[1:]
-    rows = [line[2:].rsplit(maxsplit=4) for line in lines]
+    rows = [row[2:].rsplit(maxsplit=4) for row in experiments.overview([stage for stage, _ in listed])[1:]]
     assert expected.items() <= {row[0].strip(): [int(v) for v in row[1:4]] for row in rows}.items()
     kinds = {}
     for stage, r in listed:
