@@ -82,7 +82,7 @@ def test_configs_are_table_2(row):
     assert texts["dataset"] == name.split("/")[-1].split("-")[0]
     assert texts.keys() <= {*keys.split(), "dataset", "eval-batch", "workers"}
     assert flags.DEFAULTS.items() >= {"attack": "pgd", "random_start": False, "eval_n": 0, "select_n": 0,
-                                      "eval_attacks": list(attacks.STANDARD)}.items()
+                                      "eval_attacks": list(attacks.STANDARD), "eval_batch": 250}.items()
 
 
 def test_evaluate_takes_what_is_not_typed_from_the_checkpoints_run(finished):
