@@ -177,9 +177,9 @@ def epoch_order(n, batch_size, seed, epoch):
     return order.view(-1, batch_size), generator
 
 
-def process_part(values):
-    """This process's part of each batch: (steps, batch_size, ...) -> (steps, b, ...)."""
-    return values.tensor_split(process_count(), 1)[process_index()]
+def process_part(values, dim=1):
+    """This process's part of `values` along `dim`, by default of each batch in (steps, batch size, ...)."""
+    return values.tensor_split(process_count(), dim)[process_index()]
 
 
 def training_batches(split, batch_size, seed, epoch, augmentation, device):

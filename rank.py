@@ -17,8 +17,8 @@ import config
 import flags
 import models
 import runs
-from common import UserError, from_process_0, process_count, process_index, say
-from data import open_dataset, plain_batches, selection_and_final
+from common import UserError, from_process_0, process_index, say
+from data import open_dataset, plain_batches, process_part, selection_and_final
 from subset import check_scores, class_means, scores_hash, within_class
 from train import train
 
@@ -43,7 +43,7 @@ class Vog:
     `device`. `state`: what state() returned."""
 
     def __init__(self, split, device, state=None):
-        self.n, self.part = len(split), part_of(split)
+        self.n, self.part = len(split), process_part(torch.arange(len(split)), 0)
         zeros = torch.zeros(()).expand(split.x.shape)
         self.epochs, *sums = state or (0, zeros, zeros)
         self.mean, self.m2 = (s[self.part].to(device) for s in sums)
@@ -77,8 +77,9 @@ def score(model, split, device, metrics, vog=None):
     scores = {m: torch.zeros(len(split), dtype=torch.float64) for m in metrics if m != "vog"}
     if vog:
         vog.epochs += 1
+    part = process_part(torch.arange(len(split)), 0)
     model.eval()
-    for x, y, index in plain_batches(split, part_of(split), 500, device):
+    for x, y, index in plain_batches(split, part, 500, device):
         # A GPU may use TF32: even bf16, which is coarser, hardly changes the order (results-published).
         with torch.set_grad_enabled(bool(vog)), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             logits = model(x.requires_grad_(bool(vog)))
@@ -87,11 +88,6 @@ def score(model, split, device, metrics, vog=None):
         for m in scores:
             scores[m][index] = functions[m](logits.detach(), y).double().cpu()
     return {m: common.all_sum(s.to(device)).cpu() for m, s in scores.items()}
-
-
-def part_of(split):
-    """The consecutive training examples that this process scores."""
-    return torch.arange(len(split)).tensor_split(process_count())[process_index()]
 
 
 def tables_of(scores, model, data, device):

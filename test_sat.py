@@ -545,7 +545,7 @@ def test_the_attack_under_bf16_keeps_images_and_projection_in_float32(device):
     model, data = trained()
     x, y = data.test.pixels(torch.arange(64), "cpu"), data.test.y[:64]
     exact = attacks.pgd(model, x, y, eps=0.5, step_size=0.1)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         x_adv = attacks.pgd(model.to(device), x.to(device), y.to(device), eps=0.5, step_size=0.1).cpu()
     model.cpu()
     delta = (x_adv - x).flatten(1)

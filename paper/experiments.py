@@ -106,14 +106,6 @@ def runs_of(data, figure):
                 yield {"split": split, amount_flag: amount, "order": order, "seed": seed, **others}
 
 
-def run_name(run):
-    """The name that sat.py gives to a run with these flags."""
-    parts = [run[flag] for flag in ("split", "classes", "order", "frac", "size") if flag in run]
-    parts += [run[flag] for flag in ("metric", "weight") if run.get(flag, USUAL[flag]) != USUAL[flag]]
-    parts += [f"attack={run['attack']}"] if "attack" in run else []
-    return "-".join(map(str, [*parts, f"seed{run['seed']}"]))
-
-
 def stages(sections, figures, results, extra):
     """Yields the stages of the figures in the sections (of all, if `figures` is empty), repeats included: for
     each its ranking, baselines, runs, and the transfers of these. results: the folder of results. extra: the
@@ -141,7 +133,10 @@ def stages(sections, figures, results, extra):
                      for seed in range(data.seeds.get(split, 1))]
         title = f"{source} -> {targets}: {figure}" if targets else f"{source}: {figure}"
         for run in [*baselines, *runs_of(data, FIGURES[figure])]:
-            name = data.prefix + run_name(run)
+            parts = [run[flag] for flag in ("split", "classes", "order", "frac", "size") if flag in run]
+            parts += [run[flag] for flag in ("metric", "weight") if run.get(flag, USUAL[flag]) != USUAL[flag]]
+            parts += [f"attack={run['attack']}"] if "attack" in run else []
+            name = data.prefix + "-".join(map(str, [*parts, f"seed{run['seed']}"]))  # as sat.py names it
             folder = f"{results}/{data.dataset}/{name}"
             words = ["--run", name] if data.prefix else []
             words += [word for flag, value in run.items() for word in (f"--{flag}", str(value))]

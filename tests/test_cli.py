@@ -82,7 +82,7 @@ def test_configs_are_table_2(row):
     assert texts["dataset"] == name.split("/")[-1].split("-")[0]
     assert texts.keys() <= {*keys.split(), "dataset", "eval-batch", "workers"}
     assert flags.DEFAULTS.items() >= {"attack": "pgd", "random_start": False, "eval_n": 0, "select_n": 0,
-                                      "eval_attacks": list(attacks.STANDARD)}.items()
+                                      "eval_attacks": list(attacks.STANDARD), "eval_batch": 250}.items()
 
 
 class Seen(Exception):
@@ -106,10 +106,10 @@ def test_evaluate_takes_what_is_not_typed_from_the_checkpoints_run(finished, mon
 
 
 @pytest.mark.parametrize("words,idle", [
-    ("--weight-factor 3", "--weight emphasis"), ("--order random", "--metric svar"),
+    ("--weight-factor 3", "--weight emphasis"), ("--split none", "--weight-factor 3 --attack fgsm-rs"),
     ("--split full", "--order easiest --metric svar --weight balanced"),
-    ("--split none", "--weight-factor 3 --attack fgsm-rs"), ("--attack fgsm-rs", "--steps 3 --step-size 0.2"),
-    ("--split csat --classes 3", "--order random --metric svar")])
+    ("--attack fgsm-rs --norm linf --eps 0.03", "--steps 3 --step-size 0.2"),
+    ("--order random", "--metric svar"), ("--split csat --classes 3", "--order random --metric svar")])
 def test_flags_without_effect_are_named_and_make_no_other_run(words, idle, capsys):
     differ = {"steps", "step_size"} if "--steps" in idle else set()  # these part tables of results
     args = sat.command_line(words.split())
@@ -212,7 +212,7 @@ def test_files_of_a_run_that_somebody_has_edited(finished):
     Path("cut.pt").write_bytes(best.read_bytes()[:10000])
     for path, message in (("frozen.pt", "is itself a transferred network; give the best.pt of a run of sat"),
                           (RANKING / "last.pt", "result.json is missing, or not of .*last.pt: give the"),
-                          (best.with_name("other.pt"), "result.json is missing, or not of .*other.pt: give the b"),
+                          (best.with_name("other.pt"), "result.json is missing, or not of .*other.pt: give"),
                           ("cut.pt", "cut.pt is truncated or not a file of this project")):
         with pytest.raises(UserError, match=message):
             transfer.main([str(path), *TARGET])

@@ -341,6 +341,7 @@ def test_readme_is_made_from_the_published_results(tmp_path):
         report.fill_in(tmp_path / "README.md", [["## U", "x"]])
 
 
+@pytest.mark.slow
 def test_report_of_a_pipeline(pipeline):
     text = (pipeline / "tables.md").read_text()
     accuracy = load(pipeline / "digits0-4/b/result.json")["accuracy"]["B_val"]["robust"]
