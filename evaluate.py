@@ -106,7 +106,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
             path, chunk = folder / f"chunk{c:05d}.pt", None
             with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
                 chunk = runs.load(path)
-            if chunk is None:
+            if not isinstance(chunk, torch.Tensor) or chunk.shape != (2, len(part)):
                 try:
                     chunk = torch.stack(attacks.autoattack(
                         model, data.test.pixels(part, "cpu"), data.test.y[part], eps=settings["eps"],

@@ -83,7 +83,7 @@ def resume(folder, args, data, hash_of_A):
         return None, [], Best()
     if state["A"] != hash_of_A:
         raise UserError(f"{folder}/last.pt was trained with another A: name this run with --run, or --force")
-    log, best = state.pop("log"), Best(*state.pop("best"))
+    log, best = state.pop("log"), Best(*(state.pop("best") or Best()))
     if 0 < best.epoch < state["epoch"] and not (folder / "best.pt").exists():
         raise UserError(f"{folder}/best.pt, of epoch {best.epoch}, is missing: --force repeats the run")
     if best.epoch == state["epoch"] and process_index() == 0:  # perhaps it stopped before it wrote best.pt
