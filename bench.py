@@ -3,18 +3,16 @@ with PGD-7), in units of |A| = N.
 
     python bench.py --arch preactresnet18 --compile
 
-Files in: none (random images). Prints a Markdown table; --json FILE also writes the numbers.
+Files in and out: none (random images). Prints a Markdown table.
 """
 import argparse
 import statistics
-from pathlib import Path
 
 import torch
 
 import common
 import flags
 import models
-import runs
 from attacks import ATTACKS
 from common import say
 from data import Split
@@ -46,7 +44,6 @@ def main(argv=None):
     defaults = {**flags.DEFAULTS, "epochs": 4, "lr": 0.01}
     parser = flags.script_parser("bench.py", __doc__, defaults)
     parser.add_argument("--image-side", type=flags.number(int, 8, 1024), default=32, help="in pixels")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = argparse.Namespace(**{**defaults, **vars(parser.parse_args(argv))})
     args.epochs += 1  # the first warms up
     device = common.set_up(args)
@@ -55,16 +52,12 @@ def main(argv=None):
     say(f"one training step, augmentation included: {setting}; medians of {args.epochs - 1} epochs\n\n"
         "| \\|A\\|/N | ms a step | images/s | time relative to \\|A\\| = N | cost model |\n"
         "| --- | --- | --- | --- | --- |")
-    step_seconds, rows = measure(args, device), []
+    step_seconds = measure(args, device)
     gradients = ATTACKS[args.attack].gradient_steps or args.steps
     for share, seconds in step_seconds.items():
         rate, relative = args.batch_size / seconds, seconds / step_seconds[1.0]
         predicted = (3 + 2 * gradients * share) / (3 + 2 * gradients)
-        rows.append({"share": share, "seconds": seconds, "images_per_s": rate, "time_to_full": relative,
-                     "model": predicted})
         say(f"| {share:g} | {1000 * seconds:.1f} | {rate:.1f} | {relative:.2f} | {predicted:.2f} |")
-    if args.json:
-        runs.write_json(args.json, {"setting": setting, "torch": torch.__version__, "steps": rows})
 
 
 if __name__ == "__main__":

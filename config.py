@@ -19,31 +19,31 @@ def from_yaml(path):
     line. UserError, with the file's name, for anything else."""
     parser, values = Parser(add_help=False), {}
     add_flags(parser, FLAGS)
-    kinds = {flag[2:]: kind for group in FLAGS.values() for flag, _, kind, _ in group}
+    flag_types = {flag[2:]: kind for group in FLAGS.values() for flag, _, kind, _ in group}
     try:  # Nodes hold scalars as text: YAML itself reads 010 as 8, 1:30 as 90 and 5e-4 as a string.
-        config = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
-        if not isinstance(config, yaml.MappingNode):
+        document = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+        if not isinstance(document, yaml.MappingNode):
             raise UserError("a config is a flat list of 'flag: value' lines")
-        for name, node in config.value:
+        for name, node in document.value:
             key = str(name.value)
-            if key not in kinds:
-                raise UserError(f"unknown key {key!r}; valid keys: {', '.join(sorted(kinds))}")
+            if key not in flag_types:
+                raise UserError(f"unknown key {key!r}; valid keys: {', '.join(sorted(flag_types))}")
             if key.replace("-", "_") in values:
                 raise UserError(f"{key} is given twice")
-            values |= vars(parser.parse_args(words_of(key, node, kinds[key])))
+            values |= vars(parser.parse_args(words_of(key, node, flag_types[key])))
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
     return values
 
 
-def words_of(key, node, kind):
+def words_of(key, node, flag_type):
     """A line of a config as words of a command line: lr: 0.1 -> --lr=0.1."""
     is_list = isinstance(node, yaml.SequenceNode)
     items = [item.value for item in (node.value if is_list else [node])]
     empty = any(not isinstance(item, str) or item in ("", "~", "null") for item in items)
-    if empty or is_list and not isinstance(kind, tuple) or kind is bool and items[0] not in BOOLS:
+    if empty or is_list and not isinstance(flag_type, tuple) or flag_type is bool and items[0] not in BOOLS:
         raise UserError(f"{key}: not a value of this flag (python sat.py --help shows its type)")
-    if kind is bool:
+    if flag_type is bool:
         return [BOOLS[items[0]] + key]
     return [f"--{key}", *items] if is_list else [f"--{key}={items[0]}"]
 
@@ -90,7 +90,7 @@ def check_norm(args, from_config):
                         "0.0314 --step-size 0.0078, which are 8/255 and 2/255; l2 on 32x32: 0.5 and 0.1)")
 
 
-def config_prefix(args):
+def run_name_prefix(args):
     """The first words of a run's name: the config's name if it is not its data set's, as cifar10-linf.yaml,
     whose runs need names of their own; else none."""
     return [] if args.config.stem == args.base["dataset"] else [args.config.stem]

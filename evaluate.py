@@ -30,8 +30,8 @@ from runs import load_model
 
 def wilson(k, n, z=1.959964):
     """The 95 % Wilson score interval (low, high) of k successes in n > 0 trials."""
-    p, d = k / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    p, scale = k / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / scale, z / scale * math.sqrt(p * (1 - p) / n + (z / (2 * n))**2)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -46,13 +46,13 @@ def accuracies(clean, robust, y, classes, A_classes=None):
     """Clean and robust accuracy of bool (n,) each: {"all", A_val and B_val if A consists of the classes
     `A_classes`: {"clean", "robust": accuracy()}}, and "classes": {class: the same}. Each class also has which
     of its examples were right, as bits in hexadecimal, for paired comparisons of runs."""
-    parts, right = {"all": torch.ones_like(clean)}, {"clean": clean, "robust": robust}
+    parts, kinds = {"all": torch.ones_like(clean)}, {"clean": clean, "robust": robust}
     if A_classes:
         parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
         parts["B_val"] = ~parts["A_val"]
-    result = {part: {kind: accuracy(r[where]) for kind, r in right.items()} for part, where in parts.items()}
+    result = {part: {kind: accuracy(r[where]) for kind, r in kinds.items()} for part, where in parts.items()}
     result["classes"] = {c: {kind: {**accuracy(r[y == i]), "right": numpy.packbits(r[y == i]).tobytes().hex()}
-                             for kind, r in right.items()} for i, c in enumerate(classes)}
+                             for kind, r in kinds.items()} for i, c in enumerate(classes)}
     return result
 
 
@@ -93,31 +93,31 @@ def autoattack_accuracy(model, data, index, settings, folder):
     """AutoAttack on the test examples `index`: bool (n,) clean and robust. settings: of eval_settings. The
     examples are dealt to the processes in chunks of a batch, chunk c with the seed seed + c. Finished chunks
     are saved in `folder`, under a hash of all they depend on: a stopped evaluation goes on from there."""
-    same = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
-    key = json.dumps([weights_hash(model.state_dict()), same, index.tolist(), settings], sort_keys=True)
+    identity = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
+    key = json.dumps([weights_hash(model.state_dict()), identity, index.tolist(), settings], sort_keys=True)
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     chunks = list(enumerate(index.split(settings["batch_size"])))[process_index()::process_count()]
     device = next(model.parameters()).device
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
-    with common.progress(None, total=sum(len(part) for _, part in chunks), unit="example",
+    with common.progress(None, total=sum(len(indices) for _, indices in chunks), unit="example",
                          desc=f"AutoAttack ({' '.join(settings['attacks'])})") as bar, Watch(bar):
-        for c, part in chunks:
+        for c, indices in chunks:
             path, chunk = folder / f"chunk{c:05d}.pt", None
             with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
                 chunk = runs.load(path)
-            if not isinstance(chunk, torch.Tensor) or chunk.shape != (2, len(part)):
+            if not isinstance(chunk, torch.Tensor) or chunk.shape != (2, len(indices)):
                 try:
                     chunk = torch.stack(attacks.autoattack(
-                        model, data.test.pixels(part, "cpu"), data.test.y[part], eps=settings["eps"],
-                        norm=settings["norm"], attacks=settings["attacks"], batch_size=len(part),
+                        model, data.test.pixels(indices, "cpu"), data.test.y[indices], eps=settings["eps"],
+                        norm=settings["norm"], attacks=settings["attacks"], batch_size=len(indices),
                         seed=settings["seed"] + c))
                 except ArithmeticError as e:  # FloatingPointError too
                     raise UserError(str(e)) from None
                 runs.save(path, chunk)
             first = c * settings["batch_size"]
-            right[:, first:first + len(part)] = chunk.to(device)
-            bar.n += len(part)
+            right[:, first:first + len(indices)] = chunk.to(device)
+            bar.n += len(indices)
     return tuple(common.all_sum(right).bool().cpu())
 
 
@@ -126,7 +126,7 @@ class Watch:
     in a line after each attack; each kind of its warnings once."""
 
     def __init__(self, bar):
-        self.bar, self.warned, self.log = bar, set(), logging.getLogger("auto-attack")
+        self.bar, self.kinds_shown, self.log = bar, set(), logging.getLogger("auto-attack")
 
     def __enter__(self):
         self.log.setLevel(logging.DEBUG)
@@ -145,8 +145,8 @@ class Watch:
             if self.bar.disable and after:
                 say(f"  AutoAttack, {self.bar.n} of {self.bar.total} examples done; this batch after "
                     f"{after[1]}: {float(after[2]):.1f} % robust")
-        elif kind not in self.warned:
-            self.warned.add(kind)
+        elif kind not in self.kinds_shown:
+            self.kinds_shown.add(kind)
             say(f"AutoAttack warns: {text}")
         return False
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common import UserError
 
-AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 METRICS = ("entropy", "svar", "vog")
 ORDERS = ("hardest", "easiest", "random", "redrawn")
 # The flags that can say how large A is, by --split.
@@ -22,7 +22,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        """Raises UserError where argparse would exit."""
         raise UserError(f"{message} (python {self.prog} --help lists what is valid)")
 
 
@@ -32,7 +31,6 @@ def number(kind, low, high=1e30, above=False):
     name, bound = {int: "a whole", float: "a finite"}[kind], "above" if above else "of at least"
 
     def convert(text):
-        """The number that a text stands for."""
         with contextlib.suppress(ValueError):
             value = kind(text)
             if low <= value <= high and not (above and value == low):
@@ -102,12 +100,12 @@ FLAGS = {
         ("--seed", 0, number(int, 0, 2**31 - 1), "seed of weights, batches, augmentation and random subsets"),
     ],
     "evaluation (AutoAttack)": [
-        ("--eval-attacks", list(AUTOATTACK), (AUTOATTACK, "+"), "attacks of the reported numbers"),
+        ("--eval-attacks", list(STANDARD), (STANDARD, "+"), "attacks of the reported numbers"),
         ("--eval-n", 0, whole, "examples of the 90 %% part to report on; 0 = all"),
         ("--eval-batch", 250, count, "examples in a batch, the unit of resume; changes random numbers"),
     ],
     "selection of the checkpoint": [
-        ("--select-attacks", list(AUTOATTACK), (AUTOATTACK, "+"), "attacks that select it"),
+        ("--select-attacks", list(STANDARD), (STANDARD, "+"), "attacks that select it"),
         ("--select-n", 0, whole, "examples of the 10 %% part that select it; 0 = all"),
     ],
     "ranking": [("--metrics", None, (METRICS, "+"),
@@ -145,11 +143,11 @@ def dest(flag):
 DEFAULTS = {dest(flag): default for group in FLAGS.values() for flag, default, *_ in group}
 
 
-def only_flags_of(words, script):
+def only_flags_of(argv, script):
     """The words of a command line (flags and values) without the flags that the script does not have."""
     names = {flag for group in SCRIPTS[script] for flag, *_ in FLAGS[group]}
     selected, keep = [], True
-    for word in words:
+    for word in argv:
         if word.startswith("--"):
             keep = word.split("=")[0].replace("--no-", "--") in names
         if keep:
@@ -157,17 +155,17 @@ def only_flags_of(words, script):
     return selected
 
 
-def add_flags(parser, groups, values=DEFAULTS):
-    """Adds the flags of the named groups of FLAGS to an argparse parser. Their help shows `values` as the
+def add_flags(parser, groups, defaults=DEFAULTS):
+    """Adds the flags of the named groups of FLAGS to an argparse parser. Their help shows `defaults` as the
     defaults; parse_args returns what is typed, and no more."""
     for title in groups:
         group = parser.add_argument_group(title)
-        for flag, _, kind, text in FLAGS[title]:
-            value = values.get(dest(flag))
+        for flag, _, kind, help_text in FLAGS[title]:
+            value = defaults.get(dest(flag))
             if value not in (None, False, []):
                 default = " ".join(map(str, value)) if isinstance(value, list) else value
-                text = f"{text} (default: {default})"
-            options = {"default": argparse.SUPPRESS, "help": text}
+                help_text = f"{help_text} (default: {default})"
+            options = {"default": argparse.SUPPRESS, "help": help_text}
             if isinstance(kind, tuple) and kind[-1] in ("+", "*"):
                 kind, options["nargs"] = kind
             if kind is bool:
@@ -177,12 +175,12 @@ def add_flags(parser, groups, values=DEFAULTS):
             group.add_argument(flag, **options)
 
 
-def script_parser(script, doc, values, checkpoint=None, **options):
-    """The parser of a script: its flags, with `values` as their defaults. `checkpoint`: the help of its
+def script_parser(script, doc, defaults, checkpoint=None, **options):
+    """The parser of a script: its flags, with `defaults` as their defaults. `checkpoint`: the help of its
     argument CHECKPOINT, if it has one. `options`: of argparse."""
-    words = "CHECKPOINT [--flag VALUE ...]" if checkpoint else "[--flag VALUE ...]"
-    parser = Parser(prog=script, usage=f"python {script} {words}", description=doc, **options)
+    usage = "CHECKPOINT [--flag VALUE ...]" if checkpoint else "[--flag VALUE ...]"
+    parser = Parser(prog=script, usage=f"python {script} {usage}", description=doc, **options)
     if checkpoint:
         parser.add_argument("checkpoint", type=Path, help=checkpoint)
-    add_flags(parser, SCRIPTS[script], values)
+    add_flags(parser, SCRIPTS[script], defaults)
     return parser

@@ -77,9 +77,9 @@ def score(model, split, device, metrics, vog=None):
     scores = {m: torch.zeros(len(split), dtype=torch.float64) for m in metrics if m != "vog"}
     if vog:
         vog.epochs += 1
-    part = process_part(torch.arange(len(split)), 0)
+    indices = process_part(torch.arange(len(split)), 0)
     model.eval()
-    for x, y, index in plain_batches(split, part, 500, device):
+    for x, y, index in plain_batches(split, indices, 500, device):
         # A GPU may use TF32: even bf16, which is coarser, hardly changes the order (results-published).
         with torch.set_grad_enabled(bool(vog)), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             logits = model(x.requires_grad_(bool(vog)))
@@ -180,24 +180,24 @@ def scores_for(args, data, device):
         rank_examples(folder, rank_args, data, device)
     ranking = runs.load(path, ("fingerprint", "args", "epochs"))
     runs.check_fingerprint(data, ranking["fingerprint"], path)
-    differ = [f"{k} {v} there, {getattr(args, k)} here" for k, v in ranking["args"].items()
-              if k not in ("seed", "metrics") and getattr(args, k) != v]
-    if differ:
-        say(f"note: {path} was made with other flags ({'; '.join(differ)}): rank.py --force makes it again")
+    differences = [f"{k} {v} there, {getattr(args, k)} here" for k, v in ranking["args"].items()
+                   if k not in ("seed", "metrics") and getattr(args, k) != v]
+    if differences:
+        say(f"note: {path} was made with other flags ({'; '.join(differences)}): rank.py --force repeats it")
     if args.metric not in ranking:
         raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force")
     scores = ranking[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
-    origin = {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
+    ranking_info = {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
     if args.metric == "vog" and args.split == "esat":  # gradients of classes differ in size (Agarwal et al.)
         scores = within_class(scores, data.train.y)
-    return scores, origin
+    return scores, ranking_info
 
 
 def main(argv=None):
     """Makes the ranking that the flags describe, unless it is finished."""
     args = config.parse("rank.py", __doc__, argv)
-    folder, is_finished = runs.run_folder(args, ["rank", args.arch], set(vars(args)), done="rank.json")
+    folder, is_finished = runs.run_folder(args, ["rank", args.arch], set(vars(args)), final_file="rank.json")
     if is_finished:
         return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
     device = common.set_up(args)

@@ -39,21 +39,21 @@ def main(argv=None):
     runs = results.without_repeats(runs)
     results.name_groups(runs)
     results.add_source_accuracies(runs)
-    out = args.results / "figures"
-    sections = [tables.claims_section(runs), tables.matrix_section(runs, out),
-                tables.difficulty_section(rankings, runs, out),
-                *(tables.curve_section(runs, out, curves) for curves in tables.CURVES),
-                tables.cost_section(runs, rankings, out), tables.evaluation_section(args.results)]
-    text = ["# Results",
-            "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± standard "
-            "deviation over seeds. Robust: right, and still right under the attack that each table names, on "
-            "test examples that were not used for selecting a checkpoint. Runs that differ in threat model, "
-            "attack, n, network or epochs are in tables of their own.",
-            *(t for section in sections for t in section if t)]
-    atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(text) + "\n").encode()))
+    figure_folder = args.results / "figures"
+    sections = [tables.claims_section(runs), tables.matrix_section(runs, figure_folder),
+                tables.difficulty_section(rankings, figure_folder),
+                *(tables.curve_section(runs, figure_folder, curves) for curves in tables.CURVES),
+                tables.cost_section(runs, rankings, figure_folder), tables.evaluation_section(args.results)]
+    paragraphs = ["# Results",
+                  "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± "
+                  "standard deviation over seeds. Robust: right, and still right under the attack that each "
+                  "table names, on test examples that were not used for selecting a checkpoint. Runs that "
+                  "differ in threat model, attack, n, network or epochs are in tables of their own.",
+                  *(t for section in sections for t in section if t)]
+    atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(paragraphs) + "\n").encode()))
     for path in args.into:
         fill_in(path, sections)
-    say(f"{len(runs)} runs -> {args.results / 'tables.md'} and {out}/")
+    say(f"{len(runs)} runs -> {args.results / 'tables.md'} and {figure_folder}/")
 
 
 if __name__ == "__main__":

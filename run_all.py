@@ -39,8 +39,8 @@ def make(stage, command, results, wait=False):
     last process that holds it ends, the stage's own included: the run of a killed copy is neither lost nor
     made twice. `wait` waits for a copy that makes this stage or its source; for rankings make() always waits.
     """
-    source = Path(stage.arguments[0]).with_name("result.json")
-    if stage.script == "transfer.py" and not wait and not source.exists():
+    source_result = Path(stage.arguments[0]).with_name("result.json")
+    if stage.script == "transfer.py" and not wait and not source_result.exists():
         return False
     path = Path(results, "logs", os.path.relpath(stage.folder, results).replace("/", "_") + ".log")
     with open(path, "a", buffering=1) as log:  # a line at a time
@@ -48,7 +48,7 @@ def make(stage, command, results, wait=False):
             fcntl.flock(log, fcntl.LOCK_EX | (0 if wait or stage.script == "rank.py" else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
-        if Path(stage.folder, stage.done).exists():
+        if Path(stage.folder, stage.final_file).exists():
             return True
         print(f"\n> {shlex.join(command)}", flush=True)
         has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
@@ -79,16 +79,17 @@ def command_line(argv):
     if not args.sections:
         raise UserError(f"name a section; {valid}")
     for figure in args.figures:
-        having = [name for name, parts in SECTIONS.items() if any(figure in p[2].split() for p in parts)]
-        if not set(having) & set(args.sections):
-            raise UserError(f"{' '.join(args.sections)} has no {figure}; it is in: {' '.join(having)}")
+        its_sections = [name for name, parts in SECTIONS.items()
+                        if any(figure in figures.split() for _, _, figures in parts)]
+        if not set(its_sections) & set(args.sections):
+            raise UserError(f"{' '.join(args.sections)} has no {figure}; it is in: {' '.join(its_sections)}")
     try:
         args.extra = shlex.split(os.environ.get("EXTRA", ""))
         args.values = vars(flags.script_parser("sat.py", "", flags.DEFAULTS).parse_args(args.extra))
     except ValueError as e:  # UserError too
         raise UserError(f"EXTRA: {e}") from None
-    if own := [flag for flag in OWN if flags.dest(flag) in args.values]:
-        raise UserError(f"EXTRA: {own[0]} differs between the runs, so run_all.sh sets it")
+    if forbidden := [flag for flag in OWN if flags.dest(flag) in args.values]:
+        raise UserError(f"EXTRA: {forbidden[0]} differs between the runs, so run_all.sh sets it")
     return args
 
 
@@ -96,23 +97,23 @@ def main(argv=None):
     """Lists the stages, then either prints their commands or makes them and the report."""
     args = command_line(argv)
     results, python = os.environ.get("RESULTS", "results"), os.environ.get("PYTHON", sys.executable)
-    start, nproc = [python], os.environ.get("NPROC", "1")
+    launcher, nproc = [python], os.environ.get("NPROC", "1")
     if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
         raise UserError(f"NPROC={nproc}: give the number of processes, 1 or more")
     if nproc != "1":
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
-    listed = list(stages(args.sections, args.figures, results, args.values))
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
+    all_stages = list(stages(args.sections, args.figures, results, args.values))
     todo = {}  # {folder: (stage, command)}
-    for stage in listed:
+    for stage in all_stages:
         words = [*stage.arguments, *flags.only_flags_of(args.extra, stage.script)]
         if args.extra and stage.script == "sat.py" and "--run" not in words:
             words += ["--run", Path(stage.folder).name]  # sat.py would put the extra flags into the name
         words += ["--results", results, "--data-dir", os.environ.get("DATA", "data")]
-        todo.setdefault(stage.folder, (stage, [*start, str(HERE / stage.script), *words]))
+        todo.setdefault(stage.folder, (stage, [*launcher, str(HERE / stage.script), *words]))
     report = [python, str(HERE / "report.py"), "--results", results]
     if args.dry_run:
         commands = [command for _, command in todo.values()]
-        print("\n".join([*map(shlex.join, [*commands, report]), *overview(listed)]))
+        print("\n".join([*map(shlex.join, [*commands, report]), *overview(all_stages)]))
         return
     try:
         Path(results, "logs").mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ def main(argv=None):
     for stage, command in busy:
         make(stage, command, results, wait=True)  # then the stage is finished, or taken over
     code = subprocess.run(report).returncode
-    missing = [stage.folder for stage, _ in todo if not Path(stage.folder, stage.done).exists()]
+    missing = [stage.folder for stage, _ in todo if not Path(stage.folder, stage.final_file).exists()]
     if missing:
         sys.exit("\n  ".join([f"\n{len(missing)} missing (see their logs):", *missing]))
     sys.exit(code)

@@ -22,77 +22,78 @@ def identity(args):
     return {k: v for k, v in sorted(vars(args).items()) if k not in NOT_IDENTITY}
 
 
-def run_folder(args, lead, named, done="result.json"):
+def run_folder(args, first_words, in_first_words, final_file="result.json"):
     """The folder results/<dataset>/<name> of a run, and what is_finished says of it. The name consists of the
-    words in `lead`, of every flag that differs from the config and is not in `named` (those that `lead`
-    speaks of), and of the seed."""
-    words = [str(word) for word in lead]
+    words in `first_words`, of every flag that differs from the config and is not in `in_first_words` (the
+    flags that those words speak of), and of the seed."""
+    words = [str(word) for word in first_words]
     for dest, value in identity(args).items():
-        if dest not in {*named, "seed", "dataset", "checkpoint"} and value != args.base.get(dest):
-            text = "+".join(map(str, value)) if isinstance(value, list) else value
-            words.append(f"{dest.replace('_', '-')}={text}")
-    plain = "-".join(words)
-    name = re.sub(r"[^A-Za-z0-9_.+=-]+", "_", plain)
-    if name != plain or len(name) > 180:  # names stay distinct, and below a file system's 255 letters
-        name = f"{name[:160]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+        if dest not in {*in_first_words, "seed", "dataset", "checkpoint"} and value != args.base.get(dest):
+            value_text = "+".join(map(str, value)) if isinstance(value, list) else value
+            words.append(f"{dest.replace('_', '-')}={value_text}")
+    full_name = "-".join(words)
+    name = re.sub(r"[^A-Za-z0-9_.+=-]+", "_", full_name)
+    if name != full_name or len(name) > 180:  # names stay distinct, and below a file system's 255 letters
+        name = f"{name[:160]}-{hashlib.sha256(full_name.encode()).hexdigest()[:8]}"
     folder = args.results / args.dataset / (args.run or f"{name}-seed{args.seed}")
-    return folder, is_finished(folder, args, done)
+    return folder, is_finished(folder, args, final_file)
 
 
-def is_finished(folder, args, done):
-    """Whether the run has the file `done` and is not to be repeated. UserError if it has other flags."""
+def is_finished(folder, args, final_file):
+    """Whether the run has its `final_file` and is not to be repeated. UserError if it has other flags."""
     if not args.force and (folder / "args.json").exists():
         check_flags(folder, load(folder / "args.json", ("dataset",)), args)
-    return not args.force and (folder / done).exists()
+    return not args.force and (folder / final_file).exists()
 
 
 def check_flags(path, stored, args):
     """UserError if `path` was made with other flags: `stored` is the identity() of its run."""
-    here = identity(args)
-    differ = [f"{k}: {stored.get(k)!r} there, {here.get(k)!r} now" for k in sorted({*stored, *here})
-              if stored.get(k) != here.get(k)]
-    if differ:
-        raise UserError(f"{path} was made with other flags ({'; '.join(differ)}): name this run with --run, "
-                        "or --force")
+    current = identity(args)
+    differences = [f"{k}: {stored.get(k)!r} there, {current.get(k)!r} now"
+                   for k in sorted({*stored, *current}) if stored.get(k) != current.get(k)]
+    if differences:
+        raise UserError(f"{path} was made with other flags ({'; '.join(differences)}): name this run with "
+                        "--run, or --force")
 
 
 def check_fingerprint(data, stored, path):
     """UserError unless `stored`, the fingerprint in the file `path`, is that of `data`."""
-    differ = [f"{k}: {stored.get(k)} there, {v} here" for k, v in data.fingerprint().items()
-              if stored.get(k) != v]
-    if differ:
-        raise UserError(f"{path} belongs to other data ({'; '.join(differ)[:300]}): make it again")
+    differences = [f"{k}: {stored.get(k)} there, {v} here" for k, v in data.fingerprint().items()
+                   if stored.get(k) != v]
+    if differences:
+        raise UserError(f"{path} belongs to other data ({'; '.join(differences)[:300]}): make it again")
 
 
-def start_run(folder, args, done="result.json"):
+def start_run(folder, args, final_file="result.json"):
     """Locks the run's folder until end_run or the end of this process, and makes it, with args.json, in
     process 0. Waits while another process makes the same run. Returns whether that process has finished it.
     With --force an earlier run is kept as .old-<run> until end_run: a repeat that fails loses nothing."""
     if process_index() > 0:
         return from_process_0(None)
-    path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"  # --force moves the folder
+    # Not in the folder itself, which --force moves.
+    lock_path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = LOCKS[folder] = LOCKS.get(folder) or open(path, "w")
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        lock_file = LOCKS[folder] = LOCKS.get(folder) or open(lock_path, "w")
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; name another folder with --results") from None
+        raise UserError(f"cannot write {lock_path}: {e.strerror}; give another --results") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         say(f"{folder} is being made by another process: waiting for it")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    if is_finished(folder, args, done):
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+    if is_finished(folder, args, final_file):
         end_run(folder)
         return from_process_0(True)
-    if (folder / done).exists():
+    if (folder / final_file).exists():
         old = folder.with_name(f".old-{folder.name}")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     elif args.force and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob("*.part"):  # of a killed process
-        part.unlink(missing_ok=True)
+    for temporary in folder.glob("*.part"):  # of a killed process
+        temporary.unlink(missing_ok=True)
     write_json(folder / "args.json", identity(args))
     return from_process_0(False)
 
@@ -100,8 +101,8 @@ def start_run(folder, args, done="result.json"):
 def end_run(folder):
     """Deletes what a finished run leaves behind and unlocks its folder, in process 0."""
     if process_index() == 0:
-        for rest in (folder.with_name(f".old-{folder.name}"), folder / "chunks"):
-            shutil.rmtree(rest, ignore_errors=True)
+        for leftover in (folder.with_name(f".old-{folder.name}"), folder / "chunks"):
+            shutil.rmtree(leftover, ignore_errors=True)
         with LOCKS.pop(folder) as lock:  # closing is not enough while a loader process has the file, too
             fcntl.flock(lock, fcntl.LOCK_UN)
 
@@ -122,19 +123,19 @@ def resume(folder, args, data, keys=()):
 def atomic(path, write):
     """Calls write(file) on a temporary file beside `path`, syncs it to disk and puts it in the place of
     `path`. UserError if that fails."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    temporary = Path(f"{path}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as f:
+        with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
         raise UserError(f"cannot write {path}: {reason or ' '.join(str(e).split())[:100]} (finished work is "
                         "kept: fix it and start again)") from None
     finally:
-        part.unlink(missing_ok=True)  # it is there after a failure
+        temporary.unlink(missing_ok=True)  # it is there after a failure
 
 
 def write_json(path, value):

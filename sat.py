@@ -129,7 +129,7 @@ def reset_flags_without_effect(args):
     """Resets flags that have no effect beside others to the config's values, so that they make no separate
     run, and names those that were typed. Steps and step size stay: runs that differ in them share no table.
     """
-    for other, given, names in [
+    for cause, applies, names in [
             (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
             ("--split none", args.split == "none", "attack"),
             ("--classes", args.classes, "order metric"),
@@ -137,9 +137,9 @@ def reset_flags_without_effect(args):
             (f"--order {args.order}", args.order in ("random", "redrawn"), "metric"),
             ("--weight-factor", args.weight_factor, "weight"),
             ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size random_start")]:
-        for name in names.split() if given else ():
+        for name in names.split() if applies else ():
             if name in args.typed:
-                say(f"note: --{name.replace('_', '-')} has no effect with {other}")
+                say(f"note: --{name.replace('_', '-')} has no effect with {cause}")
             if name not in ("steps", "step_size"):
                 setattr(args, name, args.base[name])
 
@@ -156,20 +156,20 @@ def own_scores(args):
 
 def run_folder(args):
     """The folder of the run that these flags describe, and whether it is finished."""
-    lead = [*config.config_prefix(args), args.split]
+    first_words = [*config.run_name_prefix(args), args.split]
     if args.classes:
-        lead += args.classes
+        first_words += args.classes
     elif args.split in ("csat", "esat"):
-        lead += [args.order, args.size or args.frac]
+        first_words += [args.order, args.size or args.frac]
         if args.scores:
-            lead.append(f"scores={args.scores}")
+            first_words.append(f"scores={args.scores}")
         elif args.order in ("hardest", "easiest") and args.metric != "entropy":
-            lead.append(args.metric)
+            first_words.append(args.metric)
     weight = f"w{args.weight_factor}" if args.weight_factor else args.weight
     if weight != "vanilla":
-        lead.append(weight)
-    return runs.run_folder(args, lead, {"split", "frac", "size", "classes", "order", "metric", "scores",
-                                        "weight", "weight_factor"})
+        first_words.append(weight)
+    return runs.run_folder(args, first_words, {"split", "frac", "size", "classes", "order", "metric",
+                                               "scores", "weight", "weight_factor"})
 
 
 def main(argv=None):
@@ -190,12 +190,12 @@ def main(argv=None):
     A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order,
                  scores=scores, seed=args.seed)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
-    A_classes, names = None, ""
+    A_classes, names_of_A = None, ""
     if args.split == "csat":
         A_classes = [data.classes[c] for c in y[A].unique()]
-        names = f" in {', '.join(A_classes)}" if len(A_classes) <= 10 else ""
+        names_of_A = f" in {', '.join(A_classes)}" if len(A_classes) <= 10 else ""
     say(f"SAT on {data.name} ({len(A):,} training images, {len(data.classes)} classes): "
-        f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}){names}, w_A {w_A:.3g}; "
+        f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}){names_of_A}, w_A {w_A:.3g}; "
         f"{args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, "
         f"seed {args.seed} -> {folder}")
     if device.type == "cuda" and not args.compile and A.any():

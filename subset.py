@@ -43,25 +43,25 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
     k = subset_size(amount, n, unit)
     if order in ("random", "redrawn"):
         # A stream of its own: the batches of an epoch are dealt by a permutation drawn from the same seed.
-        first = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + 700_000))[:k]
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + 700_000))[:k]
     else:
         check_scores(scores, len(y))
         if split == "csat":
             scores = class_means(scores, y, n)
-        first = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
-        tied = scores == scores[first[-1]]
-        if tied.sum() > tied[first].sum():
+        chosen = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
+        tied = scores == scores[chosen[-1]]
+        if tied.sum() > tied[chosen].sum():
             say(f"note: {int(tied.sum()):,} {unit} share the score at the edge of A; of these the first "
-                f"{int(tied[first].sum()):,}, by index, are in A")
-    return torch.isin(y if split == "csat" else torch.arange(n), first)
+                f"{int(tied[chosen].sum()):,}, by index, are in A")
+    return torch.isin(y if split == "csat" else torch.arange(n), chosen)
 
 
 def check_scores(scores, n, what="the scores"):
     """Raises UserError unless scores are n finite numbers that are not all equal."""
-    finite = scores.double().isfinite() if isinstance(scores, torch.Tensor) else torch.zeros(0)
-    if finite.shape != (n,) or not finite.all():
-        raise UserError(f"{what}: {int(finite.sum()):,} finite numbers in shape {tuple(finite.shape)}; there "
-                        f"must be one for each of the {n:,} training examples, higher = harder")
+    is_finite = scores.double().isfinite() if isinstance(scores, torch.Tensor) else torch.zeros(0)
+    if is_finite.shape != (n,) or not is_finite.all():
+        raise UserError(f"{what}: {int(is_finite.sum()):,} finite numbers in shape {tuple(is_finite.shape)}; "
+                        f"there must be one for each of the {n:,} training examples, higher = harder")
     if n > 1 and scores.min() == scores.max():
         raise UserError(f"{what} are all {scores[0]:g}: they order nothing (vog needs two epochs or more)")
 

@@ -35,8 +35,8 @@ def main(argv=None):
               **{k: result[k] for k in SOURCE}}
     args.arch = args.base["arch"] = ckpt["arch"]
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
-    lead = [*config.config_prefix(args), source["dataset"], source["run"]]
-    folder, is_finished = runs.run_folder(args, lead, {"source", "source_weights"})
+    first_words = [*config.run_name_prefix(args), source["dataset"], source["run"]]
+    folder, is_finished = runs.run_folder(args, first_words, {"source", "source_weights"})
     if is_finished:
         return say(evaluate.finished(folder))
     device = common.set_up(args)

@@ -8,7 +8,7 @@ import numpy
 
 from paper.published import NAMES, comparable_data, fig2_accuracy, numbers, published_accuracy
 from paper.results import counted, grouped, pick
-from paper.stats import Noise, accuracy_on, contrast, mean, points, seeds, spearman
+from paper.stats import Noise, accuracy_on, contrast, interval_text, mean_sd, seed_count, spearman
 
 # {--weight: its name in tables} of Fig. 2: the authors' config has the first, the paper's text the second.
 FIG2 = {"balanced": "w_A = \\|B\\|/\\|A\\|", "vanilla": "w_A = 1"}
@@ -21,18 +21,19 @@ def verdict(rule, interval, *sides):
     _, low, high = interval
     least, most = {"above": (0, math.inf), "within": (-MARGIN, MARGIN),
                    "not below": (-MARGIN, math.inf)}[rule]
-    if min(map(seeds, sides)) < 2:
+    if min(map(seed_count, sides)) < 2:
         return "open (one seed)"
     if least < low and high < most:
         return "holds"
     return "contradicted" if high < least or low > most else "open"
 
 
-def compare(claim, published, one, other, pool, rule, kind="robust"):
-    """The row of a claim on the accuracy of `one` minus that of `other`."""
-    d = contrast([(1, one, None), (-1, other, None)], pool, kind)
-    ours = f"{mean(one, 'all', kind)[0]:.1f}, {mean(other, 'all', kind)[0]:.1f}: {points(d)}"
-    return claim, published, ours, verdict(rule, d, one, other)
+def compare(claim, published, runs, reference, noise_runs, rule, kind="robust"):
+    """The row of a claim on the accuracy of `runs` minus that of `reference`."""
+    difference = contrast([(1, runs, None), (-1, reference, None)], noise_runs, kind)
+    means = [mean_sd(side, "all", kind)[0] for side in (runs, reference)]
+    ours = f"{means[0]:.1f}, {means[1]:.1f}: {interval_text(difference)}"
+    return claim, published, ours, verdict(rule, difference, runs, reference)
 
 
 def published_text(figure, data, share, *lines, kind="robust"):
@@ -53,33 +54,34 @@ def single_classes(runs):
     return {A_classes[0]: same for (A_classes,), same in named.items() if len(A_classes) == 1}
 
 
-def single_class_claims(runs, none, weight):
+def single_class_claims(runs, no_at, weight):
     """Claims (a) and (b), on Fig. 2: how robust attacks on a single class make the others, by --weight."""
-    single = {c: rs for c, rs in single_classes(pick(runs, weight=weight)).items() if mean(rs, "B_val")}
-    if not single or not none:
+    single = {c: rs for c, rs in single_classes(pick(runs, weight=weight)).items() if mean_sd(rs, "B_val")}
+    if not single or not no_at:
         return
-    classes = [c for c, a in none[0].accuracy["classes"].items() if a["robust"]["n"]]
+    classes = [c for c, a in no_at[0].accuracy["classes"].items() if a["robust"]["n"]]
     others = {c: [k for k in classes if k != c] for c in single}
-    gain = {c: contrast([(1, rs, others[c]), (-1, none, others[c])], runs) for c, rs in single.items()}
-    verdicts = collections.Counter(verdict("above", gain[c], rs, none) for c, rs in single.items())
+    gain = {c: contrast([(1, rs, others[c]), (-1, no_at, others[c])], runs) for c, rs in single.items()}
+    verdicts = collections.Counter(verdict("above", gain[c], rs, no_at) for c, rs in single.items())
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes), "
            f"{FIG2[weight]}",
-           extremes(numbers()["fig2"]["robust_B_val"]), extremes(gain, points),
+           extremes(numbers()["fig2"]["robust_B_val"]), extremes(gain, interval_text),
            ", ".join(f"{v}: {counted(n, 'class')}" for v, n in verdicts.items()))
-    order, names = numbers()["class_order_hardest_first"]["cifar10"], {NAMES.get(c, c): c for c in single}
-    hardest, easiest = ends = [names.get(order[0]), names.get(order[-1])]
+    papers_order = numbers()["class_order_hardest_first"]["cifar10"]
+    our_name = {NAMES.get(c, c): c for c in single}
+    hardest, easiest = ends = [our_name.get(papers_order[0]), our_name.get(papers_order[-1])]
     # On the same classes, those that neither run attacked: with its own B_val, each would also be tested on
     # the other's class, and the easiest class is easier to make robust than the hardest.
-    rest = [c for c in classes if c not in ends]
-    if all(ends) and rest:
-        d = contrast([(1, single[hardest], rest), (-1, single[easiest], rest)], runs)
-        published = [numpy.mean([fig2_accuracy(a, c) for c in rest]) for a in ends]
-        ours = [numpy.mean([accuracy_on(r, rest) for r in single[a]]) for a in ends]
-        yield (f"(b) the hardest class ({hardest}) gives the {len(rest)} classes that are in "
+    in_neither = [c for c in classes if c not in ends]
+    if all(ends) and in_neither:
+        difference = contrast([(1, single[hardest], in_neither), (-1, single[easiest], in_neither)], runs)
+        published = [numpy.mean([fig2_accuracy(a, c) for c in in_neither]) for a in ends]
+        ours = [numpy.mean([accuracy_on(r, in_neither) for r in single[a]]) for a in ends]
+        yield (f"(b) the hardest class ({hardest}) gives the {len(in_neither)} classes that are in "
                f"neither A more than the easiest ({easiest}), {FIG2[weight]}",
                f"{published[0]:.1f}, {published[1]:.1f}: {published[0] - published[1]:+.1f}",
-               f"{ours[0]:.1f}, {ours[1]:.1f}: {points(d)}",
-               verdict("above", d, single[hardest], single[easiest]))
+               f"{ours[0]:.1f}, {ours[1]:.1f}: {interval_text(difference)}",
+               verdict("above", difference, single[hardest], single[easiest]))
 
 
 def effects_of_A(cells):
@@ -95,7 +97,7 @@ def effects_of_A(cells):
 def agreement_with_fig2(classes, single):
     """How well our Fig. 2, {class A: runs}, agrees with the paper's, as sentences with Spearman's
     correlations. Empty if the paper does not have these classes, or fewer than three of them have runs."""
-    bars = [(mean(rs, "B_val")[0], fig2_accuracy(a, "B_val")) for a, rs in single.items()
+    bars = [(mean_sd(rs, "B_val")[0], fig2_accuracy(a, "B_val")) for a, rs in single.items()
             if fig2_accuracy(a, "B_val") is not None]
     if len(bars) < 3:
         return ""
@@ -117,59 +119,63 @@ def class_order_correlation(ranking, metric):
     position = ranking["fingerprint"]["classes"].index  # breaks ties
     rows = sorted(ranking["classes_hardest_first"], key=lambda r: (-r[metric], position(r["class"])))
     names = [NAMES.get(r["class"], r["class"]) for r in rows]
-    places = [published.index(name) for name in names if name in published]
-    return (spearman(range(len(places)), places), len(places)) if len(places) > 2 else None
+    published_ranks = [published.index(name) for name in names if name in published]
+    n = len(published_ranks)
+    return (spearman(range(n), published_ranks), n) if n > 2 else None
 
 
-def recovery_claim(runs, none, half, full, data):
+def recovery_claim(runs, no_at, half, at, data):
     """Claim (c): how much of AT's gain in robustness ESAT on the hardest half recovers."""
     ours, decision = "AT gains nothing that is sure", "open"
-    a, b = (published_accuracy("fig6", data, line, 0.5, "robust") for line in ("hardest", "AT"))
-    published = f"{a:.1f} of {b:.1f}: {100 * a / b:.0f} %" if a and b else "-"
-    gain, least_gain, _ = contrast([(1, full, None), (-1, none, None)], runs)
+    published = "-"
+    papers_half, papers_at = (published_accuracy("fig6", data, line, 0.5, "robust")
+                              for line in ("hardest", "AT"))
+    if papers_half and papers_at:
+        published = f"{papers_half:.1f} of {papers_at:.1f}: {100 * papers_half / papers_at:.0f} %"
+    gain, least_gain, _ = contrast([(1, at, None), (-1, no_at, None)], runs)
     if least_gain > 0:  # the interval of a ratio of contrasts, by the delta method
-        part = (mean(half)[0] - mean(none)[0]) / gain
-        _, low, high = contrast([(1, half, None), (-part, full, None), (part - 1, none, None)], runs)
-        ends = f"[{100 * (part + low / gain):.0f}, {100 * (part + high / gain):.0f}]"
-        ours = f"{mean(half)[0]:.1f}, {mean(full)[0]:.1f}: {100 * part:.0f} % {ends}"
-        over = contrast([(1, half, None), (-0.9, full, None), (-0.1, none, None)], runs)
-        decision = verdict("above", over, half, none, full)
+        recovered = (mean_sd(half)[0] - mean_sd(no_at)[0]) / gain
+        _, low, high = contrast([(1, half, None), (-recovered, at, None), (recovered - 1, no_at, None)], runs)
+        ends = f"[{100 * (recovered + low / gain):.0f}, {100 * (recovered + high / gain):.0f}]"
+        ours = f"{mean_sd(half)[0]:.1f}, {mean_sd(at)[0]:.1f}: {100 * recovered:.0f} % {ends}"
+        above_90 = contrast([(1, half, None), (-0.9, at, None), (-0.1, no_at, None)], runs)
+        decision = verdict("above", above_90, half, no_at, at)
     return ("(c) ESAT on the hardest half recovers at least 90 % of what AT gains in robustness",
             published, ours, decision)
 
 
-def esat_claims(runs, none, full, data):
+def esat_claims(runs, no_at, at, data):
     """Claims (c), (d), (e) and (h), on ESAT and on AT, the end at which everything is attacked."""
     by_share = {}
     for r in sorted(pick(runs, split="esat", metric="entropy"), key=lambda r: r.share):
         by_share.setdefault(round(r.share, 3), {}).setdefault(r.order, []).append(r)
     half = by_share.get(0.5, {}).get("hardest")
-    if half and none and full:
-        yield recovery_claim(runs, none, half, full, data)
+    if half and no_at and at:
+        yield recovery_claim(runs, no_at, half, at, data)
     for share, orders in list(by_share.items())[:1]:
-        for one, other, rule, text in (("hardest", "easiest", "above", "hardest beats easiest"),
-                                       ("random", "hardest", "within", "random is competitive: within "
-                                        f"{MARGIN} points of hardest")):
-            if one in orders and other in orders:
+        for line, reference, rule, text in (("hardest", "easiest", "above", "hardest beats easiest"),
+                                            ("random", "hardest", "within", "random is competitive: within "
+                                             f"{MARGIN} points of hardest")):
+            if line in orders and reference in orders:
                 yield compare(f"(d) at \\|A\\|/N = {share:g} {text}",
-                              published_text("fig6", data, share, one, other), orders[one], orders[other],
-                              runs, rule)
+                              published_text("fig6", data, share, line, reference),
+                              orders[line], orders[reference], runs, rule)
     both = [orders for orders in by_share.values() if {"hardest", "easiest"} <= set(orders)]
     if len(both) > 1:
         sides = [orders[order] for orders in (both[0], both[-1]) for order in ("hardest", "easiest")]
-        d = contrast([(weight, side, None) for weight, side in zip((1, -1, -1, 1), sides)], runs)
-        ours = [mean(side)[0] for side in sides]
+        difference = contrast([(weight, side, None) for weight, side in zip((1, -1, -1, 1), sides)], runs)
+        ours = [mean_sd(side)[0] for side in sides]
         values = [published_accuracy("fig6", data, r.order, r.share, "robust") for r, *_ in sides]
         yield ("(h) the gain of hard over easy shrinks as \\|A\\| grows "
                f"({sides[0][0].share:.1f} against {sides[2][0].share:.1f})",
                f"{values[0] - values[1]:+.1f}, {values[2] - values[3]:+.1f}" if all(values) else "-",
-               f"{ours[0] - ours[1]:+.1f}, {ours[2] - ours[3]:+.1f}: {points(d)}",
-               verdict("above", d, *sides))
-    if none and full:
+               f"{ours[0] - ours[1]:+.1f}, {ours[2] - ours[3]:+.1f}: {interval_text(difference)}",
+               verdict("above", difference, *sides))
+    if no_at and at:
         low, high = (published_text("fig6", data, share, "hardest", kind="clean") for share in (0.1, 0.9))
         yield compare("(e) AT costs clean accuracy (no AT minus AT, clean)",
                       f"of ESAT hardest alone: {low} (10 %), {high} (90 %)",
-                      none, full, runs, "above", "clean")
+                      no_at, at, runs, "above", "clean")
 
 
 def transfer_claims(runs, data):
@@ -182,12 +188,12 @@ def transfer_claims(runs, data):
                 yield compare(f"(f) {same_size[0].size} hardest classes: {more} transfers more robustness "
                               f"than {less}", published_text("fig7", data, share, more, less),
                               heavier, lighter, runs, "above")
-    full = pick(runs, split="full")
+    at = pick(runs, split="full")
     part = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy")
             if round(r.share, 2) == 0.3]
-    if part and full:
+    if part and at:
         yield compare(f"(g) S-ESAT on the hardest 30 % transfers as robustly as AT (at most {MARGIN} points "
-                      "less)", published_text("fig8", data, 0.3, "hardest", "AT"), part, full, runs,
+                      "less)", published_text("fig8", data, 0.3, "hardest", "AT"), part, at, runs,
                       "not below")
 
 
@@ -197,12 +203,12 @@ def claims(runs):
     for data, group in sorted(groups, key=lambda names: "->" in names[0]):
         pool = [r for r in pick(groups[data, group], attack="pgd")
                 if r.transfer or r.weight == "vanilla" or r.order == "named" and r.weight in FIG2]
-        none, full, rows = pick(pool, split="none"), pick(pool, split="full"), []
+        no_at, at, rows = pick(pool, split="none"), pick(pool, split="full"), []
         if data == "cifar100->cifar10":
             rows += transfer_claims(pool, data)
         elif data == "cifar10":
-            rows += [row for weight in FIG2 for row in single_class_claims(pool, none, weight)]
-            rows += esat_claims(pool, none, full, data)
+            rows += [row for weight in FIG2 for row in single_class_claims(pool, no_at, weight)]
+            rows += esat_claims(pool, no_at, at, data)
         if rows and not comparable_data(data, pool[0].setting):
             rows = [(claim, "-", ours, decision) for claim, _, ours, decision in rows]
         if rows:

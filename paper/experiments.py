@@ -83,7 +83,7 @@ class Stage:
     figure: str
     script: str
     folder: str
-    done: str        # the file that a finished stage has
+    final_file: str  # that a finished stage has
     cost: float      # in forward passes
     arguments: list
 
@@ -111,24 +111,24 @@ def stages(sections, figures, results, extra):
     each its ranking, baselines, runs, and the transfers of these. results: the folder of results. extra: the
     flag values {dest: value} that EXTRA gives to all stages.
     """
-    listed = [(source, targets, name) for section in sections for source, targets, names in SECTIONS[section]
+    wanted = [(source, targets, name) for section in sections for source, targets, names in SECTIONS[section]
               for name in names.split() if not figures or name in figures]
-    for source, targets, figure in listed:
+    for source, targets, figure in wanted:
         data, kind = DATA[source], FIGURES[figure]["split"]
         path = HERE / f"configs/{data.config}.yaml"
         setting = from_yaml(path) | extra
-        base, evaluation = ["--config", str(path)], data.flags.split()
-        base += ["--dataset", data.dataset] if data.dataset != setting["dataset"] else []
-        images = IMAGES[data.dataset] * setting["epochs"]
+        base_flags, evaluation = ["--config", str(path)], data.flags.split()
+        base_flags += ["--dataset", data.dataset] if data.dataset != setting["dataset"] else []
+        examples = IMAGES[data.dataset] * setting["epochs"]
         if kind != "single":
             yield Stage(f"{source}: ranking (fig3)", "rank.py",
                         f"{results}/{data.dataset}/rank-{setting['arch']}-seed0", "rank.json",
-                        images * (5 if "vog" in data.metrics else 4),
-                        [*base, "--metrics", *data.metrics.split()])
+                        examples * (5 if "vog" in data.metrics else 4),
+                        [*base_flags, "--metrics", *data.metrics.split()])
         if kind == "ranking":
             continue
-        heads = {path: from_yaml(path) | extra
-                 for path in (HERE / f"configs/transfer/{target}.yaml" for target in targets.split())}
+        files = [HERE / f"configs/transfer/{target}.yaml" for target in targets.split()]
+        target_settings = {path: from_yaml(path) | extra for path in files}
         baselines = [{"split": split, "seed": seed} for split in ("none", "full")
                      for seed in range(data.seeds.get(split, 1))]
         title = f"{source} -> {targets}: {figure}" if targets else f"{source}: {figure}"
@@ -144,12 +144,12 @@ def stages(sections, figures, results, extra):
                      "csat": run.get("size", 1) / data.n_classes}[run["split"]]
             steps = 1 if run.get("attack") == "fgsm-rs" else setting["steps"]
             yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder,
-                        "result.json", images * (3 + 2 * share * steps), [*base, *words, *evaluation])
-            for path, onto in heads.items():
-                transfer = f"{data.dataset}-{name}-seed0"
-                yield Stage(title, "transfer.py", f"{results}/{onto['dataset']}/{transfer}", "result.json",
-                            IMAGES[onto["dataset"]] * onto["epochs"],
-                            [f"{folder}/best.pt", "--config", str(path), "--run", transfer, *evaluation])
+                        "result.json", examples * (3 + 2 * share * steps), [*base_flags, *words, *evaluation])
+            for path, target in target_settings.items():
+                transfer_name = f"{data.dataset}-{name}-seed0"
+                yield Stage(title, "transfer.py", f"{results}/{target['dataset']}/{transfer_name}",
+                            "result.json", IMAGES[target["dataset"]] * target["epochs"],
+                            [f"{folder}/best.pt", "--config", str(path), "--run", transfer_name, *evaluation])
 
 
 def overview(listed):

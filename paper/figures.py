@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from paper.published import published_accuracy
-from paper.stats import mean
+from paper.stats import mean_sd
 from runs import atomic
 
 STYLE = {"font.size": 7.5, "axes.titlesize": "medium", "axes.spines.top": False, "axes.spines.right": False,
@@ -88,7 +88,7 @@ def curves(path, title, name, groups, panels):
         if part == "all":
             draw_published(axis, name, group, kind)
             for line in ("AT", "no AT"):
-                if ours := mean(group.baselines[line], part, kind):
+                if ours := mean_sd(group.baselines[line], part, kind):
                     axis.axhline(ours[0], color=look(line)[0], linewidth=1, label=line)
         for line, sizes in group.lines.items():
             draw_line(axis, line, sizes, part, kind)
@@ -100,12 +100,12 @@ def curves(path, title, name, groups, panels):
 
 def draw_line(axis, line, sizes, part, kind):
     """Draws one of our lines, with a bar of one standard deviation where there are several seeds."""
-    points = [(runs[0].share, *m) for runs in sizes.values() if (m := mean(runs, part, kind))]
-    if points:
-        x, y, _ = zip(*points)
+    share_mean_sd = [(runs[0].share, *m) for runs in sizes.values() if (m := mean_sd(runs, part, kind))]
+    if share_mean_sd:
+        x, y, _ = zip(*share_mean_sd)
         colour, style, marker = look(line)
         axis.plot(x, y, linestyle=style, marker=marker, color=colour, label=line, clip_on=False)
-    several = [point for point in points if point[2] > 0]
+    several = [point for point in share_mean_sd if point[2] > 0]
     if several:
         axis.errorbar(*zip(*several), fmt="none", capsize=3, elinewidth=1, ecolor=colour, label=BARS)
 
@@ -124,17 +124,17 @@ def draw_published(axis, name, group, kind):
                       **pale)
 
 
-def matrix(path, title, data, group, classes, single, none, full):
+def matrix(path, title, data, group, classes, single, no_at, at):
     """Fig. 2 of a group. Left: robust accuracy on A_val and B_val, as bars. Right: robust accuracy class by
     class, as a heat map. single: {class A: runs}."""
     rows = [c for c in classes if c in single]
     fig, (left, right) = canvas(2, 2, 4.6, 0.33 * max(3, len(rows)) + 1.4, width_ratios=(1, 1.3))
     for part, shift, colour in (("A_val", -0.2, "tab:blue"), ("B_val", 0.2, "tab:green")):
-        means = {i: m[0] for i, c in enumerate(rows) if (m := mean(single[c], part))}
+        means = {i: m[0] for i, c in enumerate(rows) if (m := mean_sd(single[c], part))}
         bars = left.barh([i + shift for i in means], list(means.values()), 0.4, color=colour, label=part)
         left.bar_label(bars, fmt="%.0f", fontsize=6.5, padding=2)
-    for label, runs in (("AT", full), ("no AT", none)):
-        if ours := mean(runs):
+    for label, runs in (("AT", at), ("no AT", no_at)):
+        if ours := mean_sd(runs):
             left.axvline(ours[0], color=look(label)[0], label=f"{label} (all classes)", linewidth=1)
     left.set(yticks=range(len(rows)), yticklabels=rows, xlabel="robust accuracy (%)", ylabel="A")
     left.margins(x=0.12)
@@ -159,19 +159,19 @@ def difficulty(path, title, rankings):
     fig, axes = canvas(len(rankings), min(2, len(rankings)), 4.4, 2.8)
     for axis, (name, rows) in zip(axes, rankings.items()):
         metric = next(m for m in ("entropy", "svar", "vog") if m in rows[0])
-        at, other, score = range(len(rows)), axis.twinx(), [r[metric] for r in rows]
-        axis.bar(at, [100 * (r["clean_error"] or 0) for r in rows], color="tab:blue")
-        other.plot(at, score, ".-", color="tab:green")
+        positions, right_axis, score = range(len(rows)), axis.twinx(), [r[metric] for r in rows]
+        axis.bar(positions, [100 * (r["clean_error"] or 0) for r in rows], color="tab:blue")
+        right_axis.plot(positions, score, ".-", color="tab:green")
         if len(rows) <= 20:
-            axis.set_xticks(at, [r["class"] for r in rows], rotation=45, ha="right")
+            axis.set_xticks(positions, [r["class"] for r in rows], rotation=45, ha="right")
         else:
             axis.set_xlabel("class, hardest first")
         axis.set_ylabel("clean error (%)", color="tab:blue")
         unit = " (nats)" if metric == "entropy" else ""
-        other.set_ylabel(f"mean {metric}{unit}", color="tab:green")
-        other.set_ylim(bottom=min(0, *score))
-        other.spines["right"].set_visible(True)
-        other.grid(False)
+        right_axis.set_ylabel(f"mean {metric}{unit}", color="tab:green")
+        right_axis.set_ylim(bottom=min(0, *score))
+        right_axis.spines["right"].set_visible(True)
+        right_axis.grid(False)
         axis.set_title(name)
     write(fig, path, title)
 
@@ -183,7 +183,7 @@ def cost(path, title, groups, ranking_costs):
     for axis, ((data, group), runs) in zip(axes, groups.items()):
         for split, label in {"none": "no AT", "full": "AT", "csat": "CSAT", "esat": "ESAT"}.items():
             colour, _, marker = look(label)
-            plain = [(r.cost, mean([r])[0], r.ranking) for r in runs if r.split == split]
+            plain = [(r.cost, mean_sd([r])[0], r.ranking) for r in runs if r.split == split]
             ranked = [(x + ranking_costs[h], y, h) for x, y, h in plain if h in ranking_costs]
             for points, face, name in ((plain, colour, label),
                                        (ranked, "none", f"{label}, with its ranking")):

@@ -57,10 +57,10 @@ def comparable_data(data, setting):
 
 def differences_from_paper(data, setting):
     """A sentence that lists where our setting differs from the paper's. May be empty."""
-    paper, different = published_setting(data), []
-    for k in (k for k, v in setting.items() if paper.get(k, v) != v):
+    published_flags, differences = published_setting(data), []
+    for k in (k for k, v in setting.items() if published_flags.get(k, v) != v):
         ours, published = ((" ".join(map(str, v)) or "none") if isinstance(v, list) else v
-                           for v in (setting[k], paper[k]))
-        different.append(f"{k.replace('_', ' ')} {ours} ({published})")
+                           for v in (setting[k], published_flags[k]))
+        differences.append(f"{k.replace('_', ' ')} {ours} ({published})")
     start = "Not the paper's setting, so the differences from it are no reproduction. Ours (the paper's): "
-    return f"{start}{', '.join(different)}." if different else ""
+    return f"{start}{', '.join(differences)}." if differences else ""

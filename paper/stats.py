@@ -18,12 +18,12 @@ def spearman(a, b):
     return float(spearmanr(a, b).statistic)
 
 
-def seeds(runs):
+def seed_count(runs):
     """The number of training seeds."""
     return len({r.seed for r in runs})
 
 
-def mean(runs, part="all", kind="robust"):
+def mean_sd(runs, part="all", kind="robust"):
     """The mean accuracy over runs and its standard deviation (0 for one run), or None if no run has an
     example of the part."""
     values = [100 * r.accuracy[part][kind]["accuracy"] for r in runs
@@ -36,7 +36,7 @@ def mean(runs, part="all", kind="robust"):
 def cell(runs, part="all", kind="robust"):
     """An accuracy as text: of one run with its 95 % Wilson interval, of several seeds as mean ± standard
     deviation."""
-    value = mean(runs, part, kind)
+    value = mean_sd(runs, part, kind)
     if value is None:
         return "-"
     if len(runs) > 1:
@@ -51,14 +51,14 @@ def accuracy_on(run, classes, kind="robust"):
     return 100 * sum(a["accuracy"] * a["n"] for a in parts if a["n"]) / sum(a["n"] for a in parts)
 
 
-def no_at_on_b_val(group, runs):
+def no_at_cell(group, runs):
     """A cell: what B reaches without any help from A. It is the mean robust accuracy of the networks of
     `group` that were trained without AT, on the classes in B_val of `runs`."""
     values = []
-    for none in pick(group, split="none"):
-        tested = [c for c, a in none.accuracy["classes"].items() if a["robust"]["n"]]
-        rests = [[c for c in tested if c not in r.A_classes] for r in runs if r.A_classes]
-        values += [accuracy_on(none, rest) for rest in rests if rest]
+    for run in pick(group, split="none"):
+        tested = [c for c, a in run.accuracy["classes"].items() if a["robust"]["n"]]
+        parts_of_B = [[c for c in tested if c not in r.A_classes] for r in runs if r.A_classes]
+        values += [accuracy_on(run, classes) for classes in parts_of_B if classes]
     return f"{statistics.fmean(values):.1f}" if values else "-"
 
 
@@ -85,27 +85,23 @@ class Noise:
         text = (f"Between seeds, the robust accuracy on all examples has a standard deviation of "
                 f"{self.variance**0.5:.2f} points, with {counted(self.df, 'degree')} of freedom")
         if len(self.spread) > 1:
-            deviations, test = [statistics.stdev(v) for v in self.spread], ""
-            if min(deviations) > 0:
-                from scipy.stats import bartlett
-                test = f"; Bartlett's test of equal variances p = {bartlett(*self.spread).pvalue:.2f}"
+            deviations = [statistics.stdev(v) for v in self.spread]
             text += (f", pooled over {len(deviations)} settings "
-                     f"({min(deviations):.2f} to {max(deviations):.2f}{test})")
+                     f"({min(deviations):.2f} to {max(deviations):.2f})")
         return f"{text}."
 
 
-def contrast(terms, pool, kind="robust"):
+def contrast(terms, noise_runs, kind="robust"):
     """The sum of weight * accuracy over terms with its 95 % interval: (value, low, high).
 
     terms: [(weight, runs, classes)], where accuracy is the mean over runs (the seeds of a kind) on the test
-    examples of `classes` (None: all). pool: the runs whose Noise is that of training.
+    examples of `classes` (None: all). noise_runs: the runs whose Noise is that of training.
 
     Two variances are added. Training: the pooled variance between seeds of the accuracy on the same classes,
-    divided by the number of seeds of each term (Bouthillier et al. 2021 explain why seeds count); it is 0 if
-    no kind has several seeds. Test examples: all runs are tested on the same ones, so differences are paired,
-    example by example, after the mean over seeds. Single examples that change between seeds count in both, so
-    the interval is rather too wide. It is Student's, with Satterthwaite's (1946) degrees of freedom; the
-    noises on different classes count as one estimate.
+    divided by the seeds of each term; 0 if no kind has several seeds. Test examples: all runs are tested on
+    the same ones, so differences are paired, after the mean over seeds. Examples that change between seeds
+    count in both, so the interval is rather too wide. It is Student's, with Satterthwaite's (1946) degrees of
+    freedom; the noises on different classes count as one estimate.
     """
     from scipy.stats import t
     sizes = {c: a[kind]["n"] for c, a in terms[0][1][0].accuracy["classes"].items() if a[kind]["n"]}
@@ -115,8 +111,8 @@ def contrast(terms, pool, kind="robust"):
         classes = [c for c in sizes if classes is None or c in classes]
         accuracy = statistics.fmean(accuracy_on(r, classes, kind) for r in runs)
         value += weight * accuracy
-        noise = Noise(pool, kind, classes)
-        training += weight**2 * noise.variance / seeds(runs)
+        noise = Noise(noise_runs, kind, classes)
+        training += weight**2 * noise.variance / seed_count(runs)
         training_df = min(training_df, noise.df)
         for c in classes:
             right = 100 * numpy.mean([r.right(kind, c) for r in runs], axis=0)
@@ -129,6 +125,6 @@ def contrast(terms, pool, kind="robust"):
     return value, value - half, value + half
 
 
-def points(interval):
+def interval_text(interval):
     """A contrast as text."""
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*interval)

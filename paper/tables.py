@@ -1,5 +1,5 @@
 """The sections of the report. Each is a list of paragraphs, of which the first is the heading. Those that
-have figures draw them, too, into the folder `out`."""
+have figures draw them, too, into the folder `figure_folder`."""
 import functools
 import statistics
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from paper import claims, figures
 from paper.published import (NAMES, comparable_data, differences_from_paper, fig2_accuracy,
                              numbers, published_accuracy)
 from paper.results import counted, grouped, pick, ranking_cautions, result_files
-from paper.stats import cell, mean, no_at_on_b_val, seeds
+from paper.stats import cell, mean_sd, no_at_cell, seed_count
 from runs import load
 
 ROBUST, CLEAN, B_VAL = ("all", "robust"), ("all", "clean"), ("B_val", "robust")
@@ -50,13 +50,13 @@ def markdown(head, rows):
 def lines_of(runs, attribute):
     """{line: {|A|: [runs of all seeds]}}, |A| (in classes or examples) ascending."""
     runs = sorted(runs, key=lambda r: (r.size, r.head_seed, r.seed))
-    return {line: {size: same for (size,), same in grouped(of_line, "size").items()}
-            for (line,), of_line in sorted(grouped(runs, attribute).items())}
+    return {line: {size: same_size for (size,), same_size in grouped(line_runs, "size").items()}
+            for (line,), line_runs in sorted(grouped(runs, attribute).items())}
 
 
-def beside(runs, part, kind, published):
+def paper_cells(runs, part, kind, published):
     """Two cells: the paper's number, and the difference of ours from it."""
-    ours = mean(runs, part, kind)
+    ours = mean_sd(runs, part, kind)
     return ["-" if published is None else f"{published:.1f}",
             "-" if published is None or not ours else f"{ours[0] - published:+.1f}"]
 
@@ -76,21 +76,24 @@ def curve_table(curves, group):
         row = [line, "no run yet", f"{share:.0f}", "-", "0"]
         if runs:
             size = counted(runs[0].size, "class") if runs[0].A_classes else f"{runs[0].size:,}"
-            row = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seeds(runs))]
+            row = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seed_count(runs))]
         row += [cell(runs, *panel) for panel in curves.panels]
-        row += [no_at_on_b_val(group.baselines["no AT"], runs)] if with_b_val else []
-        row += [text for kind in kinds for text in beside(runs, "all", kind, published(line, share, kind))]
+        row += [no_at_cell(group.baselines["no AT"], runs)] if with_b_val else []
+        for kind in kinds:
+            row += paper_cells(runs, "all", kind, published(line, share, kind))
         body.append(row)
-    return markdown([*head, *(text for kind in kinds for text in (f"paper {kind} %", "difference"))], body)
+    for kind in kinds:
+        head += [f"paper {kind} %", "difference"]
+    return markdown(head, body)
 
 
-def curve_section(runs, out, curves):
+def curve_section(runs, figure_folder, curves):
     """A figure of accuracy against |A|/N and its tables, one for each group of runs."""
     usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
              "weight": "emphasis" if curves.transfer else "vanilla"}  # Sec. 4.3
     usual_line = usual.pop(curves.lines)
     candidates = [r for r in runs if r.order != "named"]
-    groups, text = [], [f"## {curves.title}", f"![{curves.title}](figures/{curves.name}.png)"]
+    groups, paragraphs = [], [f"## {curves.title}", f"![{curves.title}](figures/{curves.name}.png)"]
     selected = pick(candidates, split=curves.split, transfer=curves.transfer, **usual)
     for (data, name), in_group in grouped(selected, "data", "group").items():
         lines, setting = lines_of(in_group, curves.lines), in_group[0].setting
@@ -99,20 +102,20 @@ def curve_section(runs, out, curves):
         baselines = {line: pick(runs, data=data, group=name, attack="pgd", split=split)
                      for line, split in BASELINES.items()}
         groups.append(figures.Group(data, name, lines, baselines, comparable_data(data, setting)))
-        sizes = sorted({size for of_line in lines.values() for size in of_line})
-        missing = [f"{line} at |A| = {size:,}" for line, of_line in lines.items() for size in sizes
-                   if size not in of_line]
+        sizes = sorted({size for by_size in lines.values() for size in by_size})
+        missing = [f"{line} at |A| = {size:,}" for line, by_size in lines.items() for size in sizes
+                   if size not in by_size]
         missing += [f"the baseline {line}" for line in baselines if not baselines[line]]
-        text += [f"### {data}: {name}", curve_table(curves, groups[-1]),
-                 differences_from_paper(data, setting), ranking_cautions(in_group),
-                 f"Missing runs of these lines: {', '.join(missing)}." if missing else ""]
+        paragraphs += [f"### {data}: {name}", curve_table(curves, groups[-1]),
+                       differences_from_paper(data, setting), ranking_cautions(in_group),
+                       f"Missing runs of these lines: {', '.join(missing)}." if missing else ""]
     if not groups:
-        return [text[0], "No runs yet." if curves.lines == "order" else "No runs yet that compare them."]
-    figures.curves(out / curves.name, curves.title, curves.name, groups, curves.panels)
-    return text
+        return [paragraphs[0], "No runs yet."]
+    figures.curves(figure_folder / curves.name, curves.title, curves.name, groups, curves.panels)
+    return paragraphs
 
 
-def matrix_table(group, classes, single, comparable):
+def matrix_table(group_runs, classes, single, comparable):
     """Fig. 2's table, with a row for each class A; if `comparable`, the paper's numbers stand in brackets."""
     rows = []
     for a in classes:
@@ -123,20 +126,20 @@ def matrix_table(group, classes, single, comparable):
             if comparable:
                 cells[-1] += f" ({fig2_accuracy(a, c)})"
         rows.append([a if runs else f"{a}: no run yet", str(len(runs)), cell(runs, "A_val"),
-                     cell(runs, "B_val"), no_at_on_b_val(group, runs),
-                     *beside(runs, "B_val", "robust", fig2_accuracy(a, "B_val") if comparable else None),
+                     cell(runs, "B_val"), no_at_cell(group_runs, runs),
+                     *paper_cells(runs, "B_val", "robust", fig2_accuracy(a, "B_val") if comparable else None),
                      cell(runs), *cells])
     for line, split in BASELINES.items():
-        base = pick(group, split=split)
-        rows.append([line, str(len(base)), "-", "-", "-", "-", "-", cell(base), *["-"] * len(classes)])
+        baseline = pick(group_runs, split=split)
+        rows.append([line, str(len(baseline)), *["-"] * 5, cell(baseline), *["-"] * len(classes)])
     head = ["A", "seeds", "robust A_val %", "robust B_val %", "no AT on that B %", "paper B_val %",
             "difference", "robust all %"]
     return markdown([*head, *(f"on {c} %" for c in classes)], rows)
 
 
-def matrix_section(runs, out):
+def matrix_section(runs, figure_folder):
     """Fig. 2: bars for A_val and B_val, and the robust accuracies class by class."""
-    title, text, i = "Fig. 2: CSAT on a single class", [], 0
+    title, paragraphs, i = "Fig. 2: CSAT on a single class", [], 0
     for (data, name), in_group in grouped(pick(runs, transfer=False), "data", "group").items():
         group = pick(in_group, attack="pgd")
         for weight, formula in claims.FIG2.items():
@@ -148,26 +151,28 @@ def matrix_section(runs, out):
             file = "fig2" if i == 1 else f"fig2-{i}"
             classes, setting = list(group[0].accuracy["classes"]), group[0].setting
             comparable = comparable_data(data, setting) == "cifar10"
-            figures.matrix(out / file, f"{title}, {weight}", data, name, classes, single,
+            figures.matrix(figure_folder / file, f"{title}, {weight}", data, name, classes, single,
                            pick(group, split="none"), pick(group, split="full"))
-            text += [f"![{title}](figures/{file}.png)", f"### {data}: {formula}; {name}",
-                     "In brackets: the paper's." if comparable else "",
-                     matrix_table(group, classes, single, comparable),
-                     claims.agreement_with_fig2(classes, single) if comparable else "",
-                     differences_from_paper(data, setting)]
+            paragraphs += [f"![{title}](figures/{file}.png)", f"### {data}: {formula}; {name}",
+                           "In brackets: the paper's." if comparable else "",
+                           matrix_table(group, classes, single, comparable),
+                           claims.agreement_with_fig2(classes, single) if comparable else "",
+                           differences_from_paper(data, setting)]
             if authors:
                 head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %"]
-                rows = [[a, attack, str(seeds(rs)), *(cell(rs, part) for part in ("A_val", "B_val", "all"))]
+                rows = [[a, attack, str(seed_count(rs)),
+                         *(cell(rs, part) for part in ("A_val", "B_val", "all"))]
                         for a in authors
                         for attack, rs in (("pgd", single.get(a, [])), ("pgd-authors", authors[a]))]
-                text += ["With the training attack of the authors' code, beside PGD:", markdown(head, rows)]
-    return [f"## {title}", *(text or ["No runs yet."])]
+                paragraphs += ["With the training attack of the authors' code, beside PGD:",
+                               markdown(head, rows)]
+    return [f"## {title}", *(paragraphs or ["No runs yet."])]
 
 
-def difficulty_section(rankings, runs, out):
+def difficulty_section(rankings, figure_folder):
     """Fig. 3: mean score and clean error of each class, from every rank.json, for CIFAR-10 with the paper's
     numbers beside ours. A long table has its two ends only."""
-    title, text, drawn, fig3 = "Fig. 3: class entropy and class error", [], {}, numbers()["fig3"]
+    title, paragraphs, drawn, fig3 = "Fig. 3: class entropy and class error", [], {}, numbers()["fig3"]
     for path, ranking in rankings.items():
         rows, data = ranking["classes_hardest_first"], ranking["fingerprint"]["name"]
         name = f"{data}: {ranking['args']['arch']}, {ranking['epochs']} epochs"
@@ -188,22 +193,21 @@ def difficulty_section(rankings, runs, out):
             if correlation := claims.class_order_correlation(ranking, metric):
                 notes.append(f"Of {metric} with the paper's class order: {correlation[0]:.3f} "
                              f"({correlation[1]} classes).")
-        uses = sum(run.ranking in ranking.get("scores", {}).values() for run in runs)
-        notes += [f"{counted(uses, 'run')} of these tables used it."] if uses else []
-        text += [f"### {name}{f' (20 of {len(rows)} classes)' if len(rows) > 20 else ''}",
-                 markdown(head, body), " ".join(notes)]
+        paragraphs += [f"### {name}{f' (20 of {len(rows)} classes)' if len(rows) > 20 else ''}",
+                       markdown(head, body), " ".join(notes)]
     if not drawn:
         return [f"## {title}", "No rankings yet."]
-    figures.difficulty(out / "fig3", title, drawn)
-    return [f"## {title}", f"![{title}](figures/fig3.png)", *text]
+    figures.difficulty(figure_folder / "fig3", title, drawn)
+    return [f"## {title}", f"![{title}](figures/fig3.png)", *paragraphs]
 
 
 def claims_section(runs):
     """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
-    text = ["## The paper's claims"]
+    paragraphs = ["## The paper's claims"]
     for (data, group), (rows, noise) in claims.claims(runs).items():
-        text += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows), str(noise)]
-    return text if len(text) > 1 else []
+        paragraphs += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows),
+                       str(noise)]
+    return paragraphs if len(paragraphs) > 1 else []
 
 
 def evaluation_section(folder):
@@ -220,15 +224,16 @@ def evaluation_section(folder):
     return ["## Evaluations under other settings (evaluate.py)", markdown(head, rows)] if rows else []
 
 
-def cost_section(runs, rankings, out):
+def cost_section(runs, rankings, figure_folder):
     """Robust accuracy against the cost of training, for all runs of a data set: what SAT saves."""
     title = "Robust accuracy against the cost of training"
-    ranking_costs = {h: r["cost"] for r in rankings.values() for h in r.get("scores", {}).values()}
+    ranking_costs = {scores_hash: ranking["cost"] for ranking in rankings.values()
+                     for scores_hash in ranking.get("scores", {}).values()}
     groups = {k: group for k, group in grouped(pick(runs, transfer=False), "data", "group").items()
               if len({r.split for r in group}) > 1}
     if not groups:
         return [f"## {title}", "No runs yet."]
-    figures.cost(out / "cost", title, groups, ranking_costs)
+    figures.cost(figure_folder / "cost", title, groups, ranking_costs)
     return [f"## {title}",
             "In forward passes: an attack step counts 2, a training step 3. Evaluation is not counted. "
             "Hollow marks: with the ranking that chose A, which is needed once a data set.",

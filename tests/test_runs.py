@@ -186,7 +186,7 @@ def test_two_equal_commands_at_once_make_one_run(capsys):
 def test_results_that_cannot_be_written():
     """A results folder below a file stands for a read-only one."""
     Path("file").write_text("")
-    with pytest.raises(UserError, match="cannot write file/r/.*: Not a directory; name another .* --results"):
+    with pytest.raises(UserError, match="cannot write file/r/.*: Not a directory; give another --results"):
         sat.main([*ONE_EPOCH, "--results", "file/r"])
 
 
