@@ -33,12 +33,13 @@ class Split:
         """Whether the images are read from disk as they are needed."""
         return isinstance(self.x, ImageFiles)
 
-    def read(self, batches, device, seeds=None):
+    def read(self, batches, device, crop_seeds=None):
         """Yields the images of each index tensor (n,) in `batches` as float32 (n, C, H, W) in [0, 1] on
-        `device`. `seeds`: for each batch a list of the seeds of the crops of streamed images."""
+        `device`. `crop_seeds`: for each batch a list with a seed for the crop of each streamed image."""
         if self.streamed:
-            seeds = seeds or [[None] * len(index) for index in batches]
-            images = self.x.load([list(zip(index.tolist(), s)) for index, s in zip(batches, seeds)])
+            crop_seeds = crop_seeds or [[None] * len(index) for index in batches]
+            items = [list(zip(index.tolist(), seeds)) for index, seeds in zip(batches, crop_seeds)]
+            images = self.x.load(items)
         else:
             images = (self.x[index.to(self.x.device)] for index in batches)
         for x in images:
@@ -61,13 +62,13 @@ class DataSet:
     @functools.cached_property
     def images_hash(self):
         """A hash of all pixels, or of the file names of streamed images."""
-        h = hashlib.sha256()
+        sha256 = hashlib.sha256()
         for split in (self.train, self.test):
             if split.streamed:
-                h.update(os.fsencode("\n".join("/".join(Path(p).parts[-2:]) for p in split.x.paths)))
+                sha256.update(os.fsencode("\n".join("/".join(Path(p).parts[-2:]) for p in split.x.paths)))
             else:
-                h.update(split.x.cpu().contiguous().numpy())
-        return h.hexdigest()[:16]
+                sha256.update(split.x.cpu().contiguous().numpy())
+        return sha256.hexdigest()[:16]
 
     def fingerprint(self):
         """What must agree for scores and checkpoints to belong to these data."""
@@ -93,10 +94,10 @@ def open_dataset(args, device):
     """The DataSet that the flags ask for. UserError if it is too small for a batch, or to be split."""
     data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
     selection_and_final(len(data.test))
-    n, least = len(data.train), process_count()
-    if not least <= args.batch_size <= n:
-        raise UserError(f"--batch-size {args.batch_size} with {least} processes and {n} training images of "
-                        f"{data.name}: it must be {least} to {n}")
+    n, n_processes = len(data.train), process_count()
+    if not n_processes <= args.batch_size <= n:
+        raise UserError(f"--batch-size {args.batch_size} with {n_processes} processes and {n} training images "
+                        f"of {data.name}: it must be {n_processes} to {n}")
     return data
 
 
@@ -194,9 +195,9 @@ def training_batches(split, batch_size, seed, epoch, augmentation, device):
     # Copied to the device once an epoch: a small copy in every step would make a GPU wait for the CPU.
     params = {name: process_part(v.view(*order.shape, *v.shape[1:])).to(device) for name, v in params.items()}
     order = process_part(order)
-    y, seeds = split.y[order].to(device), params.pop("seed").tolist() if "seed" in params else None
-    places = order if split.streamed else order.to(device)
-    for step, x in enumerate(split.read(places, device, seeds)):
+    y, crop_seeds = split.y[order].to(device), params.pop("seed").tolist() if "seed" in params else None
+    batches = order if split.streamed else order.to(device)
+    for step, x in enumerate(split.read(batches, device, crop_seeds)):
         x = augment(x, {name: v[step] for name, v in params.items()})
         yield x.contiguous(memory_format=torch.channels_last), y[step], order[step]
 

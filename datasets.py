@@ -51,24 +51,24 @@ def read_dataset(name, root):
 
 def check(name, root, train, test, classes):
     """UserError if a data set cannot be used. Warns if one of Table 1 has another number of images."""
-    source = f"{name} under {root}"
+    title = f"{name} under {root}"
     for part, (x, y) in (("train", train), ("test", test)):
         if len(x) != len(y) or y.min() < 0 or y.max() >= len(classes):
-            raise UserError(f"{source}: {part} has {len(x)} images and {len(y)} labels, from {y.min()} to "
+            raise UserError(f"{title}: {part} has {len(x)} images and {len(y)} labels, from {y.min()} to "
                             f"{y.max()}; valid: a label for each, in 0..{len(classes) - 1}")
         if isinstance(x, torch.Tensor) and not (x.shape[1] in (1, 2, 3, 4) and 5 <= x.shape[2] == x.shape[3]
                                                 and x.shape[1:] == train[0].shape[1:]):
-            raise UserError(f"{source}: {part} has images {tuple(x.shape[1:])}; valid: 1 to 4 channels, "
+            raise UserError(f"{title}: {part} has images {tuple(x.shape[1:])}; valid: 1 to 4 channels, "
                             "square, 5 pixels or more (AutoAttack's Square), test as train")
     if missing := len(classes) - len(train[1].unique()):
-        raise UserError(f"{source}: {missing} of its {len(classes)} classes have no training image")
+        raise UserError(f"{title}: {missing} of its {len(classes)} classes have no training image")
     if name in TABLE_1:
-        n_classes, *paper = TABLE_1[name]
+        n_classes, n_train, n_test = TABLE_1[name]
         if len(classes) != n_classes:
-            raise UserError(f"{source} has {len(classes)} classes, not {n_classes}: give it another name")
-        if [len(train[1]), len(test[1])] != paper:
-            say(f"warning: {name} has {len(train[1]):,} / {len(test[1]):,} images here, and {paper[0]:,} / "
-                f"{paper[1]:,} in the paper (Table 1)")
+            raise UserError(f"{title} has {len(classes)} classes, not {n_classes}: give it another name")
+        if (len(train[1]), len(test[1])) != (n_train, n_test):
+            say(f"warning: {name} has {len(train[1]):,} / {len(test[1]):,} images here, and {n_train:,} / "
+                f"{n_test:,} in the paper (Table 1)")
 
 
 def digits(name):
@@ -127,7 +127,7 @@ def cifar(name, root, download):
     """CIFAR-10 or CIFAR-100, read by torchvision."""
     import torchvision
     reader = getattr(torchvision.datasets, name)
-    sets = [reader(root, train=train, download=download) for train in (True, False)]
+    sets = [reader(root, train=is_train, download=download) for is_train in (True, False)]
     parts = [(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
              for s in sets]
     return *parts, list(sets[0].classes)
@@ -157,8 +157,8 @@ def caltech256(root, download):
     classes = class_folders(folder)
     paths, y = class_files(folder, classes)
     order, n_train = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)), int(0.8 * len(y))
-    indices = (order[:n_train].sort().values, order[n_train:].sort().values)
-    parts = [([paths[i] for i in index.tolist()], y[index]) for index in indices]
+    train, test = order[:n_train].sort().values, order[n_train:].sort().values
+    parts = [([paths[i] for i in index.tolist()], y[index]) for index in (train, test)]
     return *parts, [c.split(".", 1)[-1] for c in classes]
 
 

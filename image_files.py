@@ -34,10 +34,10 @@ def class_folders(folder):
 def class_files(folder, classes):
     """([path], labels) of <folder>/<class>/*, ordered as `classes`, and within a class by file name."""
     paths, labels = [], []
-    for label, c in enumerate(classes):
-        images = sorted(p for p in (folder / c).glob("*") if p.suffix.lower() in IMAGES)
+    for label, name in enumerate(classes):
+        images = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGES)
         if not images:
-            raise UserError(f"there are no images ({', '.join(IMAGES)}) in {folder / c}")
+            raise UserError(f"there are no images ({', '.join(IMAGES)}) in {folder / name}")
         paths += images
         labels += [label] * len(images)
     return paths, torch.tensor(labels)
