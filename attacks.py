@@ -94,13 +94,14 @@ def first_delta(x, start, eps, norm):
     return torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
 
 
-def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step, check_input=True):
+def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step_function=pgd_step,
+        check_input=True):
     """Projected gradient ascent on the cross-entropy (Madry et al. 2018; A.1). Returns the last x + delta.
 
     It starts at delta = `start`, for instance random_start(x, eps, norm), or at 0. The model is attacked in
     eval mode; its mode, parameters and their .grad are left as they were. An empty batch, eps = 0 and zero
-    gradients are valid. `step` does one iteration, for instance a compiled pgd_step. Raises ValueError as
-    check() does, unless check_input is False, as in training: a look at x makes a GPU wait.
+    gradients are valid. `step_function` does one iteration, for instance a compiled pgd_step. Raises
+    ValueError as check() does, unless check_input is False, as in training: a look at x makes a GPU wait.
     """
     if check_input:
         check(x, y, norm, eps, start, steps, step_size)
@@ -110,22 +111,22 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd
     delta = first_delta(x, start, eps, norm)
     with eval_mode(model), torch.enable_grad():
         for _ in range(steps):
-            delta, _ = step(model, x, y, delta.requires_grad_(), eps, step_size, norm)
+            delta, _ = step_function(model, x, y, delta.requires_grad_(), eps, step_size, norm)
     return (x + delta).clamp(0, 1)
 
 
-def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step=pgd_step, check_input=True):
+def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step_function=pgd_step, check_input=True):
     """FGSM from a random start (Wong et al. 2020; A.5): one projected step of 1.25 eps. `start`: drawn
     uniformly from the ball if it is None. The rest is as in pgd."""
     if check_input:
         check(x, y, norm, eps, start)
     start = random_start(x, eps, norm) if start is None else start
-    return pgd(model, x, y, eps=eps, step_size=1.25 * eps, steps=1, norm=norm, start=start, step=step,
-               check_input=False)
+    return pgd(model, x, y, eps=eps, step_size=1.25 * eps, steps=1, norm=norm, start=start,
+               step_function=step_function, check_input=False)
 
 
-def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step=pgd_step,
-                check_input=True, limit=10.0):
+def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None,
+                step_function=pgd_step, check_input=True, limit=10.0):
     """PGD as in the code of the paper's authors. Returns for each example the iterate of the highest loss, of
     the start and the first steps - 1 iterates.
 
@@ -139,35 +140,35 @@ def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, 
     if len(x) == 0:
         return x
     delta = first_delta(x, start, eps, norm)
-    best, highest = delta, torch.full((len(x),), -float("inf"), device=x.device)
+    best_delta, highest_loss = delta, torch.full((len(x),), -float("inf"), device=x.device)
     with eval_mode(model), torch.enable_grad():
         for _ in range(steps):
-            following, losses = step(model, x, y, delta.requires_grad_(), eps, step_size, norm)
+            next_delta, losses = step_function(model, x, y, delta.requires_grad_(), eps, step_size, norm)
             if not losses.mean() <= limit:  # true of nan too
                 break
-            better = losses > highest
-            best = torch.where(better.view(-1, 1, 1, 1), delta.detach(), best)
-            highest, delta = torch.where(better, losses, highest), following
-    return (x + best.detach()).clamp(0, 1)
+            better = losses > highest_loss
+            best_delta = torch.where(better.view(-1, 1, 1, 1), delta.detach(), best_delta)
+            highest_loss, delta = torch.where(better, losses, highest_loss), next_delta
+    return (x + best_delta.detach()).clamp(0, 1)
 
 
 class Attack(NamedTuple):
     """An attack that training can use: sat.py --attack NAME.
 
     function(model, x, y, **settings) returns adversarial images of x's shape. It gets those of the settings
-    eps, norm, step_size, steps, start, step, limit and check_input=False that it has parameters for. It must
-    leave nothing in .grad: use torch.autograd.grad, not backward().
+    eps, norm, step_size, steps, start, step_function, limit and check_input=False that it has parameters for.
+    It must leave nothing in .grad: use torch.autograd.grad, not backward().
     """
     function: Callable
-    gradient_steps: Optional[int] = None  # on an example, by which costs are counted; None: --steps
-    random_start: bool = False            # it always starts at random
-    step: Optional[Callable] = None       # its inner step, which --compile compiles
+    gradient_steps: Optional[int] = None      # on an example, by which costs are counted; None: --steps
+    random_start: bool = False                # it always starts at random
+    step_function: Optional[Callable] = None  # does one iteration; --compile compiles it
 
 
 ATTACKS = {  # an attack of your own is one more line
-    "pgd": Attack(pgd, step=pgd_step),
-    "fgsm-rs": Attack(fgsm_rs, gradient_steps=1, random_start=True, step=pgd_step),
-    "pgd-authors": Attack(pgd_authors, step=pgd_step),
+    "pgd": Attack(pgd, step_function=pgd_step),
+    "fgsm-rs": Attack(fgsm_rs, gradient_steps=1, random_start=True, step_function=pgd_step),
+    "pgd-authors": Attack(pgd_authors, step_function=pgd_step),
 }
 
 
@@ -202,10 +203,10 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed):
     with torch.no_grad():
         if not (logits.isfinite().all() and model(x_adv).isfinite().all()):
             raise FloatingPointError("the network's logits are not finite: no robust accuracy can be given")
-    size = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
-    if size.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
+    distance = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
+    if distance.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
         raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] (it reached "
-                              f"{size.max():.6f})")
+                              f"{distance.max():.6f})")
     clean, right = logits.argmax(1) == y, predicted == y
     if right.sum() > clean.sum():
         raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
@@ -228,10 +229,10 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     try:
         with eval_mode(model):
             for b, i in enumerate(range(0, len(y), batch_size)):
-                part = slice(i, i + batch_size)
-                right = attack_batch(model, x[part].to(device, torch.float32), y[part].to(device), eps=eps,
-                                     norm=norm, attacks=attacks, seed=seed + b)
-                clean[part], robust[part] = (r.cpu() for r in right)
+                batch = slice(i, i + batch_size)
+                clean[batch], robust[batch] = attack_batch(
+                    model, x[batch].to(device, torch.float32), y[batch].to(device), eps=eps, norm=norm,
+                    attacks=attacks, seed=seed + b)
     finally:
         for p in trainable:
             p.requires_grad_()

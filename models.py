@@ -15,8 +15,8 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        convolve = always or c_in != c_out or stride != 1
-        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if convolve else None
+        needs_convolution = always or c_in != c_out or stride != 1
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if needs_convolution else None
 
     def forward(self, x):
         out = F.relu(self.bn1(x), inplace=True)
@@ -83,8 +83,8 @@ def build(arch, n_classes, mean, std):
 
 def sgd(model, lr, weight_decay, device, state=None):
     """The optimizer of Table 2. `state`: its state_dict in a stopped run, perhaps on another device."""
-    trained, fused = [p for p in model.parameters() if p.requires_grad], device.type == "cuda"
-    optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
+    parameters, fused = [p for p in model.parameters() if p.requires_grad], device.type == "cuda"
+    optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
     if state:
         optimizer.load_state_dict(state)
         optimizer.param_groups[0]["fused"] = fused
@@ -109,11 +109,11 @@ def precision(amp, device):
     """The arithmetic of training that --amp asks for: "bf16" (autocast) or "float32". "auto" is bf16 where
     the hardware multiplies in it: on other CPUs bf16 takes 13 times as long as float32."""
     if device.type == "cuda":
-        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        has_units = has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # heeds ONEDNN_MAX_CPU_ISA
-    return "bf16" if amp == "bf16" or (amp == "auto" and has_units) else "float32"
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_bf16 = has_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # heeds ONEDNN_MAX_CPU_ISA
+    return "bf16" if amp == "bf16" or (amp == "auto" and has_bf16) else "float32"
 
 
 def compiled(function, device):

@@ -35,8 +35,8 @@ def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
     """
     optimizer.zero_grad(set_to_none=True)  # before the attack, so that it can use the memory
     if len(a):
-        starts = {} if start is None else {"start": start}
-        x = x.clone().index_copy_(0, a, attack(x[a], y[a], **starts))  # the inner maximisation, on A alone
+        kwargs = {} if start is None else {"start": start}
+        x = x.clone().index_copy_(0, a, attack(x[a], y[a], **kwargs))  # the inner maximisation, on A alone
     logits = net(x)
     loss = sat_loss(logits, y, w, w_sum)  # Eq. 2
     loss.backward()
@@ -59,7 +59,7 @@ def train(model, split, A, w_A, args, device, state=None):
     precision = models.precision(args.amp, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     for epoch in range(state["epoch"] if state else 0, args.epochs):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         lr = args.lr * 0.1 ** sum(epoch >= decay for decay in args.lr_decays)  # a tenth after each decay
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -71,7 +71,7 @@ def train(model, split, A, w_A, args, device, state=None):
             sums.add(loss, logits, y, a)
         models.share_batch_statistics(model)
         row = {"epoch": epoch + 1, "precision": precision, "lr": lr, **sums.row(model, args),
-               "seconds": time.perf_counter() - began}
+               "seconds": time.perf_counter() - start_time}
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                "row": row}
 
@@ -93,11 +93,11 @@ def epoch_batches(split, A, w_A, args, epoch, device):
     batches = training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
     steps = progress(zip(batches, positions, w.to(device), w_sums), total=len(order), unit="step",
                      desc=f"epoch {epoch + 1}/{args.epochs}")
-    random = A.any() and (args.random_start or attacks.ATTACKS[args.attack].random_start)
+    random_start = A.any() and (args.random_start or attacks.ATTACKS[args.attack].random_start)
     generator = torch.Generator(device)
     for step, ((x, y, _), a, w, w_sum) in enumerate(steps):
         start = None
-        if random:  # drawn for the whole batch, whatever the number of processes and of A's examples in it
+        if random_start:  # drawn for the whole batch, whatever the number of processes and of examples of A
             generator.manual_seed(((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63)
             start = x.new_empty(args.batch_size, *x.shape[1:])
             start = attacks.random_start(start, args.eps, args.norm, generator)
@@ -107,16 +107,17 @@ def epoch_batches(split, A, w_A, args, epoch, device):
 
 def training_attack(model, A, w_A, args, device):
     """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
-    row = attacks.ATTACKS[args.attack]
+    entry = attacks.ATTACKS[args.attack]
     settings = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
                 "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
                 "check_input": False}
-    if args.compile and row.step:
-        settings["step"] = models.compiled(row.step, device)
-    parameters = inspect.signature(row.function).parameters
-    attack = functools.partial(row.function, model, **{k: v for k, v in settings.items() if k in parameters})
+    if args.compile and entry.step_function:
+        settings["step_function"] = models.compiled(entry.step_function, device)
+    parameters = inspect.signature(entry.function).parameters
+    settings = {name: value for name, value in settings.items() if name in parameters}
+    attack = functools.partial(entry.function, model, **settings)
     # pgd_authors stops by a mean in which the padding would count.
-    padded = "step" in settings and device.type == "cuda" and "limit" not in parameters
+    padded = "step_function" in settings and device.type == "cuda" and "limit" not in parameters
     return pad_to_multiple(attack) if padded else attack
 
 
@@ -127,8 +128,8 @@ def pad_to_multiple(attack, multiple=16):
         return torch.cat([t, t[:1].expand(-len(t) % multiple, *t.shape[1:])])
 
     def padded_attack(x, y, start=None):
-        starts = {} if start is None else {"start": pad(start)}
-        return attack(pad(x), pad(y), **starts)[:len(x)]
+        kwargs = {} if start is None else {"start": pad(start)}
+        return attack(pad(x), pad(y), **kwargs)[:len(x)]
     return padded_attack
 
 
@@ -160,7 +161,7 @@ class EpochSums:
         examples = self.steps * args.batch_size
         attacked = all_sum(torch.tensor(self.attacked, device=self.first_bad.device)).item()
         gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0
-        trained = 0 if model.frozen else examples  # images whose whole network goes backward
+        updated = 0 if model.frozen else examples  # images by which the whole network is updated
         return {"loss": loss / self.steps, "train_accuracy": right / examples, "attacked": attacked,
-                "forward": examples + gradients, "backward": trained + gradients,
-                "forward_equivalents": examples + 2 * trained + 2 * gradients}
+                "forward": examples + gradients, "backward": updated + gradients,
+                "forward_equivalents": examples + 2 * updated + 2 * gradients}
