@@ -38,8 +38,7 @@ class Split:
         `device`. `crop_seeds`: for each batch a list with a seed for the crop of each streamed image."""
         if self.streamed:
             crop_seeds = crop_seeds or [[None] * len(index) for index in batches]
-            items = [list(zip(index.tolist(), seeds)) for index, seeds in zip(batches, crop_seeds)]
-            images = self.x.load(items)
+            images = self.x.load([list(zip(index.tolist(), s)) for index, s in zip(batches, crop_seeds)])
         else:
             images = (self.x[index.to(self.x.device)] for index in batches)
         for x in images:
@@ -96,8 +95,8 @@ def open_dataset(args, device):
     selection_and_final(len(data.test))
     n, n_processes = len(data.train), process_count()
     if not n_processes <= args.batch_size <= n:
-        raise UserError(f"--batch-size {args.batch_size} with {n_processes} processes and {n} training images "
-                        f"of {data.name}: it must be {n_processes} to {n}")
+        raise UserError(f"--batch-size {args.batch_size} with {n_processes} processes and {n} training "
+                        f"images of {data.name}: it must be {n_processes} to {n}")
     return data
 
 

@@ -70,13 +70,12 @@ def start_run(folder, args, final_file="result.json"):
     With --force an earlier run is kept as .old-<run> until end_run: a repeat that fails loses nothing."""
     if process_index() > 0:
         return from_process_0(None)
-    # Not in the folder itself, which --force moves.
-    lock_path = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"
+    lock = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"  # --force moves the folder
     try:
-        lock_path.parent.mkdir(parents=True, exist_ok=True)
-        lock_file = LOCKS[folder] = LOCKS.get(folder) or open(lock_path, "w")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock_file = LOCKS[folder] = LOCKS.get(folder) or open(lock, "w")
     except OSError as e:
-        raise UserError(f"cannot write {lock_path}: {e.strerror}; give another --results") from None
+        raise UserError(f"cannot write {lock}: {e.strerror}; give another --results") from None
     try:
         fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

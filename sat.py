@@ -26,7 +26,6 @@ from data import open_dataset, selection_and_final
 from subset import choose_A, read_scores, scores_hash, subset_size, weight_A
 from train import train
 
-
 # A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: the most robust
 # (Sec. 4); of these the one with the highest clean accuracy; of these the latest.
 Best = namedtuple("Best", "robust clean epoch", defaults=(-1, -1, 0))
