@@ -1,8 +1,10 @@
 """Defines every flag of the scripts, in groups of which each script takes some."""
 import argparse
 import contextlib
+import difflib
 import os
 import re
+import sys
 from pathlib import Path
 
 from common import UserError
@@ -10,29 +12,54 @@ from common import UserError
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 METRICS = ("entropy", "svar", "vog")
 ORDERS = ("hardest", "easiest", "random", "redrawn")
+WEIGHTS = ("vanilla", "balanced", "emphasis")
 # The flags that can say how large A is, by --split.
 AMOUNTS = {"none": (), "full": (), "esat": ("frac", "size"), "csat": ("frac", "size", "classes")}
 ARCHS = ("preactresnet8", "preactresnet18", "preactresnet18-authors", "resnet50")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises UserError, so that an error in a YAML file is reported with the file's name."""
+    """argparse that raises UserError, so that an error in a YAML file is reported with the file's name. It
+    also takes flags with underscores, as --lr_decays, and names the flag that an unknown one is nearest to."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, argv=None, namespace=None):
+        words = [word.partition("=") for word in (sys.argv[1:] if argv is None else map(str, argv))]
+        return super().parse_known_args([
+            (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+            for name, equals, value in words], namespace)
+
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], self.flags())}")
+        return args
+
+    def flags(self):
+        """All flags that it knows."""
+        return [flag for action in self._actions for flag in action.option_strings]
 
     def error(self, message):
         raise UserError(f"{message} (python {self.prog} --help lists what is valid)")
 
 
+def nearest(name, valid):
+    """A question whether the nearest of the valid names was meant; empty if none is near."""
+    near = difflib.get_close_matches(name.partition("=")[0], valid, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def number(kind, low, high=1e30, above=False):
-    """A type for argparse: an int or a float in [low, high], or in (low, high] if it must lie above `low`.
-    float32 can hold the default of `high`."""
+    """A type for argparse: an int or a float in [low, high], or in (low, high] if it must lie above `low`. A
+    float may be a fraction, as 8/255. float32 can hold the default of `high`."""
     name, bound = {int: "a whole", float: "a finite"}[kind], "above" if above else "of at least"
 
     def convert(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
+        numerator, slash, denominator = text.partition("/")
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            value = float(numerator) / float(denominator) if slash and kind is float else kind(text)
             if low <= value <= high and not (above and value == low):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} number {bound} {low} and at most {high}")
@@ -43,6 +70,14 @@ def plain_name(text):
     """A type for argparse: the name of a data set or a run. It names a folder, so it must not be a path."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a plain name (letters, digits, . _ + = -)")
+    return text
+
+
+def weight_name(text):
+    """A type for argparse: the name of a weight w_A."""
+    if text not in WEIGHTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(WEIGHTS)}; a number is given as "
+                                         "--weight-factor NUMBER")
     return text
 
 
@@ -74,10 +109,12 @@ FLAGS = {
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
         ("--order", "hardest", ORDERS, "which are in A; random: by --seed; redrawn: others every epoch"),
         ("--metric", "entropy", METRICS, "difficulty score that orders them (written by rank.py)"),
-        ("--scores", None, Path, "scores of your own in place of rank.py's: .pt, .npy or .npz, N numbers, "
-         "higher = harder, or an order of the indices, hardest first"),
-        ("--weight", "vanilla", ("vanilla", "balanced", "emphasis"),
-         "w_A of Eq. 2: 1, |B|/|A|, (1 + 10|A|/N)|B|/|A|; w_B = 1"),
+        ("--scores", None, Path, "file of N numbers, higher = harder, in place of rank.py's scores (or a "
+         "scores.pt of rank.py): .pt, .npy or .npz"),
+        ("--ranking", None, Path, "file of the N indices from 0, hardest first, in place of scores"),
+        ("--subset", None, Path, "file with A itself: a bool mask (N,), or the indices from 0 of its examples"),
+        ("--weight", "vanilla", weight_name,
+         "w_A of Eq. 2: vanilla 1, balanced |B|/|A|, emphasis (1 + 10|A|/N)|B|/|A|; w_B = 1"),
         ("--weight-factor", None, positive, "w_A as a number, in place of --weight"),
     ],
     "threat model": [

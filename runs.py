@@ -14,18 +14,18 @@ LOCKS = {}  # {folder: lock file} of the runs that this process is making
 # Attributes of args that say where a run is made and how fast, not what it is.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
                 "results", "run", "force"}
+EVALUATION = {"eval_attacks", "eval_n", "eval_batch"}  # flags with which a finished run is evaluated again
 CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
 
 
 def identity(args):
-    """The flags that make a run what it is: {dest: value} of plain types."""
+    """The flags that make a run and its result what they are: {dest: value} of plain types."""
     return {k: v for k, v in sorted(vars(args).items()) if k not in NOT_IDENTITY}
 
 
-def run_folder(args, first_words, in_first_words, final_file="result.json"):
-    """The folder results/<dataset>/<name> of a run, and what is_finished says of it. The name consists of the
-    words in `first_words`, of every flag that differs from the config and is not in `in_first_words` (the
-    flags that those words speak of), and of the seed."""
+def run_name(args, first_words, in_first_words):
+    """The name of a run: the words in `first_words`, every flag that differs from the config and is not in
+    `in_first_words` (the flags that those words speak of), and the seed."""
     words = [str(word) for word in first_words]
     for dest, value in identity(args).items():
         if dest not in {*in_first_words, "seed", "dataset", "checkpoint"} and value != args.base.get(dest):
@@ -35,7 +35,17 @@ def run_folder(args, first_words, in_first_words, final_file="result.json"):
     name = re.sub(r"[^A-Za-z0-9_.+=-]+", "_", full_name)
     if name != full_name or len(name) > 180:  # names stay distinct, and below a file system's 255 letters
         name = f"{name[:160]}-{hashlib.sha256(full_name.encode()).hexdigest()[:8]}"
-    folder = args.results / args.dataset / (args.run or f"{name}-seed{args.seed}")
+    return f"{name}-seed{args.seed}"
+
+
+def run_folder(args, first_words, in_first_words, final_file="result.json"):
+    """The folder results/<dataset>/<name> of a run, and what is_finished says of it. See run_name. A run of
+    an earlier version, whose name also has its flags of evaluation, keeps its folder."""
+    parent = args.results / args.dataset
+    folder = parent / (args.run or run_name(args, first_words, {*in_first_words, *EVALUATION}))
+    earlier = parent / (args.run or run_name(args, first_words, in_first_words))
+    if earlier.exists() and not folder.exists():
+        folder = earlier
     return folder, is_finished(folder, args, final_file)
 
 
@@ -46,12 +56,17 @@ def is_finished(folder, args, final_file):
     return not args.force and (folder / final_file).exists()
 
 
+def flag_differences(stored, args):
+    """The flags in which a run, whose identity() is `stored`, differs from `args`, as texts. Those of its
+    evaluation do not count."""
+    current = identity(args)
+    return [f"{k}: {stored.get(k)!r} there, {current.get(k)!r} now"
+            for k in sorted({*stored, *current} - EVALUATION) if stored.get(k) != current.get(k)]
+
+
 def check_flags(path, stored, args):
     """UserError if `path` was made with other flags: `stored` is the identity() of its run."""
-    current = identity(args)
-    differences = [f"{k}: {stored.get(k)!r} there, {current.get(k)!r} now"
-                   for k in sorted({*stored, *current}) if stored.get(k) != current.get(k)]
-    if differences:
+    if differences := flag_differences(stored, args):
         raise UserError(f"{path} was made with other flags ({'; '.join(differences)}): name this run with "
                         "--run, or --force")
 
@@ -182,8 +197,10 @@ def checkpoint(model, data, args, epoch, A_classes=None, **more):
 
 
 def load_model(path):
-    """The Classifier of a checkpoint and the checkpoint's content. UserError for a foreign file."""
+    """The Classifier of the checkpoint `path`, in eval mode, and the checkpoint's content. UserError for a
+    foreign file."""
     import models
+    path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
     ckpt = load(path, CHECKPOINT_KEYS)
@@ -199,4 +216,4 @@ def load_model(path):
     except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path} is not a checkpoint of this project: {reason}") from None
-    return model, ckpt
+    return model.eval(), ckpt
