@@ -56,7 +56,8 @@ def main(argv=None):
     gradient_steps = ATTACKS[args.attack].gradient_steps or args.steps
     for share, seconds in step_seconds.items():
         predicted = (3 + 2 * gradient_steps * share) / (3 + 2 * gradient_steps)
-        say(f"| {share:g} | {1000 * seconds:.1f} | {args.batch_size / seconds:.1f} | {seconds / step_seconds[1.0]:.2f} | {predicted:.2f} |")
+        say(f"| {share:g} | {1000 * seconds:.1f} | {args.batch_size / seconds:.1f} | "
+            f"{seconds / step_seconds[1.0]:.2f} | {predicted:.2f} |")
 
 
 if __name__ == "__main__":

@@ -119,9 +119,8 @@ def class_order_correlation(ranking, metric):
     position = ranking["fingerprint"]["classes"].index  # breaks ties
     rows = sorted(ranking["classes_hardest_first"], key=lambda r: (-r[metric], position(r["class"])))
     names = [NAMES.get(r["class"], r["class"]) for r in rows]
-    published_ranks = [published.index(name) for name in names if name in published]
-    n = len(published_ranks)
-    return (spearman(range(n), published_ranks), n) if n > 2 else None
+    ranks = [published.index(name) for name in names if name in published]
+    return (spearman(range(len(ranks)), ranks), len(ranks)) if len(ranks) > 2 else None
 
 
 def recovery_claim(runs, no_at, half, at, data):
