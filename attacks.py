@@ -128,7 +128,7 @@ def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step_function=pgd_step, 
 def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None,
                 step_function=pgd_step, check_input=True, limit=10.0):
     """PGD as in the code of the paper's authors. Returns for each example the iterate of the highest loss, of
-    the start and the first steps - 1 iterates.
+    the start (as in pgd) and the first steps - 1 iterates.
 
     The attack ends for the whole batch at the first iterate whose mean cross-entropy exceeds `limit`, and
     leaves that iterate out (except the start). Their limit is 10 for the mean of the loss that they train

@@ -53,11 +53,11 @@ def main(argv=None):
         "| \\|A\\|/N | ms a step | images/s | time relative to \\|A\\| = N | cost model |\n"
         "| --- | --- | --- | --- | --- |")
     step_seconds = measure(args, device)
-    gradients = ATTACKS[args.attack].gradient_steps or args.steps
+    gradient_steps = ATTACKS[args.attack].gradient_steps or args.steps
     for share, seconds in step_seconds.items():
-        rate, relative = args.batch_size / seconds, seconds / step_seconds[1.0]
-        predicted = (3 + 2 * gradients * share) / (3 + 2 * gradients)
-        say(f"| {share:g} | {1000 * seconds:.1f} | {rate:.1f} | {relative:.2f} | {predicted:.2f} |")
+        predicted = (3 + 2 * gradient_steps * share) / (3 + 2 * gradient_steps)
+        say(f"| {share:g} | {1000 * seconds:.1f} | {args.batch_size / seconds:.1f} | "
+            f"{seconds / step_seconds[1.0]:.2f} | {predicted:.2f} |")
 
 
 if __name__ == "__main__":

@@ -98,10 +98,10 @@ def progress(steps, **bar):
 def script(main):
     """Runs a script's main(). A user's mistake (exit code 2), a signal (128 + its number) and a lost process
     (1) end in one line on stderr."""
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    def stop(signal_number, frame):
+        raise KeyboardInterrupt(signal_number)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, stop)
     code, prefix = 0, f"[rank {process_index()}] " if process_index() else ""
     try:
         main()
@@ -117,8 +117,8 @@ def script(main):
             "chunk", sys.stderr)
         code = 128 + e.args[0]
     except RuntimeError as e:
-        lost = ("gloo", "NCCL", "Connection closed", "Connection reset")
-        if process_count() == 1 or not any(word in str(e) for word in lost):
+        signs_of_loss = ("gloo", "NCCL", "Connection closed", "Connection reset")
+        if process_count() == 1 or not any(word in str(e) for word in signs_of_loss):
             raise
         reason = " ".join(str(e).split())[:100]
         print(f"error: {prefix}another process is gone ({reason}); the same command goes on", file=sys.stderr)

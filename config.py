@@ -48,7 +48,7 @@ def words_of(key, node, flag_type):
     return [f"--{key}", *items] if is_list else [f"--{key}={items[0]}"]
 
 
-def parse(script, doc, argv=None, checkpoint=None):
+def parse(script, doc, argv=None, checkpoint_help=None):
     """The arguments of a script with a config: command line > YAML (--config) > defaults.
 
     args.base holds their values without the command line: a run's name tells what differs from these.
@@ -58,7 +58,7 @@ def parse(script, doc, argv=None, checkpoint=None):
     finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
                         help="file of flag values; the command line wins (default: configs/digits.yaml)")
     from_config = from_yaml(finder.parse_known_args(argv)[0].config)
-    parser = script_parser(script, doc, {**DEFAULTS, **from_config}, checkpoint, parents=[finder])
+    parser = script_parser(script, doc, {**DEFAULTS, **from_config}, checkpoint_help, parents=[finder])
     typed = vars(parser.parse_args(argv))
     config = typed.pop("config")
     dests = [dest(flag) for group in SCRIPTS[script] for flag, *_ in FLAGS[group]]
@@ -78,16 +78,16 @@ def check_norm(args, from_config):
     norms = {args.norm, args.base["norm"]}
     if norms == {"l2"}:
         return
-    source, given = f"{args.config}: norm", {*from_config, *args.typed}
+    norm_set_by, set_there = f"{args.config}: norm", {*from_config, *args.typed}
     if len(norms) > 1:
-        source, given = "--norm", args.typed
+        norm_set_by, set_there = "--norm", args.typed
     needed = ["eps"]
     if "step_size" in args.base and args.attack != "fgsm-rs":  # whose step is always 1.25 eps
         needed.append("step_size")
-    missing = [f"--{name}".replace("_", "-") for name in needed if name not in given]
+    missing = [f"--{name}".replace("_", "-") for name in needed if name not in set_there]
     if missing:
-        raise UserError(f"{source} {args.norm} needs {' and '.join(missing)} of its own (linf: say --eps "
-                        "0.0314 --step-size 0.0078, which are 8/255 and 2/255; l2 on 32x32: 0.5 and 0.1)")
+        raise UserError(f"{norm_set_by} {args.norm} needs {' and '.join(missing)} of its own (linf: say "
+                        "--eps 0.0314 --step-size 0.0078, that is 8/255 and 2/255; l2 on 32x32: 0.5, 0.1)")
 
 
 def run_name_prefix(args):

@@ -78,11 +78,11 @@ def eval_settings(args, data, prefix="eval"):
             "n": getattr(args, f"{prefix}_n"), "batch_size": args.eval_batch, "seed": 0}
 
 
-def evaluate(model, data, settings, folder, A_classes=None):
+def evaluate(model, data, settings, chunk_folder, A_classes=None):
     """Evaluates on the 90 % of the test set that do not select a checkpoint. Returns the content of robust.pt
     and what the results of sat.py, transfer.py and evaluate.py have in common."""
     index = selection_and_final(len(data.test))[1][:settings["n"] or None]
-    clean, robust = autoattack_accuracy(model, data, index, settings, folder)
+    clean, robust = autoattack_accuracy(model, data, index, settings, chunk_folder)
     return {"index": index, "clean": clean, "robust": robust}, {
         "settings": settings, "fingerprint": data.fingerprint(), "weights": weights_hash(model.state_dict()),
         "versions": {name: version(name) for name in ("torch", "torchvision", "pyautoattack")},
@@ -93,8 +93,8 @@ def autoattack_accuracy(model, data, index, settings, folder):
     """AutoAttack on the test examples `index`: bool (n,) clean and robust. settings: of eval_settings. The
     examples are dealt to the processes in chunks of a batch, chunk c with the seed seed + c. Finished chunks
     are saved in `folder`, under a hash of all they depend on: a stopped evaluation goes on from there."""
-    identity = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
-    key = json.dumps([weights_hash(model.state_dict()), identity, index.tolist(), settings], sort_keys=True)
+    labels = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
+    key = json.dumps([weights_hash(model.state_dict()), labels, index.tolist(), settings], sort_keys=True)
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     chunks = list(enumerate(index.split(settings["batch_size"])))[process_index()::process_count()]

@@ -154,9 +154,9 @@ def rank_examples(folder, args, data, device):
             if process_index() == 0:
                 runs.save_epoch(folder, runs.checkpoint(model, data, args, state["epoch"], **more))
     scores = {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
-    passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
+    scoring_passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
     identity = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
-    result = {**identity, "cost": sum(row["forward_equivalents"] for row in log) + passes,
+    result = {**identity, "cost": sum(row["forward_equivalents"] for row in log) + scoring_passes,
               "scores": {m: scores_hash(s) for m, s in scores.items()},
               **tables_of(scores, model, data, device)}
     if process_index() == 0:

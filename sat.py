@@ -38,8 +38,8 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
     prints the result. `more` is written into result.json too."""
     if runs.start_run(folder, args):
         return say(evaluate.finished(folder))
-    chunks = folder / "chunks"
-    select = selection_and_final(len(data.test))[0][:args.select_n or None]
+    chunk_folder = folder / "chunks"
+    selected = selection_and_final(len(data.test))[0][:args.select_n or None]
     candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
     hash_of_A = hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16]
     state, log, best = resume(folder, args, data, hash_of_A)
@@ -48,10 +48,10 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} "
             "attacked, {seconds:.1f} s".format(**row))
         if epoch in candidates:
-            right = evaluate.autoattack_accuracy(model, data, select, settings["select"], chunks)
+            right = evaluate.autoattack_accuracy(model, data, selected, settings["select"], chunk_folder)
             clean, robust = (r.float().mean().item() for r in right)
-            row["selection"] = {"n": len(select), "clean": clean, "robust": robust}
-            say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select)} examples")
+            row["selection"] = {"n": len(selected), "clean": clean, "robust": robust}
+            say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(selected)} examples")
             best = max(best, Best(robust, clean, epoch))
         log = [*log, row]
         if process_index() == 0:
@@ -61,9 +61,9 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
                 runs.save(folder / "best.pt", ckpt)
     common.barrier()
     model.load_state_dict(runs.load(folder / "best.pt")["model"])
-    right, evaluation = evaluate.evaluate(model, data, settings["eval"], chunks, A_classes)
+    right, evaluation = evaluate.evaluate(model, data, settings["eval"], chunk_folder, A_classes)
     result = {"args": runs.identity(args), "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A,
-              "epoch": best.epoch, "selection": {**settings["select"], "n": len(select)},
+              "epoch": best.epoch, "selection": {**settings["select"], "n": len(selected)},
               "device": common.device_name(device), "processes": process_count(),
               "precision": "+".join(sorted({row.get("precision", "float32") for row in log})),
               "cost": {k: sum(row[k] for row in log) for k in COUNTED}, **more, **evaluation}

@@ -48,7 +48,8 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
         check_scores(scores, len(y))
         if split == "csat":
             scores = class_means(scores, y, n)
-        chosen = scores.double().argsort(descending=order == "hardest", stable=True)[:k]
+        descending = {"hardest": True, "easiest": False}[order]
+        chosen = scores.double().argsort(descending=descending, stable=True)[:k]
         tied = scores == scores[chosen[-1]]
         if tied.sum() > tied[chosen].sum():
             say(f"note: {int(tied.sum()):,} {unit} share the score at the edge of A; of these the first "

@@ -25,12 +25,12 @@ def main(argv=None):
     args = config.parse("transfer.py", __doc__, argv, "best.pt of the source run")
     path, args.checkpoint = args.checkpoint.resolve(), None  # source and source_weights identify it instead
     model, ckpt = evaluate.load_model(path)
-    result_path, advice = path.with_name("result.json"), "give the best.pt of a finished run of sat.py"
+    result_path = path.with_name("result.json")
     if model.frozen:
         raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")
     result = runs.load(result_path, SOURCE) if result_path.exists() else {}
     if result.get("weights") != evaluate.weights_hash(ckpt["model"]):
-        raise UserError(f"{result_path} is missing, or not of {path}: {advice}")
+        raise UserError(f"{result_path} is missing, or not of {path}: give the best.pt of a finished sat.py")
     source = {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "ranking": result.get("ranking"),
               **{k: result[k] for k in SOURCE}}
     args.arch = args.base["arch"] = ckpt["arch"]

@@ -61,15 +61,15 @@ def single_class_claims(runs, no_at, weight):
         return
     classes = [c for c, a in no_at[0].accuracy["classes"].items() if a["robust"]["n"]]
     others = {c: [k for k in classes if k != c] for c in single}
-    gain = {c: contrast([(1, rs, others[c]), (-1, no_at, others[c])], runs) for c, rs in single.items()}
-    verdicts = collections.Counter(verdict("above", gain[c], rs, no_at) for c, rs in single.items())
+    gains = {c: contrast([(1, rs, others[c]), (-1, no_at, others[c])], runs) for c, rs in single.items()}
+    verdicts = collections.Counter(verdict("above", gains[c], rs, no_at) for c, rs in single.items())
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes), "
            f"{FIG2[weight]}",
-           extremes(numbers()["fig2"]["robust_B_val"]), extremes(gain, interval_text),
+           extremes(numbers()["fig2"]["robust_B_val"]), extremes(gains, interval_text),
            ", ".join(f"{v}: {counted(n, 'class')}" for v, n in verdicts.items()))
     papers_order = numbers()["class_order_hardest_first"]["cifar10"]
-    our_name = {NAMES.get(c, c): c for c in single}
-    hardest, easiest = ends = [our_name.get(papers_order[0]), our_name.get(papers_order[-1])]
+    our_names = {NAMES.get(c, c): c for c in single}
+    hardest, easiest = ends = [our_names.get(papers_order[0]), our_names.get(papers_order[-1])]
     # On the same classes, those that neither run attacked: with its own B_val, each would also be tested on
     # the other's class, and the easiest class is easier to make robust than the hardest.
     in_neither = [c for c in classes if c not in ends]
@@ -119,9 +119,8 @@ def class_order_correlation(ranking, metric):
     position = ranking["fingerprint"]["classes"].index  # breaks ties
     rows = sorted(ranking["classes_hardest_first"], key=lambda r: (-r[metric], position(r["class"])))
     names = [NAMES.get(r["class"], r["class"]) for r in rows]
-    published_ranks = [published.index(name) for name in names if name in published]
-    n = len(published_ranks)
-    return (spearman(range(n), published_ranks), n) if n > 2 else None
+    ranks = [published.index(name) for name in names if name in published]
+    return (spearman(range(len(ranks)), ranks), len(ranks)) if len(ranks) > 2 else None
 
 
 def recovery_claim(runs, no_at, half, at, data):
@@ -189,11 +188,11 @@ def transfer_claims(runs, data):
                               f"than {less}", published_text("fig7", data, share, more, less),
                               heavier, lighter, runs, "above")
     at = pick(runs, split="full")
-    part = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy")
-            if round(r.share, 2) == 0.3]
-    if part and at:
+    at_30_percent = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy")
+                     if round(r.share, 2) == 0.3]
+    if at_30_percent and at:
         yield compare(f"(g) S-ESAT on the hardest 30 % transfers as robustly as AT (at most {MARGIN} points "
-                      "less)", published_text("fig8", data, 0.3, "hardest", "AT"), part, at, runs,
+                      "less)", published_text("fig8", data, 0.3, "hardest", "AT"), at_30_percent, at, runs,
                       "not below")
 
 

@@ -24,7 +24,7 @@ class Data:
     single: tuple = ()             # Fig. 2 (the authors' has balanced): (--weight, --attack, classes)
     metrics: str = "entropy svar"  # of the ranking
     prefix: str = ""               # of the runs' names
-    flags: str = ""
+    flags: str = ""                # more of them, for all runs
 
 
 DATA = {
@@ -80,7 +80,7 @@ SECTIONS = {  # section: [(source, targets of the transfer, figures)]
 @dataclass(frozen=True)
 class Stage:
     """One command: a run of sat.py, a transfer of it, or a ranking."""
-    figure: str
+    title: str
     script: str
     folder: str
     final_file: str  # that a finished stage has
@@ -88,80 +88,79 @@ class Stage:
     arguments: list
 
 
-def runs_of(data, figure):
+def runs_of(plan, figure):
     """Yields the runs of a figure, each as its flags of sat.py {flag: value}, baselines left out."""
     split = figure["split"]
     if split == "single":
-        for weight, attack, classes in data.single:
+        for weight, attack, classes in plan.single:
             others = {} if attack == "pgd" else {"attack": attack}
             for c in classes:
-                for seed in range(data.seeds.get(c, 1)):
+                for seed in range(plan.seeds.get(c, 1)):
                     yield {"split": "csat", "classes": c, "weight": weight, "seed": seed, **others}
         return
-    amounts, amount_flag = (data.csat, "size") if split == "csat" else (data.esat, "frac")
+    amounts, amount_flag = (plan.csat, "size") if split == "csat" else (plan.esat, "frac")
     for values in itertools.product(*(figure.get(flag, [usual]) for flag, usual in USUAL.items())):
         others = {flag: value for flag, value in zip(USUAL, values) if value != USUAL[flag]}
         for amount, order in itertools.product(amounts, figure["order"]):
-            for seed in range(max(data.seeds.get(amount, 1), data.seeds.get(order, 1))):
+            for seed in range(max(plan.seeds.get(amount, 1), plan.seeds.get(order, 1))):
                 yield {"split": split, amount_flag: amount, "order": order, "seed": seed, **others}
 
 
-def stages(sections, figures, results, extra):
+def stages(sections, figures, results, extra_values):
     """Yields the stages of the figures in the sections (of all, if `figures` is empty), repeats included: for
     each its ranking, baselines, runs, and the transfers of these. results: the folder of results. extra: the
     flag values {dest: value} that EXTRA gives to all stages.
     """
     wanted = [(source, targets, name) for section in sections for source, targets, names in SECTIONS[section]
               for name in names.split() if not figures or name in figures]
-    for source, targets, figure in wanted:
-        data, kind = DATA[source], FIGURES[figure]["split"]
-        path = HERE / f"configs/{data.config}.yaml"
-        setting = from_yaml(path) | extra
-        base_flags, evaluation = ["--config", str(path)], data.flags.split()
-        base_flags += ["--dataset", data.dataset] if data.dataset != setting["dataset"] else []
-        examples = IMAGES[data.dataset] * setting["epochs"]
-        if kind != "single":
+    for source, targets, figure_name in wanted:
+        plan, split = DATA[source], FIGURES[figure_name]["split"]
+        path = HERE / f"configs/{plan.config}.yaml"
+        setting = from_yaml(path) | extra_values
+        base_flags, more_flags = ["--config", str(path)], plan.flags.split()
+        base_flags += ["--dataset", plan.dataset] if plan.dataset != setting["dataset"] else []
+        seen = IMAGES[plan.dataset] * setting["epochs"]
+        if split != "single":
             yield Stage(f"{source}: ranking (fig3)", "rank.py",
-                        f"{results}/{data.dataset}/rank-{setting['arch']}-seed0", "rank.json",
-                        examples * (5 if "vog" in data.metrics else 4),
-                        [*base_flags, "--metrics", *data.metrics.split()])
-        if kind == "ranking":
+                        f"{results}/{plan.dataset}/rank-{setting['arch']}-seed0", "rank.json",
+                        seen * (5 if "vog" in plan.metrics else 4),
+                        [*base_flags, "--metrics", *plan.metrics.split()])
+        if split == "ranking":
             continue
         files = [HERE / f"configs/transfer/{target}.yaml" for target in targets.split()]
-        target_settings = {path: from_yaml(path) | extra for path in files}
+        target_settings = {path: from_yaml(path) | extra_values for path in files}
         baselines = [{"split": split, "seed": seed} for split in ("none", "full")
-                     for seed in range(data.seeds.get(split, 1))]
-        title = f"{source} -> {targets}: {figure}" if targets else f"{source}: {figure}"
-        for run in [*baselines, *runs_of(data, FIGURES[figure])]:
+                     for seed in range(plan.seeds.get(split, 1))]
+        title = f"{source} -> {targets}: {figure_name}" if targets else f"{source}: {figure_name}"
+        for run in [*baselines, *runs_of(plan, FIGURES[figure_name])]:
             parts = [run[flag] for flag in ("split", "classes", "order", "frac", "size") if flag in run]
             parts += [run[flag] for flag in ("metric", "weight") if run.get(flag, USUAL[flag]) != USUAL[flag]]
             parts += [f"attack={run['attack']}"] if "attack" in run else []
-            name = data.prefix + "-".join(map(str, [*parts, f"seed{run['seed']}"]))  # as sat.py names it
-            folder = f"{results}/{data.dataset}/{name}"
-            words = ["--run", name] if data.prefix else []
+            name = plan.prefix + "-".join(map(str, [*parts, f"seed{run['seed']}"]))  # as sat.py names it
+            folder = f"{results}/{plan.dataset}/{name}"
+            words = ["--run", name] if plan.prefix else []
             words += [word for flag, value in run.items() for word in (f"--{flag}", str(value))]
             share = {"none": 0, "full": 1, "esat": run.get("frac"),
-                     "csat": run.get("size", 1) / data.n_classes}[run["split"]]
+                     "csat": run.get("size", 1) / plan.n_classes}[run["split"]]
             steps = 1 if run.get("attack") == "fgsm-rs" else setting["steps"]
             yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder,
-                        "result.json", examples * (3 + 2 * share * steps), [*base_flags, *words, *evaluation])
+                        "result.json", seen * (3 + 2 * share * steps), [*base_flags, *words, *more_flags])
             for path, target in target_settings.items():
-                transfer_name = f"{data.dataset}-{name}-seed0"
-                yield Stage(title, "transfer.py", f"{results}/{target['dataset']}/{transfer_name}",
+                target_name = f"{plan.dataset}-{name}-seed0"
+                yield Stage(title, "transfer.py", f"{results}/{target['dataset']}/{target_name}",
                             "result.json", IMAGES[target["dataset"]] * target["epochs"],
-                            [f"{folder}/best.pt", "--config", str(path), "--run", transfer_name, *evaluation])
+                            [f"{folder}/best.pt", "--config", str(path), "--run", target_name, *more_flags])
 
 
-def overview(listed):
+def overview(all_stages):
     """The runs, transfers, new runs and forward passes of every figure, as --dry-run prints them."""
     rows, seen = {}, set()
-    for stage in listed:
-        row = rows.setdefault(stage.figure, {"runs": set(), "transfers": set(), "new": 0, "cost": 0.0})
+    for stage in all_stages:
+        row = rows.setdefault(stage.title, {"runs": set(), "transfers": set(), "new": 0, "cost": 0.0})
         row["transfers" if stage.script == "transfer.py" else "runs"].add(stage.folder)
         if stage.folder not in seen:
             seen.add(stage.folder)
             row["new"], row["cost"] = row["new"] + 1, row["cost"] + stage.cost
-    return [f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>6} forward passes of the new ones, "
-            "evaluation not counted",
-            *(f"# {figure:<42} {len(r['runs']):6d} {len(r['transfers']):9d} {r['new']:6d} {r['cost']:10.3g}"
-              for figure, r in sorted(rows.items()))]
+    return [f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>6} forward passes of the new",
+            *(f"# {title:<42} {len(r['runs']):6d} {len(r['transfers']):9d} {r['new']:6d} {r['cost']:10.3g}"
+              for title, r in sorted(rows.items()))]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.figure import Figure
 
+from flags import METRICS
 from paper.published import published_accuracy
 from paper.stats import mean_sd
 from runs import atomic
@@ -158,7 +159,7 @@ def difficulty(path, title, rankings):
     mean score, the entropy if there is one (line, right axis)."""
     fig, axes = canvas(len(rankings), min(2, len(rankings)), 4.4, 2.8)
     for axis, (name, rows) in zip(axes, rankings.items()):
-        metric = next(m for m in ("entropy", "svar", "vog") if m in rows[0])
+        metric = next(m for m in METRICS if m in rows[0])
         positions, right_axis, score = range(len(rows)), axis.twinx(), [r[metric] for r in rows]
         axis.bar(positions, [100 * (r["clean_error"] or 0) for r in rows], color="tab:blue")
         right_axis.plot(positions, score, ".-", color="tab:green")

@@ -125,10 +125,10 @@ def name_groups(runs):
             if names.count(name) > 1:
                 name += "".join(f", {k.replace('_', ' ')} {v}" for k, v in setting.items()
                                 if k not in DESCRIBED and any(other.get(k) != v for other in settings))
-            bf16 = sum(r.precision != "float32" for r in group)
-            if bf16:
-                part = f"{bf16} of {len(group)} runs " if bf16 < len(group) else ""
-                name += f", {part}trained in bf16"
+            n_bf16 = sum(r.precision != "float32" for r in group)
+            if n_bf16:
+                count_text = f"{n_bf16} of {len(group)} runs " if n_bf16 < len(group) else ""
+                name += f", {count_text}trained in bf16"
             for r in group:
                 r.group = name
 

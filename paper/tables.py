@@ -61,23 +61,23 @@ def paper_cells(runs, part, kind, published):
             "-" if published is None or not ours else f"{ours[0] - published:+.1f}"]
 
 
-def curve_table(curves, group):
+def curve_table(figure, group):
     """The table of one group: our accuracies, and the paper's where it has a number."""
     rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items()]
     rows += [(line, runs, runs[0].share) for line, sizes in group.lines.items() for runs in sizes.values()]
-    published = functools.partial(published_accuracy, curves.name, group.published)
+    published = functools.partial(published_accuracy, figure.name, group.published)
     kinds = [kind for kind in ("robust", "clean")
              if any(published(line, share, kind) is not None for line, _, share in rows)]
-    head, body = [curves.lines, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"], []
-    head += [f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in curves.panels]
-    with_b_val = B_VAL in curves.panels
+    head, body = [figure.lines, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"], []
+    head += [f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in figure.panels]
+    with_b_val = B_VAL in figure.panels
     head += ["no AT on that B %"] if with_b_val else []
     for line, runs, share in rows:
         row = [line, "no run yet", f"{share:.0f}", "-", "0"]
         if runs:
             size = counted(runs[0].size, "class") if runs[0].A_classes else f"{runs[0].size:,}"
             row = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seed_count(runs))]
-        row += [cell(runs, *panel) for panel in curves.panels]
+        row += [cell(runs, *panel) for panel in figure.panels]
         row += [no_at_cell(group.baselines["no AT"], runs)] if with_b_val else []
         for kind in kinds:
             row += paper_cells(runs, "all", kind, published(line, share, kind))
@@ -87,17 +87,17 @@ def curve_table(curves, group):
     return markdown(head, body)
 
 
-def curve_section(runs, figure_folder, curves):
+def curve_section(runs, figure_folder, figure):
     """A figure of accuracy against |A|/N and its tables, one for each group of runs."""
     usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
-             "weight": "emphasis" if curves.transfer else "vanilla"}  # Sec. 4.3
-    usual_line = usual.pop(curves.lines)
+             "weight": "emphasis" if figure.transfer else "vanilla"}  # Sec. 4.3
+    usual_line = usual.pop(figure.lines)
     candidates = [r for r in runs if r.order != "named"]
-    groups, paragraphs = [], [f"## {curves.title}", f"![{curves.title}](figures/{curves.name}.png)"]
-    selected = pick(candidates, split=curves.split, transfer=curves.transfer, **usual)
+    groups, paragraphs = [], [f"## {figure.title}", f"![{figure.title}](figures/{figure.name}.png)"]
+    selected = pick(candidates, split=figure.split, transfer=figure.transfer, **usual)
     for (data, name), in_group in grouped(selected, "data", "group").items():
-        lines, setting = lines_of(in_group, curves.lines), in_group[0].setting
-        if curves.lines != "order" and set(lines) == {usual_line}:
+        lines, setting = lines_of(in_group, figure.lines), in_group[0].setting
+        if figure.lines != "order" and set(lines) == {usual_line}:
             continue  # these runs are in Fig. 6, 8 or 15
         baselines = {line: pick(runs, data=data, group=name, attack="pgd", split=split)
                      for line, split in BASELINES.items()}
@@ -106,12 +106,12 @@ def curve_section(runs, figure_folder, curves):
         missing = [f"{line} at |A| = {size:,}" for line, by_size in lines.items() for size in sizes
                    if size not in by_size]
         missing += [f"the baseline {line}" for line in baselines if not baselines[line]]
-        paragraphs += [f"### {data}: {name}", curve_table(curves, groups[-1]),
+        paragraphs += [f"### {data}: {name}", curve_table(figure, groups[-1]),
                        differences_from_paper(data, setting), ranking_cautions(in_group),
                        f"Missing runs of these lines: {', '.join(missing)}." if missing else ""]
     if not groups:
         return [paragraphs[0], "No runs yet."]
-    figures.curves(figure_folder / curves.name, curves.title, curves.name, groups, curves.panels)
+    figures.curves(figure_folder / figure.name, figure.title, figure.name, groups, figure.panels)
     return paragraphs
 
 
@@ -227,8 +227,8 @@ def evaluation_section(folder):
 def cost_section(runs, rankings, figure_folder):
     """Robust accuracy against the cost of training, for all runs of a data set: what SAT saves."""
     title = "Robust accuracy against the cost of training"
-    ranking_costs = {scores_hash: ranking["cost"] for ranking in rankings.values()
-                     for scores_hash in ranking.get("scores", {}).values()}
+    ranking_costs = {hash_of_scores: ranking["cost"] for ranking in rankings.values()
+                     for hash_of_scores in ranking.get("scores", {}).values()}
     groups = {k: group for k, group in grouped(pick(runs, transfer=False), "data", "group").items()
               if len({r.split for r in group}) > 1}
     if not groups:

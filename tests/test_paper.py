@@ -364,7 +364,7 @@ def test_the_report_and_the_list_of_runs_need_no_torch():
 def listed():
     """All stages with their parsed arguments, repeats included."""
     parsers = {"sat.py": sat.command_line,
-               "transfer.py": functools.partial(config.parse, "transfer.py", "", checkpoint="x"),
+               "transfer.py": functools.partial(config.parse, "transfer.py", "", checkpoint_help="x"),
                "rank.py": functools.partial(config.parse, "rank.py", "")}
     with pytest.MonkeyPatch.context() as patch:  # a thousand commands share a few configs
         patch.setattr("config.from_yaml", functools.cache(config.from_yaml))
