@@ -40,6 +40,16 @@ def all_sum(tensor, op="SUM"):
     return tensor
 
 
+def all_texts(texts):
+    """The different ones of the texts in all processes, sorted."""
+    lists = [texts]
+    if process_count() > 1:
+        import torch.distributed as dist
+        lists = [None] * process_count()
+        dist.all_gather_object(lists, texts)
+    return sorted(set(sum(lists, [])))
+
+
 def from_process_0(value):
     """Process 0's value, in all processes: they must agree on what to do next."""
     values = [value]
@@ -47,6 +57,22 @@ def from_process_0(value):
         import torch.distributed as dist
         dist.broadcast_object_list(values, 0)
     return values[0]
+
+
+def check_environment():
+    """UserError unless torchrun's variables are all there, or say that there is one process: the variables of
+    a finished job, left behind in a shell, would let a script wait for processes that do not exist."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = {name: os.environ[name] for name in names if name in os.environ}
+    alone = values.get("RANK", "0") == "0" and values.get("WORLD_SIZE", "1") == "1"
+    index, count = values.get("RANK", ""), values.get("WORLD_SIZE", "")
+    complete = len(values) == len(names) and index.isdecimal() and count.isdecimal()
+    if not alone and not (complete and int(index) < int(count)):
+        for name in values:
+            del os.environ[name]  # this process is alone
+        text = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(f"the environment has {text}, which is not what torchrun sets: start with torchrun, "
+                        f"or unset {' '.join(values)}")
 
 
 def set_up(args):
@@ -71,7 +97,11 @@ def set_up(args):
     if process_count() > 1 and not torch.distributed.is_initialized():
         # The others wait while process 0 downloads data, and for the slowest chunk of AutoAttack: hours.
         backend = {"backend": "nccl", "device_id": device} if on_gpu else {"backend": "gloo"}
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            say(f"waiting for {process_count()} processes (WORLD_SIZE is set in the environment)")
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python sees no Ctrl-C while it waits
         torch.distributed.init_process_group(**backend, timeout=datetime.timedelta(hours=12))
+        signal.signal(signal.SIGINT, handler)
     return device
 
 
@@ -89,10 +119,22 @@ def say(text, file=None):
         print(text, file=file, flush=True)
 
 
+def duration(seconds):
+    """A time for people: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def progress(steps, **bar):
     """A tqdm bar over `steps`, shown by process 0 when stderr is a terminal. `bar`: tqdm's own arguments."""
     from tqdm import tqdm
     return tqdm(steps, disable=process_index() > 0 or None, leave=False, dynamic_ncols=True, **bar)
+
+
+def process_prefix():
+    """What stands before a line of another process than 0."""
+    return f"[process {process_index()}] " if process_index() else ""
 
 
 def script(main):
@@ -102,15 +144,19 @@ def script(main):
         raise KeyboardInterrupt(signal_number)
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, stop)
-    code, prefix = 0, f"[rank {process_index()}] " if process_index() else ""
+    code = 0
     try:
+        check_environment()
         main()
         barrier()
+    except BrokenPipeError:  # the reader of the output has ended, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (UserError, OSError) as e:
         if process_index():  # process 0 prints a mistake that all of them find; torchrun then ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f"error: {prefix}{e}", file=sys.stderr)
+        print(f"error: {process_prefix()}{e}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt as e:
         say("stopped: the same command, without --force, goes on from the last whole epoch or AutoAttack "
@@ -121,7 +167,8 @@ def script(main):
         if process_count() == 1 or not any(word in str(e) for word in signs_of_loss):
             raise
         reason = " ".join(str(e).split())[:100]
-        print(f"error: {prefix}another process is gone ({reason}); the same command goes on", file=sys.stderr)
+        print(f"error: {process_prefix()}another process is gone ({reason}); the same command goes on",
+              file=sys.stderr)
         code = 1
     if process_count() > 1:  # at once: gloo's threads now and then abort a process while Python shuts down
         sys.stdout.flush()

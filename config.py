@@ -9,9 +9,15 @@ from pathlib import Path
 import yaml
 
 from common import HERE, UserError, say
-from flags import DEFAULTS, FLAGS, SCRIPTS, Parser, add_flags, dest, script_parser
+from flags import DEFAULTS, FLAGS, Parser, add_flags, dests, nearest, script_parser
 
 BOOLS = {"true": "--", "false": "--no-"}  # what stands before the name of a switch
+
+
+def configs(folder=""):
+    """The names of the configs in configs/ or in a folder of it, as text."""
+    files = sorted((HERE / "configs" / folder).glob("*.yaml"))
+    return " ".join(str(path.relative_to(HERE)) for path in files)
 
 
 def from_yaml(path):
@@ -25,12 +31,15 @@ def from_yaml(path):
         if not isinstance(document, yaml.MappingNode):
             raise UserError("a config is a flat list of 'flag: value' lines")
         for name, node in document.value:
-            key = str(name.value)
+            key = str(name.value).replace("_", "-")
             if key not in flag_types:
-                raise UserError(f"unknown key {key!r}; valid keys: {', '.join(sorted(flag_types))}")
+                raise UserError(f"unknown key {key!r}{nearest(key, flag_types)}; valid keys: "
+                                f"{', '.join(sorted(flag_types))}")
             if key.replace("-", "_") in values:
                 raise UserError(f"{key} is given twice")
             values |= vars(parser.parse_args(words_of(key, node, flag_types[key])))
+    except FileNotFoundError:
+        raise UserError(f"there is no config {path}; there are {configs()} {configs('transfer')}") from None
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
     return values
@@ -57,12 +66,17 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     finder = Parser(add_help=False, prog=script)
     finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
                         help="file of flag values; the command line wins (default: configs/digits.yaml)")
-    from_config = from_yaml(finder.parse_known_args(argv)[0].config)
+    path = finder.parse_known_args(argv)[0].config
+    is_of_transfer = path.resolve().parent == HERE / "configs" / "transfer"
+    if is_of_transfer and script != "transfer.py":
+        raise UserError(f"{path} is of transfer.py; {script} takes one of {configs()}")
+    from_config = from_yaml(path)
     parser = script_parser(script, doc, {**DEFAULTS, **from_config}, checkpoint_help, parents=[finder])
     typed = vars(parser.parse_args(argv))
     config = typed.pop("config")
-    dests = [dest(flag) for group in SCRIPTS[script] for flag, *_ in FLAGS[group]]
-    base = {k: from_config.get(k, DEFAULTS[k]) for k in dests}
+    if script == "transfer.py" and config == finder.get_default("config") and "dataset" not in typed:
+        raise UserError(f"to which data set? Give --dataset, or --config with one of {configs('transfer')}")
+    base = {k: from_config.get(k, DEFAULTS[k]) for k in dests(script)}
     args = argparse.Namespace(**{**base, **typed}, config=config, base=base, typed=set(typed))
     if "norm" in base:
         check_norm(args, from_config)

@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 import math
+import platform
 import re
 import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -65,11 +67,11 @@ def weights_hash(state):
     return h.hexdigest()[:16]
 
 
-def eval_settings(args, data, prefix="eval"):
+def eval_settings(args, classes, prefix="eval"):
     """What AutoAttack's numbers depend on besides network and data, by the flags --eval-* or --select-*
     (`prefix`). UserError for what AutoAttack does not take."""
     try:
-        usable = attacks.usable_attacks(getattr(args, f"{prefix}_attacks"), len(data.classes))
+        usable = attacks.usable_attacks(getattr(args, f"{prefix}_attacks"), len(classes))
     except ValueError as e:
         raise UserError(f"--{prefix}-attacks: {e}") from None
     if args.norm == "linf" and args.eps > 1:
@@ -82,17 +84,20 @@ def evaluate(model, data, settings, chunk_folder, A_classes=None):
     """Evaluates on the 90 % of the test set that do not select a checkpoint. Returns the content of robust.pt
     and what the results of sat.py, transfer.py and evaluate.py have in common."""
     index = selection_and_final(len(data.test))[1][:settings["n"] or None]
-    clean, robust = autoattack_accuracy(model, data, index, settings, chunk_folder)
+    clean, robust, warnings = autoattack_accuracy(model, data, index, settings, chunk_folder)
     return {"index": index, "clean": clean, "robust": robust}, {
         "settings": settings, "fingerprint": data.fingerprint(), "weights": weights_hash(model.state_dict()),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "pyautoattack")},
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda,
+                     **{name: version(name) for name in ("torch", "torchvision", "numpy", "pyautoattack")}},
+        "warnings": warnings,
         "accuracy": accuracies(clean, robust, data.test.y[index], data.classes, A_classes)}
 
 
 def autoattack_accuracy(model, data, index, settings, folder):
-    """AutoAttack on the test examples `index`: bool (n,) clean and robust. settings: of eval_settings. The
-    examples are dealt to the processes in chunks of a batch, chunk c with the seed seed + c. Finished chunks
-    are saved in `folder`, under a hash of all they depend on: a stopped evaluation goes on from there."""
+    """AutoAttack on the test examples `index`: clean and robust, bool (n,), and its warnings. settings: of
+    eval_settings. The examples are dealt to the processes in chunks of a batch, chunk c with the seed
+    seed + c. Finished chunks are saved in `folder`, under a hash of all they depend on: a stopped evaluation
+    goes on from there."""
     labels = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
     key = json.dumps([weights_hash(model.state_dict()), labels, index.tolist(), settings], sort_keys=True)
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -100,40 +105,47 @@ def autoattack_accuracy(model, data, index, settings, folder):
     chunks = list(enumerate(index.split(settings["batch_size"])))[process_index()::process_count()]
     device = next(model.parameters()).device
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
-    with common.progress(None, total=sum(len(indices) for _, indices in chunks), unit="example",
-                         desc=f"AutoAttack ({' '.join(settings['attacks'])})") as bar, Watch(bar):
+    with Watch(settings["attacks"], sum(len(indices) for _, indices in chunks)) as watch:
         for c, indices in chunks:
-            path, chunk = folder / f"chunk{c:05d}.pt", None
+            path, chunk = folder / f"chunk{c:05d}.pt", {}
             with contextlib.suppress(UserError):  # one that is missing or cannot be read is made again
-                chunk = runs.load(path)
-            if not isinstance(chunk, torch.Tensor) or chunk.shape != (2, len(indices)):
+                chunk = runs.load(path, ("right", "warnings"))
+            is_new = "right" not in chunk or chunk["right"].shape != (2, len(indices))
+            if is_new:
                 try:
-                    chunk = torch.stack(attacks.autoattack(
+                    chunk = {"right": torch.stack(attacks.autoattack(
                         model, data.test.pixels(indices, "cpu"), data.test.y[indices], eps=settings["eps"],
                         norm=settings["norm"], attacks=settings["attacks"], batch_size=len(indices),
-                        seed=settings["seed"] + c))
+                        seed=settings["seed"] + c)), "warnings": watch.new_warnings()}
                 except ArithmeticError as e:  # FloatingPointError too
                     raise UserError(str(e)) from None
                 runs.save(path, chunk)
             first = c * settings["batch_size"]
-            right[:, first:first + len(indices)] = chunk.to(device)
-            bar.n += len(indices)
-    return tuple(common.all_sum(right).bool().cpu())
+            right[:, first:first + len(indices)] = chunk["right"].to(device)
+            watch.count(chunk, is_new)
+    clean, robust = common.all_sum(right).bool().cpu()
+    return clean, robust, common.all_texts(watch.warnings)
 
 
 class Watch:
-    """A context in which what pyautoattack logs is shown: its progress in `bar` or, if stderr is no terminal,
-    in a line after each attack; each kind of its warnings once."""
+    """A context in which people see what AutoAttack does: the examples done and the time that remains, in a
+    bar or, if stderr is no terminal, in lines; each kind of its warnings once."""
 
-    def __init__(self, bar):
-        self.bar, self.kinds_shown, self.log = bar, set(), logging.getLogger("auto-attack")
+    def __init__(self, attack_names, total):
+        self.bar = common.progress(None, total=total, unit="example",
+                                   desc=f"AutoAttack ({' '.join(attack_names)})")
+        self.total, self.examples, self.new_examples, self.robust = total, 0, 0, 0
+        self.warnings, self.kinds_shown, self.n_saved = [], set(), 0
+        self.start_time, self.log = time.perf_counter(), logging.getLogger("auto-attack")
 
     def __enter__(self):
         self.log.setLevel(logging.DEBUG)
         self.log.addFilter(self.show)
+        return self
 
     def __exit__(self, *error):
         self.log.removeFilter(self.show)
+        self.bar.close()
 
     def show(self, record):
         """Shows a record of the package. Returns False, so that logging does not."""
@@ -143,12 +155,34 @@ class Watch:
         if record.levelno < logging.WARNING:
             self.bar.set_postfix_str(text[:60])
             if self.bar.disable and after:
-                say(f"  AutoAttack, {self.bar.n} of {self.bar.total} examples done; this batch after "
-                    f"{after[1]}: {float(after[2]):.1f} % robust")
+                say(f"  AutoAttack, examples {self.examples + 1:,} and on of {self.total:,}: "
+                    f"{float(after[2]):.1f} % robust after {after[1]}")
         elif kind not in self.kinds_shown:
             self.kinds_shown.add(kind)
+            self.warnings.append(text)
             say(f"AutoAttack warns: {text}")
         return False
+
+    def new_warnings(self):
+        """The warnings since the last call."""
+        new, self.n_saved = self.warnings[self.n_saved:], len(self.warnings)
+        return new
+
+    def count(self, chunk, is_new):
+        """Counts a chunk as done. `is_new`: it was attacked just now, not read from a file."""
+        n = chunk["right"].shape[1]
+        self.examples, self.robust = self.examples + n, self.robust + int(chunk["right"][1].sum())
+        if is_new:
+            self.new_examples += n
+        else:
+            self.warnings += chunk["warnings"]
+            self.n_saved = len(self.warnings)
+        self.bar.update(n)
+        if self.bar.disable and self.new_examples:
+            seconds = (time.perf_counter() - self.start_time) / self.new_examples
+            remaining = common.duration(seconds * (self.total - self.examples))
+            say(f"  AutoAttack: {self.examples:,} of {self.total:,} examples done, "
+                f"{self.robust / self.examples:.1%} robust; {remaining} left")
 
 
 def accuracy_lines(result):
@@ -165,15 +199,45 @@ def accuracy_lines(result):
     return "\n".join(lines)
 
 
-def finished(folder):
-    """The lines that are printed for a run that is finished."""
-    result = runs.load(folder / "result.json", ("args", "settings", "accuracy"))
-    return f"{folder} is finished (--force repeats it)\n{accuracy_lines(result)}"
+def finished(folder, args):
+    """Prints the result of a finished run and returns it. With other flags of evaluation than the run's, its
+    best.pt is evaluated again."""
+    result = runs.load(folder / "result.json", ("args", "settings", "accuracy", "fingerprint"))
+    text = accuracy_lines(result)
+    settings = eval_settings(args, result["fingerprint"]["classes"])
+    if settings == result["settings"]:
+        say(f"{folder} is finished (--force repeats it)\n{text}")
+        return result
+    say(f"{folder} is finished (--force repeats it); its best.pt is evaluated by other flags")
+    path = folder / "best.pt"
+    return evaluate_checkpoint(path, *load_model(path), args)
+
+
+def evaluate_checkpoint(path, model, ckpt, args, force=False):
+    """Attacks the network of a checkpoint, writes the result beside it, prints it and returns it. `model`,
+    `ckpt`: of load_model. `force`: also if that has been done before."""
+    device = common.set_up(args)
+    data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
+    runs.check_fingerprint(data, ckpt["fingerprint"], path)
+    settings, weights = eval_settings(args, data.classes), weights_hash(ckpt["model"])
+    key = hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()[:8]
+    file, chunk_folder = (path.with_name(f"eval-{key}{end}") for end in (".json", "-chunks"))
+    if file.exists() and not force:
+        result = runs.load(file, ("settings", "accuracy"))
+        say(f"{file} is there already (--force repeats it)\n{accuracy_lines(result)}")
+        return result
+    say(f"evaluating {path} ({data.name}, epoch {ckpt['epoch']}) on {device}")
+    _, result = evaluate(model.to(device), data, settings, chunk_folder, ckpt["A_classes"])
+    result = {"checkpoint": path.name, "epoch": ckpt["epoch"], **result}
+    if process_index() == 0:
+        runs.write_json(file, result)
+        shutil.rmtree(chunk_folder, ignore_errors=True)
+    say(f"{accuracy_lines(result)}\nwrote {file}")
+    return result
 
 
 def main(argv=None):
-    """Loads the checkpoint, attacks it, writes the numbers beside it. Flags that the command line leaves out
-    have the values of the checkpoint's run."""
+    """Evaluates the checkpoint. Flags that the command line leaves out have the values of its run."""
     parser = flags.script_parser("evaluate.py", __doc__, flags.DEFAULTS, "best.pt or last.pt of a run")
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
@@ -184,20 +248,7 @@ def main(argv=None):
         raise UserError(f"--norm {typed['norm']} needs an --eps of its own: the checkpoint's {base['eps']} "
                         f"is in {base['norm']} (linf: 0.0314 is 8/255)")
     args = argparse.Namespace(**{**base, **typed})
-    device = common.set_up(args)
-    data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
-    runs.check_fingerprint(data, ckpt["fingerprint"], args.checkpoint)
-    settings, weights = eval_settings(args, data), weights_hash(ckpt["model"])
-    key = hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()[:8]
-    path, chunks = (args.checkpoint.with_name(f"eval-{key}{end}") for end in (".json", "-chunks"))
-    if path.exists() and not args.force:
-        return say(f"{path} is there already (--force repeats it)\n{accuracy_lines(runs.load(path))}")
-    say(f"evaluating {args.checkpoint} ({data.name}, epoch {ckpt['epoch']}) on {device}")
-    _, result = evaluate(model.to(device), data, settings, chunks, ckpt["A_classes"])
-    if process_index() == 0:
-        runs.write_json(path, {"checkpoint": args.checkpoint.name, "epoch": ckpt["epoch"], **result})
-        shutil.rmtree(chunks, ignore_errors=True)
-    say(f"{accuracy_lines(result)}\nwrote {path}")
+    return evaluate_checkpoint(args.checkpoint, model, ckpt, args, args.force)
 
 
 if __name__ == "__main__":

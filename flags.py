@@ -14,13 +14,13 @@ METRICS = ("entropy", "svar", "vog")
 ORDERS = ("hardest", "easiest", "random", "redrawn")
 WEIGHTS = ("vanilla", "balanced", "emphasis")
 # The flags that can say how large A is, by --split.
-AMOUNTS = {"none": (), "full": (), "esat": ("frac", "size"), "csat": ("frac", "size", "classes")}
+AMOUNTS = {"none": (), "full": (), "esat": ("frac", "size", "subset"), "csat": ("frac", "size", "classes")}
 ARCHS = ("preactresnet8", "preactresnet18", "preactresnet18-authors", "resnet50")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that raises UserError, so that an error in a YAML file is reported with the file's name. It
-    also takes flags with underscores, as --lr_decays, and names the flag that an unknown one is nearest to."""
+    takes flags with underscores, as --lr_decays, and says to which flag an unknown one is nearest."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -112,7 +112,7 @@ FLAGS = {
         ("--scores", None, Path, "file of N numbers, higher = harder, in place of rank.py's scores (or a "
          "scores.pt of rank.py): .pt, .npy or .npz"),
         ("--ranking", None, Path, "file of the N indices from 0, hardest first, in place of scores"),
-        ("--subset", None, Path, "file with A itself: a bool mask (N,), or the indices from 0 of its examples"),
+        ("--subset", None, Path, "esat: file with A itself, a bool mask (N,) or the indices of its examples"),
         ("--weight", "vanilla", weight_name,
          "w_A of Eq. 2: vanilla 1, balanced |B|/|A|, emphasis (1 + 10|A|/N)|B|/|A|; w_B = 1"),
         ("--weight-factor", None, positive, "w_A as a number, in place of --weight"),
@@ -175,6 +175,11 @@ SCRIPTS = {  # script: the groups whose flags it has
 def dest(flag):
     """The attribute of args that holds a flag: lr_decays for --lr-decays."""
     return flag[2:].replace("-", "_")
+
+
+def dests(script):
+    """The attributes of args that hold the flags of a script."""
+    return [dest(flag) for group in SCRIPTS[script] for flag, *_ in FLAGS[group]]
 
 
 DEFAULTS = {dest(flag): default for group in FLAGS.values() for flag, default, *_ in group}

@@ -3,11 +3,13 @@ epochs (Eq. 3, A.2).
 
     python rank.py --config configs/cifar10.yaml
 
-Files in: the data. Files out, in results/<dataset>/rank-<arch>-seed<seed>/: scores.pt (per example, higher =
-harder), rank.json (scores per class, agreement of the metrics), args.json, log.jsonl, last.pt.
+Files in: the data. Files out, in results/<dataset>/rank-<arch>[-<flags>]-seed<seed>/: scores.pt (per example,
+higher = harder), rank.json (scores per class, agreement of the metrics), args.json, log.jsonl, last.pt.
 """
 import argparse
+import hashlib
 import itertools
+import json
 
 import torch
 from scipy.stats import spearmanr
@@ -19,7 +21,7 @@ import models
 import runs
 from common import UserError, from_process_0, process_index, say
 from data import open_dataset, plain_batches, process_part, selection_and_final
-from subset import check_scores, class_means, scores_hash, within_class
+from subset import check_scores, class_means, scores_hash
 from train import train
 
 
@@ -154,6 +156,9 @@ def rank_examples(folder, args, data, device):
             if process_index() == 0:
                 runs.save_epoch(folder, runs.checkpoint(model, data, args, state["epoch"], **more))
     scores = {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
+    if any(m != "vog" and s.min() == s.max() for m, s in scores.items()):
+        raise UserError(f"all examples have the same score, so that nothing can be ranked: training diverged "
+                        f"(loss {log[-1]['loss']:.3g}, accuracy {log[-1]['train_accuracy']:.3f}); lower --lr")
     scoring_passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
     identity = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
     result = {**identity, "cost": sum(row["forward_equivalents"] for row in log) + scoring_passes,
@@ -167,38 +172,52 @@ def rank_examples(folder, args, data, device):
     say(f"{table(folder)}\nwrote {folder}/scores.pt and rank.json")
 
 
+def ranking_args(args):
+    """The flags of the ranking by which sat.py with the flags `args` chooses A: those of training, seed 0."""
+    values = {dest: getattr(args, dest, None) for dest in flags.dests("rank.py")}
+    return argparse.Namespace(**{**values, "seed": 0, "run": None, "force": False, "base": args.base})
+
+
+def ranking_folder(args):
+    """The folder of the ranking that these flags describe, named as a run is: results/<dataset>/rank-<arch>,
+    the flags that differ from the config, the seed. If another config's ranking has that name, a hash too."""
+    folder = args.results / args.dataset
+    folder /= args.run or runs.run_name(args, ["rank", args.arch], {"arch", "metrics"})
+    for name, key in (("args.json", None), ("rank.json", "args")):
+        if (folder / name).exists() and not args.run:
+            stored = runs.load(folder / name)
+            stored = stored.get(key, stored) if isinstance(stored, dict) else {}
+            same_metrics = argparse.Namespace(**{**vars(args), "metrics": stored.get("metrics")})
+            if runs.flag_differences(stored, same_metrics):
+                text = json.dumps({k: v for k, v in runs.identity(args).items() if k != "metrics"})
+                return folder.with_name(f"rank-{args.arch}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+                                        f"-seed{args.seed}")
+    return folder
+
+
 def scores_for(args, data, device):
     """The scores (N,) by which sat.py's flags `args` choose A, and what result.json says of them. Makes the
-    ranking if it is missing. One that was made with other flags, say other epochs, is used, with a note."""
-    folder = args.results / args.dataset / f"rank-{args.arch}-seed0"
+    ranking if it is missing."""
+    rank_args = ranking_args(args)
+    folder = ranking_folder(rank_args)
     path = folder / "scores.pt"
     if not from_process_0(path.exists()):
         say(f"there is no {path}: ranking the examples first")
-        dests = [flags.dest(flag) for group in flags.SCRIPTS["rank.py"] for flag, *_ in flags.FLAGS[group]]
-        rank_args = argparse.Namespace(**{dest: getattr(args, dest, None) for dest in dests})
-        rank_args.seed, rank_args.run, rank_args.force = 0, None, False
         rank_examples(folder, rank_args, data, device)
     ranking = runs.load(path, ("fingerprint", "args", "epochs"))
     runs.check_fingerprint(data, ranking["fingerprint"], path)
-    differences = [f"{k} {v} there, {getattr(args, k)} here" for k, v in ranking["args"].items()
-                   if k not in ("seed", "metrics") and getattr(args, k) != v]
-    if differences:
-        say(f"note: {path} was made with other flags ({'; '.join(differences)}): rank.py --force repeats it")
     if args.metric not in ranking:
         raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force")
     scores = ranking[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
-    ranking_info = {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
-    if args.metric == "vog" and args.split == "esat":  # gradients of classes differ in size (Agarwal et al.)
-        scores = within_class(scores, data.train.y)
-    return scores, ranking_info
+    return scores, {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
 
 
 def main(argv=None):
     """Makes the ranking that the flags describe, unless it is finished."""
     args = config.parse("rank.py", __doc__, argv)
-    folder, is_finished = runs.run_folder(args, ["rank", args.arch], set(vars(args)), final_file="rank.json")
-    if is_finished:
+    folder = ranking_folder(args)
+    if runs.is_finished(folder, args, "rank.json"):
         return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
     device = common.set_up(args)
     rank_examples(folder, args, open_dataset(args, device), device)

@@ -3,7 +3,7 @@
     python report.py
 
 Files in: results/**/result.json, rank.json and eval-*.json, configs/. Files out: results/tables.md,
-results/figures/*.png and *.svg, and the tables in the files of --into.
+results/figures/*.png and *.svg, results/runs.csv (a row per run), and the tables in the files of --into.
 """
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def main(argv=None):
     figure_folder = args.results / "figures"
     sections = [tables.claims_section(runs), tables.matrix_section(runs, figure_folder),
                 tables.difficulty_section(rankings, figure_folder),
-                *(tables.curve_section(runs, figure_folder, curves) for curves in tables.CURVES),
+                *(tables.curve_section(runs, figure_folder, figure, rankings) for figure in tables.CURVES),
                 tables.cost_section(runs, rankings, figure_folder), tables.evaluation_section(args.results)]
     paragraphs = ["# Results",
                   "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± "
@@ -51,9 +51,10 @@ def main(argv=None):
                   "differ in threat model, attack, n, network or epochs are in tables of their own.",
                   *(t for section in sections for t in section if t)]
     atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(paragraphs) + "\n").encode()))
+    results.write_csv(args.results / "runs.csv", runs)
     for path in args.into:
         fill_in(path, sections)
-    say(f"{len(runs)} runs -> {args.results / 'tables.md'} and {figure_folder}/")
+    say(f"{len(runs)} runs -> {args.results}/tables.md, runs.csv and figures/")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ its AutoAttack accuracy.
     python sat.py --split esat --frac 0.5 --order hardest                     # the embedded digits, on a CPU
     python sat.py --config configs/cifar10.yaml --split csat --size 4         # the paper's settings
 
-Files in: the data; results/<dataset>/rank-<arch>-seed0/scores.pt, made if it is missing, or --scores.
+Files in: the data; the scores.pt of the ranking by the same training flags, which is made if it is missing,
+or --scores, --ranking or --subset.
 Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
+import argparse
 import hashlib
 import inspect
 from collections import namedtuple
@@ -23,7 +25,8 @@ import runs
 from attacks import ATTACKS
 from common import UserError, process_count, process_index, say
 from data import open_dataset, selection_and_final
-from subset import choose_A, read_scores, scores_hash, subset_size, weight_A
+from subset import (choose_A, read_ranking, read_scores, read_subset, scores_hash, subset_size, weight_A,
+                    within_class)
 from train import train
 
 # A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: the most robust
@@ -37,7 +40,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
     the test set, one epoch after each decay and at the end (Sec. 4), evaluates it on the other 90 %, and
     prints the result. `more` is written into result.json too."""
     if runs.start_run(folder, args):
-        return say(evaluate.finished(folder))
+        return evaluate.finished(folder, args)
     chunk_folder = folder / "chunks"
     selected = selection_and_final(len(data.test))[0][:args.select_n or None]
     candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
@@ -48,7 +51,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} "
             "attacked, {seconds:.1f} s".format(**row))
         if epoch in candidates:
-            right = evaluate.autoattack_accuracy(model, data, selected, settings["select"], chunk_folder)
+            *right, _ = evaluate.autoattack_accuracy(model, data, selected, settings["select"], chunk_folder)
             clean, robust = (r.float().mean().item() for r in right)
             row["selection"] = {"n": len(selected), "clean": clean, "robust": robust}
             say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(selected)} examples")
@@ -72,6 +75,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
         runs.write_json(folder / "result.json", result)
     runs.end_run(folder)
     say(f"{evaluate.accuracy_lines(result)}\nwrote {folder}/result.json")
+    return result
 
 
 def resume(folder, args, data, hash_of_A):
@@ -98,20 +102,36 @@ def command_line(argv=None):
     reset_flags_without_effect(args)
     if args.order == "redrawn" and args.split == "csat":
         raise UserError("--order redrawn draws single examples: it goes with --split esat")
-    if args.scores and (args.classes or args.order not in ("hardest", "easiest")):
-        raise UserError("--scores goes with --order hardest or easiest, and without --classes")
+    files = [name for name in ("scores", "ranking", "subset") if getattr(args, name)]
+    if len(files) > 1:
+        raise UserError(f"--{files[0]} and --{files[1]}: give one of them")
+    if files and files != ["subset"] and (args.classes or args.order not in ("hardest", "easiest")):
+        raise UserError(f"--{files[0]} goes with --order hardest or easiest, and without --classes")
+    check_attack(args)
+    return args
+
+
+def check_attack(args):
+    """UserError, or a note, for flags of the training attack that do not go together."""
     if args.random_start and "start" not in inspect.signature(ATTACKS[args.attack].function).parameters:
         raise UserError(f"--attack {args.attack} takes no start: it goes without --random-start")
-    return args
+    if args.split == "none" or args.attack == "fgsm-rs":
+        return
+    if args.steps * args.step_size < args.eps:
+        say(f"note: {args.steps} steps of {args.step_size:g} cannot reach --eps {args.eps:g} from the start: "
+            "a larger --step-size, or more --steps, make a stronger attack")
+    elif args.norm == "linf" and args.step_size > 2 * args.eps > 0:
+        say(f"note: each --step-size {args.step_size:g} crosses the whole ball of --eps {args.eps:g}")
 
 
 def check_amount(args):
     """UserError unless at most one flag says how large A is, and --split takes it. What a config says gives
     way to another amount that is typed, and to a --split that is typed and takes none of its kind."""
-    amounts, valid = flags.AMOUNTS["csat"], flags.AMOUNTS[args.split]
-    for name in (*amounts, "scores"):
-        is_valid = name in valid or name == "scores" and valid
-        replaced = name != "scores" and args.typed.intersection(amounts)
+    amounts = ("frac", "size", "classes", "subset")
+    valid = flags.AMOUNTS[args.split]
+    for name in (*amounts, "scores", "ranking"):
+        is_valid = name in valid or name in ("scores", "ranking") and valid
+        replaced = name in amounts and args.typed.intersection(amounts)
         if name not in args.typed and (replaced or "split" in args.typed and not is_valid):
             setattr(args, name, None)
         if getattr(args, name) is not None and not is_valid:
@@ -132,7 +152,8 @@ def reset_flags_without_effect(args):
             (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
             ("--split none", args.split == "none", "attack"),
             ("--classes", args.classes, "order metric"),
-            ("--scores", args.scores, "metric"),
+            ("--subset", args.subset, "order metric"),
+            ("--ranking", args.ranking, "metric"),
             (f"--order {args.order}", args.order in ("random", "redrawn"), "metric"),
             ("--weight-factor", args.weight_factor, "weight"),
             ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size random_start")]:
@@ -143,14 +164,32 @@ def reset_flags_without_effect(args):
                 setattr(args, name, args.base[name])
 
 
-def own_scores(args):
-    """The scores (N,) of --scores, and what result.json says of them; (None, None) without it. Their hash
-    replaces the file in args: the content of the file identifies the run, not its path."""
-    if not args.scores:
-        return None, None
-    file, scores = args.scores.name, read_scores(args.scores)
-    args.scores = scores_hash(scores)
-    return scores, {"scores": args.scores, "file": file}
+def read_own_file(args):
+    """What --scores, --ranking or --subset holds: {"scores": (N,)} or {"subset": bool (N,) or indices}, with
+    "info", what result.json says of it, and "fingerprint" of its data if it is known. {} without them. A
+    hash replaces the file in args: what the file holds identifies the run, not its path."""
+    if args.scores:
+        scores, fingerprint = read_scores(args.scores, args.metric)
+        own = {"scores": scores, "fingerprint": fingerprint}
+        if fingerprint is None and "metric" in args.typed:
+            say("note: --metric has no effect with --scores of a single score")
+        if fingerprint is None:
+            args.metric = args.base["metric"]
+    elif args.ranking:
+        own = {"scores": read_ranking(args.ranking)}
+    elif args.subset:
+        own = {"subset": read_subset(args.subset)}
+    else:
+        return {}
+    name = next(name for name in ("scores", "ranking", "subset") if getattr(args, name))
+    hashed = own.get("scores", own.get("subset"))
+    hashed = scores_hash(hashed.nonzero()[:, 0] if hashed.dtype == torch.bool else hashed)
+    key = "subset" if args.subset else "scores"
+    own |= {"info": {key: hashed, "file": getattr(args, name).name}, "path": getattr(args, name)}
+    if own.get("fingerprint"):
+        own["info"]["metric"] = args.metric
+    setattr(args, name, hashed)
+    return own
 
 
 def run_folder(args):
@@ -158,40 +197,89 @@ def run_folder(args):
     first_words = [*config.run_name_prefix(args), args.split]
     if args.classes:
         first_words += args.classes
+    elif args.subset:
+        first_words.append(f"subset={args.subset}")
     elif args.split in ("csat", "esat"):
         first_words += [args.order, args.size or args.frac]
-        if args.scores:
-            first_words.append(f"scores={args.scores}")
-        elif args.order in ("hardest", "easiest") and args.metric != "entropy":
+        if args.scores or args.ranking:
+            first_words.append(f"scores={args.scores}" if args.scores else f"ranking={args.ranking}")
+        if args.order in ("hardest", "easiest") and args.metric != "entropy":
             first_words.append(args.metric)
     weight = f"w{args.weight_factor}" if args.weight_factor else args.weight
     if weight != "vanilla":
         first_words.append(weight)
     return runs.run_folder(args, first_words, {"split", "frac", "size", "classes", "order", "metric",
-                                               "scores", "weight", "weight_factor"})
+                                               "scores", "ranking", "subset", "weight", "weight_factor"})
+
+
+def same_size_elsewhere(args, folder, n):
+    """The folder of an earlier run that differs from these flags only in how |A|, of n examples or classes,
+    is said, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets that run's amount."""
+    size = subset_size(args.frac or args.size, n, "")
+    for path in sorted(folder.parent.glob("*/args.json")):
+        stored = runs.load(path, ("dataset",))
+        amount = {name: stored.get(name) for name in ("frac", "size")}
+        value = amount["frac"] or amount["size"]
+        same_flags = argparse.Namespace(**{**vars(args), **amount})
+        if value and subset_size(value, n, "") == size and not runs.flag_differences(stored, same_flags):
+            vars(args).update(amount)
+            return path.parent
+    return folder
+
+
+def is_outdated(folder, args):
+    """Whether the ranking by which the finished run in `folder` chose A has been made again, with other
+    scores. Then the run is repeated, and a line says so."""
+    used = runs.load(folder / "result.json", ("args",)).get("ranking") or {}
+    path = rank.ranking_folder(rank.ranking_args(args)) / "rank.json"
+    if "metric" not in used or "file" in used or not path.exists():
+        return False
+    scores = runs.load(path).get("scores", {}).get(used["metric"])
+    if scores in (None, used["scores"]):
+        return False
+    say(f"{path} was made again since {folder} was finished: A is another now, so the run is repeated")
+    return True
+
+
+def choose(args, data, own, device):
+    """A, bool (N,), and what result.json says of the scores that chose it. `own`: of read_own_file."""
+    if own.get("fingerprint"):
+        runs.check_fingerprint(data, own["fingerprint"], own["path"])
+    y, amount, scores, info = data.train.y, args.frac or args.size, own.get("scores"), own.get("info")
+    if amount and args.order in ("hardest", "easiest"):
+        n, unit = (len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")
+        subset_size(amount, n, unit)  # an impossible amount is refused before a ranking is made
+        if scores is None:
+            scores, info = rank.scores_for(args, data, device)
+        if info.get("metric") == "vog" and args.split == "esat":
+            scores = within_class(scores, y)  # gradients of classes differ in size (Agarwal et al.)
+    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, subset=own.get("subset"),
+                 order=args.order, scores=scores, seed=args.seed)
+    return A, info
 
 
 def main(argv=None):
-    """Chooses A, trains on A and B, writes and prints the result."""
+    """Chooses A, trains on A and B, writes, prints and returns the result."""
     args = command_line(argv)
-    scores, ranking = own_scores(args)
+    own = read_own_file(args)
     folder, is_finished = run_folder(args)
-    if is_finished:
-        return say(evaluate.finished(folder))
+    if is_finished and not is_outdated(folder, args):
+        return evaluate.finished(folder, args)
     device = common.set_up(args)
     data = open_dataset(args, device)
-    settings = {kind: evaluate.eval_settings(args, data, kind) for kind in ("select", "eval")}
-    y, amount = data.train.y, args.frac or args.size
-    if amount and scores is None and args.order in ("hardest", "easiest"):
-        n, unit = (len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")
-        subset_size(amount, n, unit)  # an impossible amount is refused before a ranking is made
-        scores, ranking = rank.scores_for(args, data, device)
-    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order,
-                 scores=scores, seed=args.seed)
+    if (args.frac or args.size) and not args.run and not folder.exists():
+        n = len(data.classes) if args.split == "csat" else len(data.train)
+        folder = same_size_elsewhere(args, folder, n)
+        is_finished = runs.is_finished(folder, args, "result.json")
+        if is_finished and not is_outdated(folder, args):
+            return evaluate.finished(folder, args)
+    args.force |= is_finished  # of an outdated run
+    settings = {kind: evaluate.eval_settings(args, data.classes, kind) for kind in ("select", "eval")}
+    A, info = choose(args, data, own, device)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes, names_of_A = None, ""
     if args.split == "csat":
-        A_classes = [data.classes[c] for c in y[A].unique()]
+        A_classes = [data.classes[c] for c in data.train.y[A].unique()]
         names_of_A = f" in {', '.join(A_classes)}" if len(A_classes) <= 10 else ""
     say(f"SAT on {data.name} ({len(A):,} training images, {len(data.classes)} classes): "
         f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}){names_of_A}, w_A {w_A:.3g}; "
@@ -201,7 +289,7 @@ def main(argv=None):
         say("note: on a GPU --compile makes this several times as fast (README, Speed)")
     torch.manual_seed(args.seed)  # after the ranking, which draws from it too
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    fit(folder, model, data, A, w_A, args, device, settings, A_classes, ranking=ranking)
+    return fit(folder, model, data, A, w_A, args, device, settings, A_classes, ranking=info)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from common import UserError, say
 
 REBUILD = numpy.zeros(0).__reduce__()[0]  # by which arrays are unpickled; numpy 1 had another name for it
 ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray, numpy.dtype,
-         *(type(numpy.dtype(kind)) for kind in ("i4", "i8", "f4", "f8"))]
+         *(type(numpy.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8"))]
 
 
 def subset_size(amount, n, unit):
@@ -21,14 +21,16 @@ def subset_size(amount, n, unit):
     return k
 
 
-def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", scores=None, seed=0):
+def choose_A(split, y, classes, *, amount=None, names=None, subset=None, order="hardest", scores=None,
+             seed=0):
     """The subset A as bool (N,), chosen once, before training (Sec. 3.3).
 
     y (N,): the labels. split: "none", "full", "esat" (examples) or "csat" (classes). amount: how many
     examples or classes, as a fraction (float) or a number (int). order: "hardest" or "easiest" by `scores`
     (N,), higher = harder; a class has the mean score of its examples (Eq. 3), ties go by index. Or "random",
     by `seed` ("redrawn" too: train() then draws another A every epoch). names: the classes of csat, in place
-    of amount and order. Raises UserError for what cannot be chosen.
+    of amount and order. subset: A itself, bool (N,) or indices, in place of these. Raises UserError for
+    what cannot be chosen.
     """
     if split not in ("none", "full", "esat", "csat") or order not in flags.ORDERS:
         raise UserError(f"{split!r}, {order!r}: valid are none, full, esat, csat; {', '.join(flags.ORDERS)}")
@@ -39,6 +41,8 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
         if unknown:
             raise UserError(f"unknown class {', '.join(unknown)}; valid: {', '.join(classes)} (by --dataset)")
         return torch.isin(y, torch.tensor([classes.index(c) for c in names]))
+    if subset is not None:
+        return subset_mask(subset, len(y))
     n, unit = (len(classes), "classes") if split == "csat" else (len(y), "examples")
     k = subset_size(amount, n, unit)
     if order in ("random", "redrawn"):
@@ -55,6 +59,20 @@ def choose_A(split, y, classes, *, amount=None, names=None, order="hardest", sco
             say(f"note: {int(tied.sum()):,} {unit} share the score at the edge of A; of these the first "
                 f"{int(tied[chosen].sum()):,}, by index, are in A")
     return torch.isin(y if split == "csat" else torch.arange(n), chosen)
+
+
+def subset_mask(subset, n):
+    """A subset of n examples, bool (n,) or indices, as bool (n,). UserError unless it fits and has any."""
+    if subset.dtype == torch.bool and len(subset) != n:
+        raise UserError(f"--subset is a mask of {len(subset):,}; it must have one for each of {n:,} examples")
+    if subset.dtype != torch.bool:
+        if len(subset) == 0 or not 0 <= subset.min() <= subset.max() < n:
+            raise UserError(f"--subset has {len(subset):,} indices, {subset.tolist()[:1]} to "
+                            f"{subset.tolist()[-1:]}; valid: one or more of 0 to {n - 1:,}")
+        subset = torch.isin(torch.arange(n), subset)
+    if not subset.any():
+        raise UserError("--subset is a mask without any example: --split none attacks nothing")
+    return subset
 
 
 def check_scores(scores, n, what="the scores"):
@@ -102,30 +120,63 @@ def within_class(scores, y):
     return (scores.double() - mean[y]) / std[y].clamp_min(1e-12)
 
 
-def read_scores(path):
-    """The scores of --scores FILE, N numbers in a tensor or an array, higher = harder, as float64 (N,). A
-    permutation of the integers 0 to N - 1 is read as an order of the examples, hardest first. One of
-    1 to N, or of floats, could be an order or ranks: UserError, as for anything else."""
+def read_array(flag, path, valid):
+    """What a .pt, .pth, .npy or .npz holds: an array, or the dict that rank.py writes. UserError, which says
+    what is `valid`, for anything else."""
     try:
         if path.suffix in (".pt", ".pth"):
             with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
-                numbers = torch.load(path, weights_only=True, map_location="cpu")
+                content = torch.load(path, weights_only=True, map_location="cpu")
         else:
-            numbers = numpy.load(path, allow_pickle=False)
-        if isinstance(numbers, numpy.lib.npyio.NpzFile):
-            numbers, = numbers.values()
-        numbers = numpy.asarray(numbers).squeeze()
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
-            raise ValueError(f"it holds {numbers.dtype} {numbers.shape}")
+            content = numpy.load(path, allow_pickle=False)
+        if isinstance(content, numpy.lib.npyio.NpzFile):
+            content, = content.values()
+        if isinstance(content, dict) and "fingerprint" in content:
+            return content
+        content = numpy.atleast_1d(numpy.asarray(content).squeeze())
+        if content.ndim != 1 or content.dtype.kind not in "iufb":
+            raise ValueError(f"it holds {content.dtype} {content.shape}")
     except Exception as e:  # numpy and torch raise many kinds on foreign files
         reason = " ".join(str(e).split()).partition(". ")[0][:100]  # torch adds advice on its own flags
-        raise UserError(f"--scores {path}: {reason}; valid: N numbers in a .pt or .pth, .npy, .npz") from None
-    n, ascending = len(numbers), numpy.sort(numbers)
-    is_order, is_ranks = (n > 0 and numpy.array_equal(ascending, numpy.arange(n) + k) for k in (0, 1))
-    if is_ranks or is_order and numbers.dtype.kind == "f":
-        raise UserError(f"--scores {path} holds each of {ascending[0]:g} to {ascending[-1]:g} once: an order "
-                        "or ranks? Give an order as integers from 0, hardest first, or scores not all whole")
-    if is_order:
-        say(f"{path} is read as an order of the indices, hardest first (scores must not all be whole)")
-        numbers = n - numpy.argsort(numbers)  # argsort of an order: the place of each example in it
-    return torch.from_numpy(numbers.astype(numpy.float64))
+        raise UserError(f"--{flag} {path}: {reason}; valid: {valid} in a .pt or .pth, .npy, .npz") from None
+    return content
+
+
+def read_scores(path, metric):
+    """The scores of --scores FILE, higher = harder, as float64 (N,), and the fingerprint of their data, which
+    a scores.pt of rank.py has: it holds several, of which `metric` is taken. Else None."""
+    content = read_array("scores", path, "N numbers, or a scores.pt of rank.py,")
+    if isinstance(content, dict):
+        if metric not in content:
+            raise UserError(f"--scores {path} has no {metric}; --metric names one that it has")
+        return content[metric].double(), content["fingerprint"]
+    if content.dtype.kind == "b":
+        raise UserError(f"--scores {path} holds a mask: give it with --subset")
+    if len(content) > 1 and numpy.array_equal(numpy.sort(content), numpy.arange(len(content))):
+        say(f"note: {path} holds each of 0 to {len(content) - 1:,} once, read as scores, higher = harder; an "
+            "order of the indices, hardest first, is given with --ranking")
+    return torch.from_numpy(content.astype(numpy.float64)), None
+
+
+def read_ranking(path):
+    """The scores (N,) of an order, --ranking FILE: the indices from 0 of all N examples, hardest first."""
+    order = read_array("ranking", path, "the N indices from 0, hardest first,")
+    if isinstance(order, dict):
+        raise UserError(f"--ranking {path} holds scores: give it with --scores")
+    if not numpy.array_equal(numpy.sort(order), numpy.arange(len(order))) or order.dtype.kind not in "iu":
+        raise UserError(f"--ranking {path} must hold each whole number from 0 to N - 1 once, hardest first; "
+                        f"it holds {len(order):,} of {order.dtype}, {len(set(order.tolist())):,} different")
+    return torch.from_numpy(len(order) - numpy.argsort(order)).double()  # argsort of an order: the places
+
+
+def read_subset(path):
+    """A of --subset FILE: bool (N,), or the int64 indices of its examples, ascending."""
+    content = read_array("subset", path, "a bool mask (N,), or indices,")
+    if isinstance(content, dict):
+        raise UserError(f"--subset {path} holds scores: give it with --scores")
+    if content.dtype.kind == "f" or len(set(content.tolist())) < len(content) and content.dtype.kind != "b":
+        raise UserError(f"--subset {path} holds {len(content):,} numbers of {content.dtype}; valid: a bool "
+                        "mask (N,), or whole indices from 0, each once")
+    if content.dtype.kind == "b":
+        return torch.from_numpy(content)
+    return torch.from_numpy(numpy.sort(content.astype(numpy.int64)))

@@ -21,7 +21,7 @@ SOURCE = ("args", "N", "A", "A_classes", "w_A", "cost", "fingerprint", "weights"
 
 
 def main(argv=None):
-    """Loads the source, trains the head, and writes and prints the result."""
+    """Loads the source, trains the head, and writes, prints and returns the result."""
     args = config.parse("transfer.py", __doc__, argv, "best.pt of the source run")
     path, args.checkpoint = args.checkpoint.resolve(), None  # source and source_weights identify it instead
     model, ckpt = evaluate.load_model(path)
@@ -38,10 +38,10 @@ def main(argv=None):
     first_words = [*config.run_name_prefix(args), source["dataset"], source["run"]]
     folder, is_finished = runs.run_folder(args, first_words, {"source", "source_weights"})
     if is_finished:
-        return say(evaluate.finished(folder))
+        return evaluate.finished(folder, args)
     device = common.set_up(args)
     data = open_dataset(args, device)
-    settings = {kind: evaluate.eval_settings(args, data, kind) for kind in ("select", "eval")}
+    settings = {kind: evaluate.eval_settings(args, data.classes, kind) for kind in ("select", "eval")}
     channels, expected = data.train.x.shape[1], ckpt["model"]["mean"].shape[1]
     if channels != expected:
         raise UserError(f"{path} takes images of {expected} channels, {data.name} has {channels}")
@@ -52,7 +52,7 @@ def main(argv=None):
     model = model.transfer(len(data.classes)).to(device)
     # A = {}: the head is trained on clean images, and the target is not split into A and B.
     empty_A = torch.zeros(len(data.train), dtype=torch.bool)
-    fit(folder, model, data, empty_A, 1.0, args, device, settings, source=source)
+    return fit(folder, model, data, empty_A, 1.0, args, device, settings, source=source)
 
 
 if __name__ == "__main__":

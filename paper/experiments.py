@@ -1,10 +1,13 @@
 """The list of runs behind each figure of the paper, as the commands that make them. SECTIONS says which
 figures are made on which data, FIGURES which runs a figure shows, and DATA how many there are."""
+import argparse
 import itertools
 from dataclasses import dataclass, field
 
+import runs
 from common import HERE
 from config import from_yaml
+from flags import DEFAULTS, dests
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 ENDS = ["cat", "automobile"]  # CIFAR-10's hardest and easiest class
@@ -106,6 +109,15 @@ def runs_of(plan, figure):
                 yield {"split": split, amount_flag: amount, "order": order, "seed": seed, **others}
 
 
+def ranking_name(config, extra_values):
+    """The name of the ranking that rank.py makes with a config and further flags."""
+    setting = DEFAULTS | from_yaml(config)
+    base = {dest: setting[dest] for dest in dests("rank.py")}
+    values = {dest: extra_values.get(dest, value) for dest, value in base.items()}
+    args = argparse.Namespace(**{**values, "seed": 0, "base": base})
+    return runs.run_name(args, ["rank", args.arch], {"arch", "metrics"})
+
+
 def stages(sections, figures, results, extra_values):
     """Yields the stages of the figures in the sections (of all, if `figures` is empty), repeats included: for
     each its ranking, baselines, runs, and the transfers of these. results: the folder of results. extra: the
@@ -122,7 +134,7 @@ def stages(sections, figures, results, extra_values):
         seen = IMAGES[plan.dataset] * setting["epochs"]
         if split != "single":
             yield Stage(f"{source}: ranking (fig3)", "rank.py",
-                        f"{results}/{plan.dataset}/rank-{setting['arch']}-seed0", "rank.json",
+                        f"{results}/{plan.dataset}/{ranking_name(path, extra_values)}", "rank.json",
                         seen * (5 if "vog" in plan.metrics else 4),
                         [*base_flags, "--metrics", *plan.metrics.split()])
         if split == "ranking":

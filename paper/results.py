@@ -1,16 +1,20 @@
 """Reads the results of finished runs, result.json and rank.json, checks them, and groups those that may stand
 in one table."""
+import csv
+import io
+import itertools
 import json
 from pathlib import Path
 
 import numpy
 
 from common import UserError, say
-from runs import load
+from runs import atomic, load
 
 # Flags in which the runs of one table may differ, and those that have no effect on a run's result.
-NOT_SETTING = {"split", "frac", "size", "classes", "order", "metric", "scores", "weight", "weight_factor",
-               "attack", "seed", "dataset", "eval_batch", "source", "source_weights", "checkpoint"}
+NOT_SETTING = {"split", "frac", "size", "classes", "order", "metric", "scores", "ranking", "subset", "weight",
+               "weight_factor", "attack", "seed", "dataset", "eval_batch", "source", "source_weights",
+               "checkpoint"}
 DESCRIBED = {"norm", "eps", "eval_attacks", "arch", "epochs", "N", "n"}  # in the name of every group
 
 
@@ -30,11 +34,11 @@ class Run:
         self.head_seed = target["seed"] if source else 0
         self.split, self.attack = args["split"], args["attack"]
         self.metric, self.weight = args["metric"], args["weight"]
-        self.order = "named" if args["classes"] else args["order"]
+        self.order = "named" if args["classes"] or args.get("subset") else args["order"]
         if self.order in ("random", "redrawn"):
             self.metric = "entropy"  # no metric is used; this value puts them beside the runs by entropy
-        elif args.get("scores"):
-            self.metric = f"own {args['scores']}"
+        elif own := args.get("scores") or args.get("ranking") or args.get("subset"):
+            self.metric = f"own {own}"
         if args["weight_factor"]:
             self.weight = f"w_A {args['weight_factor']:g}"
         self.A, self.N, self.w_A = training["A"], training["N"], training["w_A"]
@@ -162,12 +166,50 @@ def pick(runs, **values):
     return [r for r in runs if all(getattr(r, k) == v for k, v in values.items())]
 
 
-def ranking_cautions(runs):
-    """A sentence for each metric whose runs used different rankings. May be empty."""
+def ranking_cautions(runs, rankings):
+    """A sentence for each metric whose runs used different rankings, and one if runs used a ranking that has
+    been made again. May be empty. rankings: of read_rankings."""
     by_metric = grouped([r for r in runs if r.ranking], "metric")
-    rankings = {metric: len({r.ranking for r in same}) for (metric,), same in by_metric.items()}
-    return " ".join(f"Caution: the runs by {metric} used {n} different rankings."
-                    for metric, n in rankings.items() if n > 1)
+    n_rankings = {metric: len({r.ranking for r in same}) for (metric,), same in by_metric.items()}
+    cautions = [f"Caution: the runs by {metric} used {n} different rankings."
+                for metric, n in n_rankings.items() if n > 1]
+    hashes = {}  # {data set: the hashes of its scores that are there}
+    for ranking in rankings.values():
+        hashes.setdefault(ranking["fingerprint"]["name"], set()).update(ranking.get("scores", {}).values())
+    outdated = [r for r in runs if r.ranking and not r.metric.startswith("own")
+                and r.ranking not in hashes.get(r.data.split("->")[0], {r.ranking})]
+    if outdated:
+        cautions.append(f"Caution: {counted(len(outdated), 'run')} used a ranking that is no longer there "
+                        f"(the first: {outdated[0].path}).")
+    return " ".join(cautions)
+
+
+def write_csv(path, runs):
+    """Writes a tidy row for each run, as pandas.read_csv wants it. Accuracies in percent."""
+    rows = []
+    for r in runs:
+        ordered = r.split in ("csat", "esat")
+        row = {"run": r.path, "data": r.data, "split": r.split, "A": r.A, "N": r.N, "share": r.share,
+               "order": r.order if ordered else "", "classes": " ".join(r.A_classes),
+               "metric": r.metric if ordered and r.order in ("hardest", "easiest") else "",
+               "weight": r.weight if ordered else "", "w_A": r.w_A, "attack": r.attack if r.A else "",
+               "seed": r.seed, "head_seed": r.head_seed if r.transfer else "",
+               **{k: r.setting.get(k, "") for k in ("arch", "epochs", "norm", "eps", "n")},
+               "eval_attacks": " ".join(r.setting["eval_attacks"]), "precision": r.precision,
+               "forward_passes": r.cost}
+        for part, kind in itertools.product(("all", "A_val", "B_val"), ("robust", "clean")):
+            accuracy = r.accuracy.get(part, {}).get(kind, {"accuracy": None})
+            name = kind if part == "all" else f"{kind}_{part}"
+            row[name] = "" if accuracy["accuracy"] is None else round(100 * accuracy["accuracy"], 4)
+            if part == "all":
+                row |= {f"{kind}_{end}": round(100 * accuracy[end], 4) for end in ("low", "high")}
+        rows.append(row)
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    atomic(path, lambda f: f.write(text.getvalue().encode()))
 
 
 def counted(n, noun):

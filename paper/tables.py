@@ -87,7 +87,7 @@ def curve_table(figure, group):
     return markdown(head, body)
 
 
-def curve_section(runs, figure_folder, figure):
+def curve_section(runs, figure_folder, figure, rankings):
     """A figure of accuracy against |A|/N and its tables, one for each group of runs."""
     usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
              "weight": "emphasis" if figure.transfer else "vanilla"}  # Sec. 4.3
@@ -107,7 +107,7 @@ def curve_section(runs, figure_folder, figure):
                    if size not in by_size]
         missing += [f"the baseline {line}" for line in baselines if not baselines[line]]
         paragraphs += [f"### {data}: {name}", curve_table(figure, groups[-1]),
-                       differences_from_paper(data, setting), ranking_cautions(in_group),
+                       differences_from_paper(data, setting), ranking_cautions(in_group, rankings),
                        f"Missing runs of these lines: {', '.join(missing)}." if missing else ""]
     if not groups:
         return [paragraphs[0], "No runs yet."]

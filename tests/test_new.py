@@ -1,0 +1,310 @@
+"""A run is what its command says, and a file is what its flag says."""
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import config
+import evaluate
+import flags
+import rank
+import report
+import runs
+import sat
+import subset
+import train
+import transfer
+from common import UserError
+from conftest import HERE
+from paper import experiments
+from small import CSAT, ONE, ONE_EPOCH, RANK, RANKING, SAT, R, few, finished, workplace  # noqa: F401
+
+BY_RANKING = [*SAT, *ONE, "--frac", "0.3"]
+FOLDER = Path("results/few/esat-hardest-0.3-batch-size=32-epochs=1-lr-decays=-select-attacks=apgd-ce-select-n=4-"
+              "steps=2-seed0")
+
+
+def trained(monkeypatch):
+    """A list that receives the model of each call of train() from now on."""
+    models, real = [], train.train
+    for module in (sat, rank):
+        monkeypatch.setattr(module, "train", lambda model, *a: models.append(model) or real(model, *a))
+    return models
+
+
+def test_a_ranking_is_that_of_the_run_s_own_training(monkeypatch):
+    """Another number of epochs makes another ranking, in another folder; another seed makes none."""
+    names = []
+    for more in ([], ["--epochs", "2"], ["--seed", "3"], ["--arch", "preactresnet18"]):
+        args = rank.ranking_args(sat.command_line([*SAT, *more]))
+        names.append(rank.ranking_folder(args).name)
+    name = "rank-preactresnet8-batch-size=32-epochs={}-lr-decays=1-seed0"
+    assert names == [name.format(3), name.format(2), name.format(3), name.format(3).replace("8", "18", 1)]
+    assert rank.ranking_folder(rank.ranking_args(sat.command_line([]))).name == "rank-preactresnet8-seed0"
+
+
+def test_run_all_and_rank_py_name_a_ranking_alike():
+    path = HERE / "configs/cifar10-cpu.yaml"
+    for words, values in (([], {}), (["--epochs", "2", "--lr", "0.2"], {"epochs": 2, "lr": 0.2})):
+        args = config.parse("rank.py", "", ["--config", str(path), *words])
+        assert experiments.ranking_name(path, values) == rank.ranking_folder(args).name
+
+
+def test_a_ranking_of_another_config_with_the_same_name_is_left_alone():
+    args = config.parse("rank.py", "", RANK)
+    folder = rank.ranking_folder(args)
+    for name, content in (("args.json", {**runs.identity(args), "epochs": 9}),
+                          ("rank.json", {"args": {**runs.identity(args), "epochs": 9}})):
+        folder.mkdir(parents=True)
+        runs.write_json(folder / name, content)
+        assert rank.ranking_folder(args).name.startswith("rank-preactresnet8-")
+        assert rank.ranking_folder(args) != folder
+        shutil.rmtree(folder)
+
+
+def test_a_run_whose_ranking_was_made_again_is_made_again(monkeypatch, capsys):
+    first = sat.main(BY_RANKING)
+    sat.main(BY_RANKING)
+    assert "is finished" in capsys.readouterr().out
+    path, = Path("results/few").glob("rank-*/scores.pt")
+    content = runs.load(path)
+    content["entropy"] = content["entropy"].flip(0)
+    runs.save(path, content)
+    table = runs.load(path.with_name("rank.json"))
+    table["scores"]["entropy"] = subset.scores_hash(content["entropy"])
+    runs.write_json(path.with_name("rank.json"), table)
+    report.main([])
+    assert "Caution: 1 run used a ranking that is no longer there" in Path("results/tables.md").read_text()
+    capsys.readouterr()
+    second = sat.main(BY_RANKING)
+    out = capsys.readouterr().out
+    assert "was made again since" in out
+    assert "epoch 1:" in out
+    assert second["ranking"]["scores"] != first["ranking"]["scores"]
+    assert second["weights"] != first["weights"]
+
+
+def test_another_evaluation_of_a_finished_run_trains_nothing(monkeypatch, capsys):
+    first = sat.main([*BY_RANKING])
+    models = trained(monkeypatch)
+    other = [*BY_RANKING, "--eval-n", "6"]
+    result = sat.main(other)
+    assert models == []
+    assert result["accuracy"]["all"]["clean"]["n"] == 6
+    assert result["weights"] == first["weights"]
+    path, = Path("results/few").glob("esat*/eval-*.json")
+    assert runs.load(path) == result
+    assert sat.main(other)["accuracy"] == result["accuracy"]
+    assert f"{path} is there already" in capsys.readouterr().out
+    assert sat.main(BY_RANKING)["accuracy"] == first["accuracy"], "the run keeps its own result"
+
+
+def test_a_run_of_an_earlier_version_keeps_the_flags_of_evaluation_in_its_name():
+    args = sat.command_line([*SAT, "--frac", "0.3"])
+    folder, _ = sat.run_folder(args)
+    assert "eval" not in folder.name
+    earlier = folder.with_name(runs.run_name(args, ["esat", "hardest", "0.3"], {
+        "split", "frac", "size", "order", "metric", "weight"}))
+    assert "eval-n=8" in earlier.name
+    earlier.mkdir(parents=True)
+    assert sat.run_folder(args) == (earlier, False)
+
+
+@pytest.mark.parametrize("words,others", [
+    ("--frac 0.3", "--size 29"), ("--size 29", "--frac 0.3"), ("--frac 0.3", "--frac 0.301"),
+    ("--split csat --size 3", "--split csat --frac 0.3")])
+def test_the_same_A_by_another_amount_is_the_same_run(words, others, finished, monkeypatch):  # noqa: F811
+    shutil.copytree(finished, "results")
+    own = torch.arange(96.0)
+    torch.save(own, "own.pt")
+    argv = [*SAT, *ONE, "--scores", "own.pt"]
+    first = sat.main([*argv, *words.split()])
+    models = trained(monkeypatch)
+    assert sat.main([*argv, *others.split()])["weights"] == first["weights"]
+    assert models == []
+    sat.main([*argv, *words.split()[:-1], {"0.3": "0.5", "29": "30", "3": "4"}[words.split()[-1]]])
+    assert len(models) == 1, "another |A| is another run"
+
+
+def test_main_returns_the_result_and_load_model_a_network_in_eval_mode():
+    result = sat.main(ONE_EPOCH)
+    assert result == runs.load(R / "result.json")
+    model, _ = evaluate.load_model(str(R / "best.pt"))
+    assert not any(module.training for module in model.modules())
+    assert result["versions"].keys() >= {"python", "numpy", "cuda", "torch", "torchvision", "pyautoattack"}
+    assert result["warnings"] == []
+
+
+def test_warnings_of_autoattack_are_kept_in_the_result(monkeypatch):
+    import logging
+    import attacks
+    real = attacks.attack_batch
+
+    def warn(*a, **k):
+        logging.getLogger("auto-attack").warning("zero gradient on 3 of 5 points")
+        return real(*a, **k)
+    monkeypatch.setattr(attacks, "attack_batch", warn)
+    assert sat.main(ONE_EPOCH)["warnings"] == ["zero gradient on 3 of 5 points"]
+
+
+ORDER = np.array([2, 3, 0, 1])  # hardest first
+
+
+@pytest.mark.parametrize("flag,content,A", [
+    ("scores", ORDER.astype(float), [0, 1]), ("scores", ORDER, [0, 1]), ("scores", ORDER + 1, [0, 1]),
+    ("scores", torch.tensor([0.1, 0.4, 0.3, 0.2]), [1, 2]), ("ranking", ORDER, [2, 3]),
+    ("ranking", torch.from_numpy(ORDER), [2, 3]), ("subset", np.array([True, False, False, True]), [0, 3]),
+    ("subset", torch.tensor([3, 1]), [1, 3]), ("subset", np.array([0, 1]), [0, 1])])
+def test_files_of_ones_own(flag, content, A):
+    """Scores are never an order: higher = harder. Of four examples, A has two."""
+    torch.save(content, "file.pt")
+    args = sat.command_line([f"--{flag}", "file.pt", *([] if flag == "subset" else ["--size", "2"])])
+    own = sat.read_own_file(args)
+    chosen = subset.choose_A("esat", torch.zeros(4, dtype=torch.int64), ["a"], amount=args.size,
+                             subset=own.get("subset"), scores=own.get("scores"))
+    assert chosen.nonzero()[:, 0].tolist() == A
+
+
+def test_scores_pt_of_rank_py_with_a_metric(finished):  # noqa: F811
+    shutil.copytree(finished, "results")
+    path, = Path("results/few").glob("rank-*/scores.pt")
+    ranking = runs.load(path)
+    args = sat.command_line([*SAT, "--scores", str(path), "--metric", "svar"])
+    own = sat.read_own_file(args)
+    assert torch.equal(own["scores"], ranking["svar"].double())
+    result = sat.main([*SAT, *ONE, "--scores", str(path), "--metric", "svar", "--size", "40", "--run", "r"])
+    assert result["ranking"]["metric"] == "svar"
+    ranking["fingerprint"]["images"] = "others"
+    torch.save(ranking, "other.pt")
+    with pytest.raises(UserError, match="other.pt belongs to other data"):
+        sat.main([*SAT, "--scores", "other.pt"])
+
+
+@pytest.mark.parametrize("flag,content,message", [
+    ("ranking", ORDER + 1, "each whole number from 0 to N - 1 once"),
+    ("ranking", ORDER.astype(float), "each whole number from 0 to N - 1 once"),
+    ("ranking", np.array([0, 0, 1, 2]), "4 of int64, 3 different"),
+    ("ranking", {"fingerprint": 1, "entropy": 2}, "give it with --scores"),
+    ("scores", np.array([True, False]), "holds a mask: give it with --subset"),
+    ("scores", {"fingerprint": 1, "svar": 2}, "has no entropy; --metric names one"),
+    ("subset", np.array([0.0, 1.0]), "2 numbers of float64; valid: a bool mask"),
+    ("subset", np.array([0, 0, 1]), "3 numbers of int64; valid: a bool mask"),
+    ("subset", np.array([96]), "valid: one or more of 0 to 95"),
+    ("subset", np.array([-1, 4]), "valid: one or more of 0 to 95"),
+    ("subset", np.array([True] * 95), "a mask of 95; it must have one for each of 96"),
+    ("subset", np.array([False] * 96), "a mask without any example")])
+def test_files_of_ones_own_that_are_refused(flag, content, message):
+    torch.save(content, "file.pt")
+    with pytest.raises(UserError, match=message):
+        sat.main([*SAT, *ONE, f"--{flag}", "file.pt"])
+
+
+def test_a_subset_is_named_by_its_examples():
+    names = set()
+    for i, content in enumerate((torch.arange(96) < 3, torch.tensor([2, 0, 1]), torch.arange(96) < 4)):
+        torch.save(content, f"{i}.pt")
+        args = sat.command_line(["--subset", f"{i}.pt"])
+        sat.read_own_file(args)
+        names.add(sat.run_folder(args)[0].name)
+    assert len(names) == 2, "a mask and indices of the same examples are the same A"
+    result = sat.main([*SAT, *ONE, "--subset", "0.pt", "--run", "r"])
+    assert result["A"] == 3
+
+
+@pytest.mark.parametrize("words,note", [
+    ("--step-size 0.05 --eps 0.5", "7 steps of 0.05 cannot reach --eps 0.5"),
+    ("--norm linf --eps 8/255 --step-size 0.1", "each --step-size 0.1 crosses the whole ball")])
+def test_weak_attacks_are_named(words, note, capsys):
+    sat.command_line(words.split())
+    assert note in capsys.readouterr().out
+    sat.command_line(["--step-size", "0.1"])
+    assert capsys.readouterr().out == ""
+
+
+def test_fractions_underscores_and_nearest_names(tmp_path):
+    args = sat.command_line("--eps 8/255 --norm linf --step_size 2/255 --lr_decays 3 4".split())
+    assert (args.eps, args.step_size, args.lr_decays) == (8 / 255, 2 / 255, [3, 4])
+    Path("c.yaml").write_text("dataset: digits\nlr_decays: [1]\neps: 1/2\n")
+    args = sat.command_line(["--config", "c.yaml"])
+    assert (args.lr_decays, args.eps) == ([1], 0.5)
+    assert flags.number(int, 0)("3") == 3
+    for words, message in (("--epoch 3", "--epoch 3; did you mean --epochs?"), ("--eps 1/0", "'1/0' is not"),
+                           ("--weight 5", "a number is given as --weight-factor"), ("--epochs 1/2", "'1/2'"),
+                           ("--config digit.yml", "there are configs/cifar10-cpu.yaml"),
+                           (f"--config {HERE}/configs/transfer/svhn.yaml", "svhn.yaml is of transfer.py")):
+        with pytest.raises(UserError) as e:
+            sat.command_line(words.split())
+        assert message in str(e.value)
+    Path("c.yaml").write_text("weightdecay: 1\n")
+    with pytest.raises(UserError, match="'weightdecay'; did you mean weight-decay"):
+        sat.command_line(["--config", "c.yaml"])
+    with pytest.raises(UserError, match="to which data set. Give --dataset, or --config with one of configs/tr"):
+        transfer.main(["best.pt"])
+
+
+def test_a_ranking_that_orders_nothing_is_not_kept(monkeypatch):
+    monkeypatch.setattr(rank, "score", lambda *a: {"entropy": torch.zeros(96), "svar": torch.zeros(96)})
+    with pytest.raises(UserError, match="all examples have the same score.*training diverged.*lower --lr"):
+        rank.main([*RANK, "--metrics", "entropy", "svar"])
+    assert not list(Path("results").rglob("scores.pt"))
+
+
+@pytest.mark.parametrize("environment,message", [
+    ({"RANK": "1"}, "the environment has RANK=1, which is not what torchrun sets: start with torchrun, or unset"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "has RANK=0, WORLD_SIZE=2, which is not"),
+    ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=x"),
+    ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),
+    ({"WORLD_SIZE": "1", "RANK": "0"}, None), ({"MASTER_ADDR": "a"}, None), ({}, None)])
+def test_variables_of_torchrun_that_were_left_behind(environment, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        common.check_environment()
+        assert {name: os.environ[name] for name in environment} == environment
+    else:
+        with pytest.raises(UserError) as e:
+            common.check_environment()
+        assert message in str(e.value)
+        assert "RANK" not in os.environ
+
+
+def test_head_ends_quietly():
+    done = subprocess.run(f"{sys.executable} {HERE}/run_all.py --dry-run all | head -n 1; echo ${{PIPESTATUS[0]}}",
+                          shell=True, executable="/bin/bash", capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[1] == "141"
+
+
+def test_progress_of_autoattack_without_a_terminal(capsys):
+    sat.main([*ONE_EPOCH, "--eval-n", "8", "--eval-batch", "5"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "AutoAttack:" in line]
+    assert [line.split(",")[0].split(": ")[1] for line in lines] == [
+        "4 of 4 examples done", "5 of 8 examples done", "8 of 8 examples done"]
+    assert all(line.endswith(" left") for line in lines)
+
+
+def test_runs_csv_is_tidy(finished):  # noqa: F811
+    shutil.copytree(finished, "results")
+    sat.main([*SAT, *ONE, "--split", "full"])
+    report.main([])
+    with open("results/runs.csv", newline="") as file:
+        rows = {row["split"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"csat", "full"}
+    result = json.loads(Path("results/few/b/result.json").read_text())
+    assert float(rows["csat"]["robust"]) == pytest.approx(100 * result["accuracy"]["all"]["robust"]["accuracy"])
+    assert float(rows["csat"]["robust_A_val"]) == pytest.approx(
+        100 * result["accuracy"]["A_val"]["robust"]["accuracy"])
+    assert rows["csat"]["run"] == "results/few/b"
+    assert [rows["full"][k] for k in ("order", "metric", "weight", "robust_A_val")] == ["", "", "", ""]
+    assert rows["full"]["eval_attacks"] == "apgd-ce"
