@@ -1,5 +1,6 @@
 """What the scripts share besides mathematics: processes (torchrun), the device, progress, signals, errors."""
 import datetime
+import json
 import os
 import shutil
 import signal
@@ -137,6 +138,13 @@ def process_prefix():
     return f"[process {process_index()}] " if process_index() else ""
 
 
+def tell_torchrun(text):
+    """Makes torchrun, if it is there, end its own report of a failure with `text`."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
+
+
 def script(main):
     """Runs a script's main(). A user's mistake (exit code 2), a signal (128 + its number) and a lost process
     (1) end in one line on stderr."""
@@ -157,6 +165,7 @@ def script(main):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         print(f"error: {process_prefix()}{e}", file=sys.stderr)
+        tell_torchrun(f"error: {e}")
         code = 2
     except KeyboardInterrupt as e:
         say("stopped: the same command, without --force, goes on from the last whole epoch or AutoAttack "

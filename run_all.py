@@ -23,6 +23,7 @@ import common
 import flags
 from common import HERE, UserError
 from paper.experiments import FIGURES, SECTIONS, overview, stages
+from runs import lock_exclusively
 
 # The flags by which the runs differ, and those with a variable of their own: EXTRA may not have them.
 OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--scores",
@@ -45,7 +46,7 @@ def make(stage, command, results, wait=False):
     path = Path(results, "logs", os.path.relpath(stage.folder, results).replace("/", "_") + ".log")
     with open(path, "a", buffering=1) as log:  # a line at a time
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | (0 if wait or stage.script == "rank.py" else fcntl.LOCK_NB))
+            lock_exclusively(log, 0 if wait or stage.script == "rank.py" else fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         if Path(stage.folder, stage.final_file).exists():

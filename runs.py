@@ -1,5 +1,7 @@
 """The folders of runs: their names, locks, atomic files and checkpoints, and how a stopped run goes on. It
 imports torch only where it reads or writes tensors."""
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -79,6 +81,17 @@ def check_fingerprint(data, stored, path):
         raise UserError(f"{path} belongs to other data ({'; '.join(differences)[:300]}): make it again")
 
 
+def lock_exclusively(file, options=0):
+    """Locks an open file. BlockingIOError if another process has the lock and the options are LOCK_NB. On a
+    file system without locks, as some networks have, a warning takes the lock's place."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | options)
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        say(f"warning: {file.name} cannot be locked ({e.strerror}): do not start the same run twice at once")
+
+
 def start_run(folder, args, final_file="result.json"):
     """Locks the run's folder until end_run or the end of this process, and makes it, with args.json, in
     process 0. Waits while another process makes the same run. Returns whether that process has finished it.
@@ -92,10 +105,10 @@ def start_run(folder, args, final_file="result.json"):
     except OSError as e:
         raise UserError(f"cannot write {lock}: {e.strerror}; give another --results") from None
     try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_exclusively(lock_file, fcntl.LOCK_NB)
     except BlockingIOError:
         say(f"{folder} is being made by another process: waiting for it")
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        lock_exclusively(lock_file)
     if is_finished(folder, args, final_file):
         end_run(folder)
         return from_process_0(True)
@@ -118,7 +131,8 @@ def end_run(folder):
         for leftover in (folder.with_name(f".old-{folder.name}"), folder / "chunks"):
             shutil.rmtree(leftover, ignore_errors=True)
         with LOCKS.pop(folder) as lock:  # closing is not enough while a loader process has the file, too
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def resume(folder, args, data, keys=()):
