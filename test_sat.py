@@ -14,6 +14,7 @@ import attacks
 import evaluate
 import models
 import rank
+import report
 import runs
 import sat
 import subset
@@ -62,12 +63,11 @@ def trained():
 
 @pytest.fixture(autouse=True)
 def short_autoattack(monkeypatch):
-    set_version = pyautoattack.AutoAttack._set_version
-
     def set_shorter(self, version):
         set_version(self, version)
         self.square.n_queries = 100
         self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 10
+    set_version = pyautoattack.AutoAttack._set_version
     monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", set_shorter)
 
 
@@ -150,15 +150,14 @@ def test_random_start_is_uniform_in_the_ball():
 
 @pytest.mark.parametrize("attack", [*ATTACKS, attacks.autoattack])
 def test_attacks_leave_the_model_as_it_was(attack):
-    model, (x, y) = net().train(), images()
-    model.features[1].bn1.eval()  # a mixture of modes must come back as a mixture
-    model.head.bias.requires_grad_(False)
-    F.cross_entropy(model(x), y).backward()
-
     def everything():
         return [*(value.tolist() for value in model.state_dict().values()),
                 *((p.requires_grad, None if p.grad is None else p.grad.tolist()) for p in model.parameters()),
                 *(module.training for module in model.modules())]
+    model, (x, y) = net().train(), images()
+    model.features[1].bn1.eval()  # a mixture of modes must come back as a mixture
+    model.head.bias.requires_grad_(False)
+    F.cross_entropy(model(x), y).backward()
     before = everything()
     attack(model, x, y, eps=0.5)
     assert everything() == before
@@ -176,9 +175,6 @@ def test_autoattack_agrees_with_the_package():
 
 
 def test_autoattack_goes_on_after_the_chunks_that_are_there(tmp_path, monkeypatch):
-    data, index, calls = load_dataset("digits", "data"), torch.arange(20), []
-    x, y = data.test.pixels(index, "cpu"), data.test.y[:20]
-
     def attack_batch(model, x, y, seed, **settings):
         calls.append((len(x), seed))
         return y > 4, y > 4 + seed
@@ -186,16 +182,20 @@ def test_autoattack_goes_on_after_the_chunks_that_are_there(tmp_path, monkeypatc
     def evaluated(eps=0.25, seed=0):
         settings = {"norm": "l2", "eps": eps, "attacks": ["apgd-ce"], "n": 20, "batch_size": 6, "seed": seed}
         return torch.stack(evaluate.autoattack_accuracy(net(), data, index, settings, tmp_path))
+    data, index, calls = load_dataset("digits", "data"), torch.arange(20), []
+    x, y = data.test.pixels(index, "cpu"), data.test.y[:20]
     monkeypatch.setattr(attacks, "attack_batch", attack_batch)
     whole = torch.stack(attacks.autoattack(net(), x, y, eps=0.25, batch_size=6))
     assert torch.equal(whole, torch.stack([y > 4, y > 4 + index // 6])), "each batch has a seed of its own"
     assert torch.equal(evaluated(), whole)
     assert calls[4:] == calls[:4] == [(6, 0), (6, 1), (6, 2), (2, 3)]
-    next(tmp_path.glob("*/chunk00002.pt")).unlink()
+    first, _, third, _ = sorted(tmp_path.glob("*/chunk*.pt"))
+    torch.save(torch.zeros(2, 5), first)
+    third.unlink()
     assert torch.equal(evaluated(), whole)
-    assert calls[8:] == [(6, 2)], "only the chunk that is missing"
+    assert calls[8:] == [(6, 0), (6, 2)], "only the chunks that are missing or have another shape"
     evaluated(eps=0.2, seed=5)
-    assert calls[9:] == [(6, 5), (6, 6), (6, 7), (2, 8)], "other settings share nothing"
+    assert calls[10:] == [(6, 5), (6, 6), (6, 7), (2, 8)], "other settings share nothing"
 
 
 @pytest.mark.parametrize("n_classes,unusable", [(2, {"apgd-t"}), (3, {"apgd-t"}), (5, set())])
@@ -285,7 +285,7 @@ def test_weights_of_the_paper(kind, n_A, expected):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_batches_of_an_epoch(processes, monkeypatch):
-    args = arguments("--batch-size", "8", "--augment", "none", "--random-start")
+    args = arguments("--batch-size", "8", "--augment", "crop", "--random-start")
     split, A, order = digits(40), torch.arange(40) % 7 == 0, epoch_order(40, 8, args.seed, 1)[0]
     whole, parts = list(train.epoch_batches(split, A, 5.0, args, 1, CPU)), []
     monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -294,7 +294,7 @@ def test_batches_of_an_epoch(processes, monkeypatch):
         parts.append(list(train.epoch_batches(split, A, 5.0, args, 1, CPU)))
     for index, batch, *batches in zip(order, whole, *parts, strict=True):
         x, y, positions, w, w_sums, starts = zip(*batches)
-        assert torch.equal(torch.cat(x), split.pixels(index, "cpu"))
+        assert torch.equal(torch.cat(x), batch[0]), "augmented as in one process"
         assert torch.equal(torch.cat(y), split.y[index])
         assert torch.cat(w).tolist() == [5.0 if A[i] else 1.0 for i in index]
         close(torch.stack(w_sums), torch.full((processes,), torch.cat(w).sum().item() / processes))
@@ -307,14 +307,14 @@ def test_batches_of_an_epoch(processes, monkeypatch):
 @pytest.mark.parametrize("factor", [1, 100])
 def test_a_step_on_a_notebooks_own_tensors(factor):
     """README's example. Larger weights are no other learning rate; channels_last, which is fast, stays."""
-    model, oracle = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10)) for _ in range(2))
-    oracle.load_state_dict(model.state_dict())
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
     last, (x, _), y, layouts = torch.channels_last, images(8, channels=3), torch.arange(8), []
     x, w = x.contiguous(memory_format=last), torch.tensor([1.0, 1, 3, 1, 1, 3, 1, 1])
     a, x_adv, before = torch.tensor([2, 5]), x.clone(), x.clone()
-    x_adv[2], x_adv[5] = oracle_pgd(oracle, x[a], y[a], 0.5, 0.1, 7)
-    expected = (w * F.cross_entropy(oracle(x_adv), y, reduction="none")).sum() / 12
-    expected.backward()
+    x_adv[a] = oracle_pgd(model, x[a], y[a], 0.5, 0.1, 7)
+    expected = (w * F.cross_entropy(model(x_adv), y, reduction="none")).sum() / 12
+    gradients = torch.autograd.grad(expected, [*model.parameters()])
+    stepped = [p - 0.1 * gradient for p, gradient in zip(model.parameters(), gradients)]
     model.register_forward_pre_hook(lambda _, x: layouts.append(x[0].is_contiguous(memory_format=last)))
     attack = functools.partial(attacks.pgd, model, eps=0.5, step_size=0.1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -322,8 +322,7 @@ def test_a_step_on_a_notebooks_own_tensors(factor):
     close(loss, expected.detach())
     assert torch.equal(x, before), "the caller's images are not changed"
     assert layouts == [True] * 8, "of seven steps of the attack and the training step"
-    for p, q in zip(model.parameters(), oracle.parameters()):
-        close(p, q - 0.1 * q.grad)
+    close([*model.parameters()], stepped)
 
 
 def oracle_training(model, split, A, w_A, args):
@@ -376,6 +375,7 @@ def test_only_A_is_attacked_and_costs_are_counted(flags, n_A, gradients, trained
         assert torch.equal(length(x - clean) == 0, ~A[index])
     assert row["attacked"] == n_A
     assert row["forward"] == 128 + gradients * n_A
+    assert row["backward"] == trained_images + gradients * n_A
     assert row["forward_equivalents"] == 128 + 2 * trained_images + 2 * gradients * n_A
 
 
@@ -438,7 +438,7 @@ def test_scores_are_means_over_the_epochs_of_training_without_attacks(results):
     assert rank.entropy(torch.tensor([[0.0, 0.0, -1e4]])).item() == pytest.approx(math.log(2)), "0 log 0 = 0"
 
 
-def test_a_run_on_the_hardest_classes_its_evaluation_and_its_transfer(results):
+def test_a_run_on_the_hardest_classes_its_evaluation_its_transfer_and_the_report(results):
     run, (transferred,) = results / "digits0-4/run", (results / "digits5-9").iterdir()
     ranking, y = results / "digits0-4/rank-preactresnet8-seed0", load_dataset("digits0-4", "data").train.y
     entropy = runs.load(ranking / "scores.pt")["entropy"].double()
@@ -459,16 +459,20 @@ def test_a_run_on_the_hardest_classes_its_evaluation_and_its_transfer(results):
     assert [tuple(after[f"head.{k}.weight"].shape) for k in (0, 2)] == [(64, 64), (5, 64)]
     assert target["A"] == 0
     assert [target["source"][k] for k in ("dataset", "run", "A")] == ["digits0-4", "run", result["A"]]
+    report.main(["--results", str(results)])
+    robust, low, high = (100 * target["accuracy"]["all"]["robust"][k] for k in ("accuracy", "low", "high"))
+    for text in ("| hardest | 2 classes | 0.40 |", f"| 1 | {robust:.1f} [{low:.1f}, {high:.1f}] |",
+                 "| digits0-4/run | best.pt | l2 eps 0.5 |"):
+        assert text in (results / "tables.md").read_text()
 
 
 def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, monkeypatch):
-    accuracies = {2: (5, 3), 3: (7, 4), 5: (6, 4), 6: (7, 4), 7: (8, 3)}  # {epoch: (clean, robust) of ten}
-    epochs, indices, weights, folder = iter([*accuracies, "final"]), {}, {}, tmp_path / "digits0-4" / "run"
-
     def autoattack_accuracy(model, data, index, settings, folder):
         epoch = next(epochs)
         indices[epoch], weights[epoch] = {*index.tolist()}, evaluate.weights_hash(model.state_dict())
         return [torch.arange(len(index)) < n for n in accuracies.get(epoch, (1, 0))]
+    accuracies = {2: (5, 3), 3: (7, 4), 5: (6, 4), 6: (7, 4), 7: (8, 3)}  # {epoch: (clean, robust) of ten}
+    epochs, indices, weights, folder = iter([*accuracies, "final"]), {}, {}, tmp_path / "digits0-4" / "run"
     monkeypatch.setattr(evaluate, "autoattack_accuracy", autoattack_accuracy)
     sat.main(["--dataset", "digits0-4", "--split", "none", *QUICK, "--epochs", "7", "--select-n", "10",
               "--lr-decays", "1", "2", "4", "5", "--results", str(tmp_path), "--run", "run"])

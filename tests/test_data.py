@@ -1,8 +1,8 @@
 """The data sets: formats, the split, augmentation and batches, and what is refused in one line."""
-import fcntl
 import functools
 import pickle
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +12,35 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as T
 
-import attacks
 import datasets
 import evaluate
 import rank
 import runs
 import sat
 import transfer
-from common import UserError
-from conftest import HERE, write_images, write_jpeg
+from common import HERE, UserError
 from data import (DataSet, Split, augment, draw_augmentation, load_dataset, open_dataset, plain_batches,
                   selection_and_final, training_batches)
 from image_files import ImageFiles
-from small import one_step
 
 black = functools.partial(torch.zeros, dtype=torch.uint8)
+
+
+def write_images(root, train=6, test=3, classes=("cat", "dog"), side=32):
+    """An image folder at `root`: `train` and `test` random PNGs of each class."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("test", test)):
+        for c in classes:
+            (root / part / c).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / c / f"{i}.png")
+
+
+def write_jpeg(path, colour=(200, 30, 90), size=(80, 60), mode="RGB"):
+    """A JPEG of one colour at `path`, whose folders are made too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path)
 
 
 def refuses(name, root, message):
@@ -62,7 +76,7 @@ def test_selection_and_final_parts(n):
 
 @pytest.mark.parametrize("streamed,strength,key,n", [(False, 0.25, "crop", 9), (True, 0.1, "seed", 1000)])
 def test_augmentation_parameters(streamed, strength, key, n):
-    params = draw_augmentation(1000, (3, 32, 32), "full", streamed, torch.Generator().manual_seed(1))
+    params = draw_augmentation(1000, (3, 32, 32), "full", streamed, torch.Generator())
     assert len(params[key].unique()) == n
     assert params["factor"].aminmax() == pytest.approx((1 - strength, 1 + strength), abs=0.01)
     assert 0.45 < params["flip"].float().mean() < 0.55
@@ -88,24 +102,18 @@ def test_augmentation_against_torchvision():
     assert torch.equal(augment(x, {"crop": torch.full((40, 2), 4)}), x), "a crop from the middle"
 
 
-def test_batches(monkeypatch):
+def test_batches():
     split = load_dataset("digits", "data").train
     batches, again, other = (list(training_batches(split, 64, 0, e, "crop", "cpu")) for e in (3, 3, 4))
     index = torch.cat([index for _, _, index in batches])
     assert len(index.unique()) == len(index) == 64 * (1297 // 64)
-    assert torch.equal(torch.cat([y for _, y, _ in batches]), split.y[index])
     assert torch.equal(batches[5][0], again[5][0])
     assert not torch.equal(batches[5][2], other[5][2])
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for process in range(3):
-        monkeypatch.setenv("RANK", str(process))
-        parts = training_batches(split, 64, 0, 3, "crop", "cpu")
-        for part, whole in zip(parts, batches, strict=True):
-            for values, global_values in zip(part, whole):
-                assert torch.equal(values, global_values.tensor_split(3)[process])
-    index = torch.tensor([7, 3, 499, 0, 7])
-    for values, expected in zip(zip(*plain_batches(split, index, 2, "cpu")), (split.x / 255, split.y)):
-        assert torch.equal(torch.cat(values), expected[index])
+    few = torch.tensor([7, 3, 499, 0, 7])
+    for index, parts in ((index, training_batches(split, 64, 0, 3, "none", "cpu")),
+                         (few, plain_batches(split, few, 2, "cpu"))):
+        for values, expected in zip(zip(*parts), (split.x[index] / 255, split.y[index], index), strict=True):
+            assert torch.equal(torch.cat(values), expected)
 
 
 def test_a_folder_of_small_images(tmp_path):
@@ -185,8 +193,8 @@ def test_flowers102_in_its_publishers_format(tmp_path, no_checksums):
     data = load_dataset("flowers102", tmp_path)
     assert data.train.y.tolist() == [*range(2, 102), 0, 1]
     assert data.test.y.tolist() == [1, 3]
-    red = data.train.pixels(torch.tensor([78]), "cpu")[0, 0].mean()
-    assert red == pytest.approx(160 / 255, abs=0.02), "image 80"
+    image_80 = data.train.pixels(torch.tensor([78]), "cpu")
+    assert image_80[0, 0].mean() == pytest.approx(160 / 255, abs=0.02)
 
 
 def test_caltech256_in_its_publishers_format(tmp_path, monkeypatch):
@@ -205,8 +213,7 @@ def test_caltech256_in_its_publishers_format(tmp_path, monkeypatch):
 
 
 def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
-    names = (HERE / "configs" / "imagenet200_wnids.txt").read_text()
-    wnids = re.findall(r"^n\d+", names, re.MULTILINE)
+    wnids = re.findall(r"(?m)^n\d+", (HERE / "configs/imagenet200_wnids.txt").read_text())
     for wnid in [*wnids, "n99999999"]:
         for part in ("train", "val"):
             write_jpeg(tmp_path / "imagenet" / part / wnid / "a.JPEG")
@@ -221,6 +228,9 @@ def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
 
 
 def test_streamed_views(tmp_path):
+    def batch(epoch, workers=0, size=6, augmentation="full"):
+        split = load_dataset("ramps", tmp_path, workers=workers).train
+        return torch.cat([x for x, _, _ in training_batches(split, size, 0, epoch, augmentation, "cpu")])
     ramp = np.zeros((300, 400, 3), dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 300)[:, None]
     for i in range(8):
@@ -232,10 +242,6 @@ def test_streamed_views(tmp_path):
     # The shortest side 300 becomes 256, so 400 becomes 341; the centre 224 of each are left.
     assert x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01)
     assert x[0, 0, :, 0].mean().item() == pytest.approx(58.5 / 341, abs=0.01)
-
-    def batch(epoch, workers=0, size=6, augmentation="full"):
-        split = load_dataset("ramps", tmp_path, workers=workers).train
-        return torch.cat([x for x, _, _ in training_batches(split, size, 0, epoch, augmentation, "cpu")])
     first = batch(0)
     assert not torch.equal(batch(1), first)
     assert torch.equal(batch(0, workers=2, size=3), first)
@@ -287,44 +293,33 @@ def test_bad_tensor_files(changes, message, tmp_path):
     refuses("bad", tmp_path, re.escape(message))
 
 
-def test_no_network_and_no_data(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
+def test_downloads_are_locked_and_may_fail(tmp_path, monkeypatch):
+    def urlopen(*args, **kwargs):
+        codes.append(subprocess.run(["flock", "--nonblock", lock, "true"]).returncode)
         raise OSError("no route to host")
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    lock, codes = tmp_path / "new/.cifar10.lock", []
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
     refuses("cifar10", tmp_path / "new", "no cifar10 under .* put cifar-10-batches-py/ .* folders cifar10/tr")
+    assert codes[0] == 1, "another process would wait"
     for _ in range(2):  # torchvision leaves an empty caltech256/, which is no image folder
         refuses("caltech256", tmp_path, "no caltech256 under .* put caltech256/256_ObjectCategories/")
     refuses("imagenet200", tmp_path, "imagenet lacks train/")
     refuses("mnist", tmp_path, "no data set 'mnist'")
 
 
-def test_downloads_are_locked(tmp_path, monkeypatch):
-    def read(root, download):
-        if not download:
-            raise RuntimeError("not there")
-        with open(root / ".cifar10.lock") as other, pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return "the data"
-    monkeypatch.setitem(datasets.READERS, "cifar10", (read, "files"))
-    assert datasets.publisher("cifar10", tmp_path / "new") == "the data"
-
-
 @pytest.mark.slow
-def test_resnet50_through_every_stage(tmp_path, monkeypatch):
+def test_resnet50_through_every_stage():
     """Streamed images through every script, by svar: after two steps all entropies are 0."""
     for name in ("pets", "other"):
-        write_images(tmp_path / "data" / name, train=4, test=10, side=80)
-    (tmp_path / "c.yaml").write_text(
+        write_images(Path("data", name), train=4, test=10, side=80)
+    Path("c.yaml").write_text(
         "{arch: resnet50, eps: 3, step-size: 0.5, steps: 1, epochs: 1, batch-size: 4, lr: 0.001, side: 32, "
         "workers: 0, eval-attacks: [apgd-ce], select-attacks: [apgd-ce], eval-n: 2}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(attacks, "attack_batch", one_step)
     flags = ["--config", "c.yaml", "--dataset"]
     sat.main([*flags, "pets", "--split", "esat", "--metric", "svar", "--run", "a"])
     evaluate.main(["results/pets/a/best.pt"])
     transfer.main(["results/pets/a/best.pt", *flags, "other"])
-    files = ("pets/a/result.json", "pets/a/eval-*.json", "other/*/result.json")
-    result, again, _ = (runs.load(next(Path("results").glob(f))) for f in files)
+    result, again = (runs.load(*Path("results/pets/a").glob(f)) for f in ("result.json", "eval-*.json"))
     assert result["accuracy"] == again["accuracy"]
     assert (result["A"], result["cost"]["attacked"]) == (4, 4)
     with pytest.raises(UserError, match="vog"):
