@@ -117,8 +117,10 @@ def script(main):
             "chunk", sys.stderr)
         code = 128 + e.args[0]
     except RuntimeError as e:
-        lost = ("gloo", "NCCL", "Connection closed", "Connection reset")
-        if process_count() == 1 or not any(word in str(e) for word in lost):
+        lost = ["DataLoader worker"]
+        if process_count() > 1:
+            lost += ["gloo", "NCCL", "Connection closed", "Connection reset"]
+        if not any(word in str(e) for word in lost):
             raise
         reason = " ".join(str(e).split())[:100]
         print(f"error: {prefix}another process is gone ({reason}); the same command goes on", file=sys.stderr)
