@@ -33,7 +33,8 @@ def open_image(path):
 
 
 def to_rgb(image):
-    """See open_image. ValueError for pixels of more than 16 bits."""
+    """See open_image. ValueError for pixels of more than 16 bits. (torchvision's readers ignore EXIF data; of
+    the paper's data sets, ImageNet has a few photographs that they turn.)"""
     from PIL import Image, ImageOps
     with contextlib.suppress(Exception):  # damaged EXIF data
         ImageOps.exif_transpose(image, in_place=True)
@@ -110,7 +111,7 @@ def note_ignored(root, ignored):
     for kind, description in descriptions.items():
         if ignored[kind]:
             say(f"note: {description} are ignored: {len(ignored[kind]):,} under {root}, for example "
-                f"{os.path.relpath(min(ignored[kind]), root)}")
+                f"{os.path.relpath(min(ignored[kind]), root)!r}")
 
 
 def image_folder(root, classes=None, side=None):
@@ -167,7 +168,7 @@ def evenly(values, n=200):
 
 
 def read_headers(paths):
-    """The sizes (W, H) of a sample of images. Notes that transparent pixels become white, if there are any."""
+    """The sizes (W, H) of a sample of images. Notes that transparent pixels become white, if some can be."""
     from PIL import Image
     sizes, with_alpha = [], []
     for path in evenly(paths):
@@ -176,7 +177,7 @@ def read_headers(paths):
             if image.has_transparency_data:
                 with_alpha.append(path)
     if with_alpha:
-        say(f"note: {with_alpha[0]} has an alpha channel: transparent pixels become white")
+        say(f"note: {str(with_alpha[0])!r} has an alpha channel: transparent pixels become white")
     return sizes
 
 
@@ -269,7 +270,7 @@ class ImageFiles(Dataset):
         except (OSError, RuntimeError) as e:
             if not self.workers or "CUDA" in str(e):
                 raise
-            reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:100]
+            reason = getattr(e, "strerror", None) or str(e).strip().rpartition("\n")[2][:100]
             raise UserError(f"the loader processes failed ({reason}): with --workers 0, which needs none, "
                             "the same command goes on") from None
 
