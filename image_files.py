@@ -34,7 +34,7 @@ def open_image(path):
 
 def to_rgb(image):
     """See open_image. ValueError for pixels of more than 16 bits. (torchvision's readers ignore EXIF data; of
-    the paper's data sets, ImageNet has a few photographs that they turn.)"""
+    the paper's data sets, this concerns a few photographs of ImageNet.)"""
     from PIL import Image, ImageOps
     with contextlib.suppress(Exception):  # damaged EXIF data
         ImageOps.exif_transpose(image, in_place=True)
