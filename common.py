@@ -172,8 +172,10 @@ def script(main):
             "chunk", sys.stderr)
         code = 128 + e.args[0]
     except RuntimeError as e:
-        signs_of_loss = ("gloo", "NCCL", "Connection closed", "Connection reset")
-        if process_count() == 1 or not any(word in str(e) for word in signs_of_loss):
+        signs_of_loss = ["DataLoader worker"]
+        if process_count() > 1:
+            signs_of_loss += ["gloo", "NCCL", "Connection closed", "Connection reset"]
+        if not any(word in str(e) for word in signs_of_loss):
             raise
         reason = " ".join(str(e).split())[:100]
         print(f"error: {process_prefix()}another process is gone ({reason}); the same command goes on",

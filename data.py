@@ -4,15 +4,15 @@ Batches are (x, y, index): images (b, C, H, W) in [0, 1], labels (b,) and positi
 """
 import functools
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from common import UserError, barrier, process_count, process_index
+from common import UserError, barrier, process_count, process_index, say
 from datasets import read_dataset
+from flags import DEFAULTS
 from image_files import ImageFiles
 
 SPLIT_SEED = 90622  # of the permutation of the test set, which is the same in every run
@@ -60,11 +60,12 @@ class DataSet:
 
     @functools.cached_property
     def images_hash(self):
-        """A hash of all pixels, or of the file names of streamed images."""
+        """A hash of all pixels; of streamed images, of the names and sizes of all files and of the contents
+        of the test files."""
         sha256 = hashlib.sha256()
         for split in (self.train, self.test):
             if split.streamed:
-                sha256.update(os.fsencode("\n".join("/".join(Path(p).parts[-2:]) for p in split.x.paths)))
+                sha256.update(split.x.digest(contents=split is self.test))
             else:
                 sha256.update(split.x.cpu().contiguous().numpy())
         return sha256.hexdigest()[:16]
@@ -78,35 +79,50 @@ class DataSet:
 
     def mean_std(self):
         """Mean and standard deviation of the training pixels in each channel, two lists of C numbers. Of
-        streamed images ImageNet's: to read all would take long."""
-        if self.train.streamed:
-            return IMAGENET
+        streamed images ImageNet's: to read all would take long. Of a channel that is constant, or nearly, the
+        standard deviation is given as 1: to divide by it would multiply the attack."""
+        return IMAGENET if self.train.streamed else self._mean_std
+
+    @functools.cached_property
+    def _mean_std(self):
         counts = [torch.bincount(x.flatten().int(), minlength=256) for x in self.train.x.transpose(0, 1)]
         counts = torch.stack(counts).double().cpu()  # (C, 256)
         values, total = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
         mean = (counts * values).sum(1) / total
-        std = ((counts * values**2).sum(1) / total - mean**2).clamp_min(1e-12).sqrt()
+        std = ((counts * values**2).sum(1) / total - mean**2).clamp_min(0).sqrt()
+        constant = std < 1 / 255
+        if constant.any():
+            say(f"note: {self.name} has (nearly) constant channels, which are not scaled: "
+                f"{', '.join(map(str, constant.nonzero().flatten().tolist()))}, counted from 0")
+        std[constant] = 1
         return mean.tolist(), std.tolist()
 
 
 def open_dataset(args, device):
     """The DataSet that the flags ask for. UserError if it is too small for a batch, or to be split."""
-    data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
+    is_given = "side" in args.typed or args.side != DEFAULTS["side"]
+    side = args.side if is_given else None
+    data = load_dataset(args.dataset, args.data_dir, device, side, args.workers)
     selection_and_final(len(data.test))
     n, n_processes = len(data.train), process_count()
     if not n_processes <= args.batch_size <= n:
         raise UserError(f"--batch-size {args.batch_size} with {n_processes} processes and {n} training "
                         f"images of {data.name}: it must be {n_processes} to {n}")
+    if n % args.batch_size >= 0.05 * n:
+        say(f"note: each epoch leaves out {n % args.batch_size} of the {n:,} training images, others each "
+            f"time: they do not fill a batch of {args.batch_size} (--batch-size)")
     return data
 
 
-def load_dataset(name, data_dir, device="cpu", side=224, workers=0):
-    """The DataSet `name`, its images on `device` or streamed. Process 0 is first: it alone downloads."""
+def load_dataset(name, data_dir, device="cpu", side=None, workers=0):
+    """The DataSet `name`, its images on `device` or streamed. Process 0 is first: it alone downloads. `side`:
+    of streamed images, 224 if it is None; small images that cannot be kept in memory need one."""
     if process_index() > 0:
         barrier()
-    train, test, classes = read_dataset(name, Path(data_dir))
+    train, test, classes = read_dataset(name, Path(data_dir), side)
     if process_index() == 0:
         barrier()
+    side = side or DEFAULTS["side"]
     splits = [Split(x.to(device) if isinstance(x, torch.Tensor) else ImageFiles(x, side, workers), y)
               for x, y in (train, test)]
     return DataSet(name, *splits, classes)

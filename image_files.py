@@ -1,75 +1,237 @@
 """Reads images on disk: image folders, and the files of streamed data sets."""
+import contextlib
+import hashlib
 import os
+import unicodedata
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common import UserError, progress
+from common import UserError, progress, say
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+HIDDEN = ("@eaDir", "#recycle", "__MACOSX", "lost+found")  # of file servers, archives and disks; also .<name>
 SMALL = 64  # the largest side of small images, in pixels
 
 
 def open_image(path):
-    """The image in a file (PIL), converted to RGB. UserError for a file that cannot be read."""
+    """The image in a file as RGB (PIL), turned as its EXIF data say, of 8 bits, and white where it is
+    transparent. UserError for a file that cannot be read."""
     from PIL import Image
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as e:
-        reason = " ".join(str(e).split())[:80]
+            image.load()
+            return to_rgb(image)
+    except Exception as e:  # PIL raises many kinds for damaged files
+        if isinstance(e, OSError) and e.errno:  # the file system's
+            raise cannot_read(path, e) from None
+        reason = " ".join(str(e).split())[:80] or type(e).__name__
         raise UserError(f"{path} is not an image that can be read ({reason}): fix or delete it") from None
 
 
-def class_folders(folder):
-    """The sorted names of the class folders in `folder`."""
-    names = sorted(d.name for d in folder.iterdir() if d.is_dir())
-    if len({"".join(name.casefold().split()) for name in names}) < max(2, len(names)):
-        raise UserError(f"{folder} has the class folders {names}: two or more are needed, whose names differ "
-                        "in more than case and spaces")
-    return names
+def to_rgb(image):
+    """See open_image. ValueError for pixels of more than 16 bits. (torchvision's readers ignore EXIF data; of
+    the paper's data sets, this concerns a few photographs of ImageNet.)"""
+    from PIL import Image, ImageOps
+    with contextlib.suppress(Exception):  # damaged EXIF data
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # grey of 16 bits, which PIL would clip at 255
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() >= 2**16:
+            raise ValueError("it has 32 bits per pixel; valid: 8 or 16")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floats; valid: 8 or 16 bits")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
-def class_files(folder, classes):
-    """([path], labels) of <folder>/<class>/*, ordered as `classes`, and within a class by file name."""
+def cannot_read(path, error):
+    """The UserError for a file that the file system does not give."""
+    return UserError(f"cannot read {path}: {error.strerror}. When this is fixed, the same command goes on")
+
+
+def unicode_name(name):
+    """A file's name in Unicode's form NFC: macOS writes "é" as two characters, Linux as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def visible(folder, ignored):
+    """The sorted [(name, os.DirEntry)] of a folder. Hidden entries are put on the list ignored["hidden"]."""
+    rows = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = unicode_name(entry.name)
+            if name.startswith(".") or name in HIDDEN:
+                ignored["hidden"].append(entry.path)
+            else:
+                rows.append((name, entry))
+    return sorted(rows, key=lambda row: (row[0], row[1].name))
+
+
+def class_folders(folder, ignored):
+    """The class folders in `folder`, sorted: {name: path}. Other entries are put on ignored["other"]."""
+    folders = {}
+    for name, entry in visible(folder, ignored):
+        if not entry.is_dir():
+            ignored["other"].append(entry.path)
+        elif name in folders:
+            raise UserError(f"{folder} has two class folders {name!r}, in two forms of Unicode (NFC, NFD): "
+                            "move their images into one")
+        else:
+            folders[name] = Path(entry.path)
+    return folders
+
+
+def class_files(folder, folders, classes, ignored):
+    """([path], labels) of the images in the class folders {name: path} of `folder`, ordered as `classes`, and
+    within a class by file name. Other entries are put on ignored["other"]."""
     paths, labels = [], []
     for label, name in enumerate(classes):
-        images = sorted(p for p in (folder / name).glob("*") if p.suffix.lower() in IMAGES)
+        images = []
+        for _, entry in visible(folders[name], ignored) if name in folders else ():
+            is_image = Path(entry.name).suffix.lower() in SUFFIXES and not entry.is_dir()
+            (images if is_image else ignored["other"]).append(entry.path)
         if not images:
-            raise UserError(f"there are no images ({', '.join(IMAGES)}) in {folder / name}")
-        paths += images
+            raise UserError(f"there are no images ({', '.join(SUFFIXES)}) in {folder / name}")
+        paths += map(Path, images)
         labels += [label] * len(images)
     return paths, torch.tensor(labels)
 
 
-def image_folder(root, classes=None):
+def note_ignored(root, ignored):
+    """Notes how many entries under `root` were left out, with an example."""
+    suffixes = ", ".join(SUFFIXES)
+    descriptions = {"hidden": "hidden files and folders",
+                    "other": f"entries other than images ({suffixes}) in class folders"}
+    for kind, description in descriptions.items():
+        if ignored[kind]:
+            say(f"note: {description} are ignored: {len(ignored[kind]):,} under {root}, for example "
+                f"{os.path.relpath(min(ignored[kind]), root)!r}")
+
+
+def image_folder(root, classes=None, side=None):
     """(train, test, classes) of the image folder `root`, where train and test are (images, labels). Images
-    that small_images() does not read are paths. `classes`: the class folders to read, by default all."""
-    train_folder = root / "train"
-    test_folder = root / "test" if (root / "test").is_dir() else root / "val"
-    if not (train_folder.is_dir() and test_folder.is_dir()):
+    that small_images() does not read are paths. `classes`: the class folders to read, by default all. `side`:
+    that of streamed images, if the user gave one."""
+    train_folder, ignored = root / "train", {"hidden": [], "other": []}
+    if not (train_folder.is_dir() and ((root / "test").is_dir() or (root / "val").is_dir())):
         raise UserError(f"{root} lacks train/, or test/ and val/: an image folder is train/<class>/* and "
                         "test/<class>/* (or val/)")
+    folders = class_folders(train_folder, ignored)
+    test_folder = choose_test_folder(root, folders)
+    test_folders = class_folders(test_folder, ignored)
     if classes is None:
-        classes = class_folders(train_folder)
-        if extra := sorted(set(class_folders(test_folder)) - set(classes)):
+        classes = list(folders)
+        check_classes(train_folder, classes)
+        if extra := sorted(test_folders.keys() - folders.keys()):
             raise UserError(f"{test_folder} has classes that {train_folder} lacks: {', '.join(extra[:10])}")
-    (train, y), (test, y_test) = class_files(train_folder, classes), class_files(test_folder, classes)
-    if (x := small_images([*train, *test])) is not None:
+    train, y = class_files(train_folder, folders, classes, ignored)
+    test, y_test = class_files(test_folder, test_folders, classes, ignored)
+    note_ignored(root, ignored)
+    if (x := small_images([*train, *test], side)) is not None:
         train, test = x[:len(train)], x[len(train):]
     return (train, y), (test, y_test), classes
 
 
-def small_images(paths):
-    """The images of `paths` as a uint8 tensor (N, 3, H, W), or None unless they are small and of one size."""
+def choose_test_folder(root, classes):
+    """test/, or val/ if test/ is missing or holds no class, as in ImageNet, whose test images have no labels.
+    """
+    test, val = root / "test", root / "val"
+    if not val.is_dir():
+        return test
+    if test.is_dir():
+        if not {unicode_name(name) for name in os.listdir(test)}.isdisjoint(classes):
+            return test
+        say(f"note: {test} has no class folders: {val} is the test set")
+    return val
+
+
+def check_classes(folder, classes):
+    """UserError unless there are two classes or more. Notes names that are easily taken for each other."""
+    if len(classes) < 2:
+        raise UserError(f"{folder} has the class folders {classes}: two or more are needed")
+    first = {}
+    for name in classes:
+        other = first.setdefault("".join(name.casefold().split()), name)
+        if other != name:
+            say(f"note: the classes {other!r} and {name!r} of {folder} differ only in case or spaces")
+
+
+def evenly(values, n=200):
+    """About n values of a list (n to 2n, or all), at equal distances."""
+    return values[::max(1, len(values) // n)]
+
+
+def read_headers(paths):
+    """The sizes (W, H) of a sample of images. Notes that transparent pixels become white, if some can be."""
+    from PIL import Image
+    sizes, with_alpha = [], []
+    for path in evenly(paths):
+        with contextlib.suppress(Exception), Image.open(path) as image:  # a damaged file is named when read
+            sizes.append(image.size)
+            if image.has_transparency_data:
+                with_alpha.append(path)
+    if with_alpha:
+        say(f"note: {str(with_alpha[0])!r} has an alpha channel: transparent pixels become white")
+    return sizes
+
+
+def small_images(paths, side):
+    """The images of `paths` as a uint8 tensor (N, 3, H, W); None if they are to be streamed: they are larger
+    than SMALL, or not all of one size or not square, and a `side` was given. UserError if none was."""
+    sizes = sorted(read_headers(paths), key=max)
+    usual = sizes[(len(sizes) - 1) // 2] if sizes else (0, 0)  # that of most images, if they are small
+    if max(usual) > SMALL or (side and usual[0] != usual[1]):
+        return None
+    advice = f"or give --side {max(32, *usual)}: all are then resized to it and augmented as photographs are"
+    if usual[0] != usual[1]:
+        raise UserError(f"{paths[0].parents[2]} has images of {usual[0]}x{usual[1]} pixels; small images "
+                        f"must be square: crop or pad them, {advice}")
     images = []
     for path in progress(paths, desc=f"reading {paths[0].parents[2]}", unit="image"):
-        image = np.asarray(open_image(path))  # (H, W, 3)
-        if max(image.shape) > SMALL or (images and image.shape != images[0].shape):
-            return None
-        images.append(image)
+        image = open_image(path)
+        if image.size != usual:
+            if side:
+                return None
+            raise UserError(f"{path} is {image.width}x{image.height} pixels, most are {usual[0]}x{usual[1]}; "
+                            f"small images must have one size: fix this file, {advice}")
+        images.append(np.asarray(image))  # (H, W, 3)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def file_stat(path):
+    """os.stat. UserError if it fails."""
+    try:
+        return os.stat(path)
+    except OSError as e:
+        raise cannot_read(path, e) from None
+
+
+def file_hash(path):
+    """The SHA-256 of a file. UserError if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+    except OSError as e:
+        raise cannot_read(path, e) from None
+
+
+def file_keys(train, test, limit=2**28):
+    """A key for each path of two lists, equal for links to one file, and for copies of it as far as contents
+    are compared: of files of the size of one of a sample, if these have `limit` bytes or less."""
+    stats = [file_stat(path) for path in [*train, *test]]
+    count = Counter(s.st_size for s in stats)
+    sample = [*evenly(stats[:len(train)]), *evenly(stats[len(train):])]
+    sizes = {s.st_size for s in sample if count[s.st_size] > 1}
+    if sum(size * count[size] for size in sizes) > limit:
+        sizes = set()
+    keys = [file_hash(path) if s.st_size in sizes else (s.st_dev, s.st_ino)
+            for path, s in zip([*train, *test], stats)]
+    return keys[:len(train)], keys[len(train):]
 
 
 class ImageFiles(Dataset):
@@ -98,7 +260,26 @@ class ImageFiles(Dataset):
     def load(self, batches):
         """Yields a uint8 tensor (n, 3, side, side) for each list of (position, seed) in `batches`."""
         try:
+            with contextlib.ExitStack() as stack:  # as many files as the processes need, or torch would print
+                for _ in range(10 * self.workers):  # a traceback of its own
+                    stack.enter_context(open(os.devnull))
             yield from DataLoader(self, batch_sampler=batches, num_workers=self.workers,
                                   pin_memory=torch.cuda.is_available())
         except UserError as e:  # from a worker, the message is a traceback
             raise UserError(str(e).splitlines()[-1].removeprefix("common.UserError: ")) from None
+        except (OSError, RuntimeError) as e:
+            if not self.workers or "CUDA" in str(e):
+                raise
+            reason = getattr(e, "strerror", None) or str(e).strip().rpartition("\n")[2][:100]
+            raise UserError(f"the loader processes failed ({reason}): with --workers 0, which needs none, "
+                            "the same command goes on") from None
+
+    def digest(self, contents):
+        """A hash of the names and sizes of the files, and of their contents if `contents`."""
+        sha256 = hashlib.sha256()
+        for path in progress(self.paths, desc="identifying the images", unit="image"):
+            name = unicode_name("/".join(Path(path).parts[-2:]))
+            sha256.update(os.fsencode(f"{name}\n{file_stat(path).st_size}\n"))
+            if contents:
+                sha256.update(file_hash(path))
+        return sha256.digest()

@@ -1,8 +1,16 @@
 """The data sets: formats, the split, augmentation and batches, and what is refused in one line."""
 import functools
+import os
 import pickle
 import re
+import resource
+import shutil
+import signal
+import struct
 import subprocess
+import sys
+import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +18,12 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as T
 
 import datasets
 import evaluate
+import image_files
 import rank
 import runs
 import sat
@@ -21,7 +31,7 @@ import transfer
 from common import HERE, UserError
 from data import (DataSet, Split, augment, draw_augmentation, load_dataset, open_dataset, plain_batches,
                   selection_and_final, training_batches)
-from image_files import ImageFiles
+from image_files import ImageFiles, image_folder, open_image
 
 black = functools.partial(torch.zeros, dtype=torch.uint8)
 
@@ -127,19 +137,22 @@ def test_a_folder_of_small_images(tmp_path):
     assert not (tmp_path / "pets.pt").exists()
     for size in ((65, 65), (32, 31)):
         write_jpeg(tmp_path / "pets" / "test" / "dog" / "other.jpg", size=size)
-        data = load_dataset("pets", tmp_path)
+        refuses("pets", tmp_path, f"other.jpg is {size[0]}x{size[1]} pixels, most are 32x32; .* --side 32")
+        data = load_dataset("pets", tmp_path, side=32)
         assert data.train.streamed
         assert data.test.streamed
 
 
-def test_the_fingerprint_sees_every_image():
+def test_the_fingerprint_sees_every_image(tmp_path):
     data, other = load_dataset("digits", "data"), load_dataset("digits", "data")
     other.test.x[499, 0, 7, 7] += 1
     assert other.fingerprint() != data.fingerprint()
-    splits = [Split(ImageFiles([Path("a", name)]), torch.zeros(1)) for name in ("1", "1", "\udcff")]
+    for path in (tmp_path / "1", tmp_path / "\udcff"):
+        path.touch()
+    splits = [Split(ImageFiles([tmp_path / name]), torch.zeros(1)) for name in ("1", "1", "\udcff")]
     hashes = [DataSet("streamed", split, split, []).images_hash for split in splits]
-    assert hashes[0] == hashes[1], "streamed images count by their names"
-    assert hashes[1] != hashes[2], "also one that is no UTF-8"
+    assert hashes[0] == hashes[1]
+    assert hashes[1] != hashes[2], "also a name that is no UTF-8"
 
 
 @pytest.fixture
@@ -252,7 +265,6 @@ def test_streamed_views(tmp_path):
 
 def test_bad_image_folders(tmp_path):
     for name, folders, message in (
-            ("a", ["train/Cat"], "'Cat', 'cat', 'dog'.*: two or more are needed, whose names differ in more"),
             ("b", ["test/emu"], "test has classes that .*train lacks: emu"),
             ("c", ["test/emu", "train/emu"], "there are no images .*emu")):
         write_images(tmp_path / name, train=1, test=1)
@@ -324,3 +336,364 @@ def test_resnet50_through_every_stage():
     assert (result["A"], result["cost"]["attacked"]) == (4, 4)
     with pytest.raises(UserError, match="vog"):
         rank.main([*flags, "pets", "--metrics", "vog", "--results", "other"])
+
+
+def write(path, pixels, **options):
+    """An image of the array `pixels` at `path`, whose folders are made too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def random_pixels(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("level", [0, 77, 255])
+def test_a_constant_channel_is_not_scaled(level, capsys):
+    x = torch.from_numpy(random_pixels(20, 4, 8, 8))
+    x[:, 3] = level
+    x[0, 3, 0, 0] = abs(level - 1)  # nearly constant
+    split = Split(x, torch.zeros(20))
+    data = DataSet("rgba", split, split, ["a"])
+    (mean, std), _ = data.mean_std(), data.mean_std()
+    assert std[3] == 1
+    assert std[:3] == pytest.approx(x[:, :3].div(255).std((0, 2, 3), unbiased=False).tolist(), abs=1e-6)
+    assert mean[3] == pytest.approx(level / 255, abs=0.004)
+    note = "note: rgba has (nearly) constant channels, which are not scaled: 3, counted from 0"
+    assert capsys.readouterr().out.count(note) == 1
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("top", [0, 1])
+def test_pixels_from_0_to_1_are_refused(part, top, tmp_path):
+    x, y = torch.from_numpy(random_pixels(8, 3, 8, 8)), torch.arange(8) % 2
+    parts = {p: {"x": x.clamp_max(top) if p == part else x, "y": y} for p in ("train", "test")}
+    torch.save({**parts, "classes": ["a", "b"]}, tmp_path / "floats.pt")
+    refuses("floats", tmp_path, f"no pixel of {part} is above 1; valid: 0 to 255")
+
+
+def test_images_of_16_bits_are_scaled_to_8(tmp_path):
+    grey = random_pixels(8, 8)
+    write(tmp_path / "16.png", grey.astype(np.uint16) * 256 + 99)
+    write(tmp_path / "16.tif", grey.astype(np.uint16) * 256 + 99)
+    for name in ("16.png", "16.tif"):
+        assert np.array_equal(np.asarray(open_image(tmp_path / name))[..., 0], grey)
+    for dtype, message in ((np.int32, "32 bits"), (np.float32, "floats")):
+        write(tmp_path / "bad.tif", random_pixels(8, 8).astype(dtype) * 2**16)
+        with pytest.raises(UserError, match=f"bad.tif is not an image that can be read .*{message}"):
+            open_image(tmp_path / "bad.tif")
+
+
+@pytest.mark.parametrize("orientation,turns", [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_images_are_turned_as_exif_says(orientation, turns, tmp_path):
+    pixels, exif = np.zeros((16, 16, 3), dtype=np.uint8), Image.Exif()
+    pixels[:8, :8] = 255
+    exif[0x0112] = orientation
+    write(tmp_path / "a.jpg", pixels, quality=95, exif=exif)
+    white = np.asarray(open_image(tmp_path / "a.jpg")) > 127
+    assert np.array_equal(white, np.rot90(pixels, turns) > 127)
+    write(tmp_path / "damaged.jpg", pixels, quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "damaged.jpg")) > 127, pixels > 127)
+
+
+def test_transparent_pixels_become_white(tmp_path, capsys):
+    rgba, rgb = random_pixels(8, 8, 4), random_pixels(8, 8, 3)
+    rgba[..., 3] = 255
+    rgba[0, :, 3] = 0
+    write(tmp_path / "rgba.png", rgba)
+    pixels = np.asarray(open_image(tmp_path / "rgba.png"))
+    assert (pixels[0] == 255).all()
+    assert np.array_equal(pixels[1:], rgba[1:, :, :3])
+    write(tmp_path / "key.png", rgb, transparency=tuple(map(int, rgb[3, 3])))
+    assert np.asarray(open_image(tmp_path / "key.png"))[3, 3].tolist() == [255, 255, 255]
+    for side in (32, 80):
+        write_images(tmp_path / f"pets{side}", side=side)
+        assert "alpha" not in capsys.readouterr().out
+        for i in range(2):
+            write(tmp_path / f"pets{side}" / "test" / "dog" / f"{i}.png", random_pixels(side, side, 4))
+        load_dataset(f"pets{side}", tmp_path)
+        assert capsys.readouterr().out.count("has an alpha channel: transparent pixels become white") == 1
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """The folder of a streamed data set `photos`: 6 training and 3 test images of "cat" and "dog"."""
+    write_images(tmp_path / "photos", side=80)
+    return tmp_path / "photos"
+
+
+def exchange(a, b):
+    """Exchanges two files, which are made equally long first."""
+    for path, other in ((a, b), (b, a)):
+        with open(path, "ab") as file:
+            file.write(bytes(max(0, other.stat().st_size - path.stat().st_size)))
+    contents = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(contents)
+
+
+def test_the_fingerprint_of_streamed_images(photos, tmp_path):
+    def fingerprint(name="photos"):
+        return {**load_dataset(name, tmp_path).fingerprint(), "name": ""}
+    a, b = photos / "test" / "cat" / "0.png", photos / "test" / "dog" / "0.png"
+    exchange(a, b)
+    first = fingerprint()
+    shutil.copytree(photos, tmp_path / "copy")
+    for i, path in enumerate(sorted((tmp_path / "copy").rglob("*.png"))):
+        os.utime(path, (i, i))
+    assert fingerprint("copy") == first
+    exchange(a, b)
+    assert fingerprint() != first, "test images were exchanged"
+    exchange(a, b)
+    assert fingerprint() == first
+    with open(photos / "train" / "cat" / "0.png", "ab") as file:
+        file.write(b"0")
+    assert fingerprint() != first, "a training image has another size"
+
+
+@pytest.mark.parametrize("link", ["train", "test", "train/cat", "test/cat", "train/cat/0.png"])
+def test_links_in_image_folders(link, photos, tmp_path):
+    fingerprint = load_dataset("photos", tmp_path).fingerprint()
+    (photos / link).rename(tmp_path / "elsewhere")
+    (photos / link).symlink_to(tmp_path / "elsewhere")
+    assert load_dataset("photos", tmp_path).fingerprint() == fingerprint
+    (tmp_path / "elsewhere").rename(tmp_path / "lost")
+    with pytest.raises(UserError):
+        load_dataset("photos", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".tif", ".TIFF", ".ppm"])
+def test_more_suffixes(suffix, tmp_path):
+    write_images(tmp_path / "pets")
+    image = Image.open(tmp_path / "pets" / "test" / "cat" / "2.png")
+    image.save(tmp_path / "pets" / "test" / "cat" / f"3{suffix}")
+    assert len(load_dataset("pets", tmp_path).test) == 7
+
+
+def test_ignored_files_are_counted(tmp_path, capsys):
+    write_images(tmp_path / "pets")
+    load_dataset("pets", tmp_path)
+    assert "note" not in capsys.readouterr().out
+    train = tmp_path / "pets" / "train"
+    (train / "cat" / "young").mkdir()
+    for path in ("cat/young/0.png", "cat/7", "dog/1.gif", "labels.csv", "cat/.DS_Store", ".git/config",
+                 "dog/.\udcff.png", "dog/@eaDir/1.png", ".ipynb_checkpoints/1.png", "@eaDir/1.png",
+                 "__MACOSX/._1.png"):
+        (train / path).parent.mkdir(exist_ok=True)
+        (train / path).touch()
+    data, out = load_dataset("pets", tmp_path), capsys.readouterr().out
+    assert data.classes == ["cat", "dog"]
+    assert len(data.train) == 12
+    assert out.count("note") == 2
+    assert re.search("entries other than images .* ignored: 4 under .*, for example 'train/cat/7'\n", out)
+    assert re.search(r"hidden files and folders are ignored: 7 under .*, for example 'train/\.git'\n", out)
+
+
+SHARED = "of the {} test images of pets under .* are training images too: "
+
+
+@pytest.mark.parametrize("side", [32, 80])
+@pytest.mark.parametrize("copy,warnings", [
+    ([], []), (["cat/0.png", "dog/1.png"], ["2 " + SHARED.format(6)]), ("all", ["12 " + SHARED.format(12)]),
+    ("link", ["12 " + SHARED.format(12)]), ("class", ["1 images of pets .* are in more than one class$"])])
+def test_duplicates(side, copy, warnings, tmp_path, capsys):
+    root = tmp_path / "pets"
+    write_images(root, side=side)
+    if copy == "class":
+        shutil.copy(root / "train" / "cat" / "0.png", root / "train" / "dog" / "7.png")
+    elif copy in ("all", "link"):
+        shutil.rmtree(root / "test")
+        if copy == "link":
+            (root / "test").symlink_to("train")
+        else:
+            shutil.copytree(root / "train", root / "test")
+    else:
+        for name in copy:
+            shutil.copy(root / "train" / name, root / "test" / name)
+    load_dataset("pets", tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(lines) == len(warnings)
+    for line, warning in zip(lines, warnings):
+        assert re.match(f"warning: (at least )?{warning}", line)
+
+
+def test_few_duplicates_are_no_news(tmp_path, capsys):
+    train, test = (torch.from_numpy(random_pixels(2000, 1, 5, 5, seed=seed)) for seed in (0, 1))
+    for n, warned in ((2, False), (3, True)):
+        test[:n], y = train[:n], torch.arange(2000) % 2
+        torch.save({"train": {"x": train, "y": y}, "test": {"x": test, "y": y}, "classes": ["a", "b"]},
+                   tmp_path / "many.pt")
+        load_dataset("many", tmp_path)
+        assert ("warning" in capsys.readouterr().out) == warned
+
+
+def test_small_images_of_two_sizes(tmp_path):
+    """They are refused, unless --side is given."""
+    write_images(tmp_path / "pets", side=20)
+    write(tmp_path / "pets" / "train" / "cat" / "0.png", random_pixels(200, 90, 3))
+    message = "cat/0.png is 90x200 pixels, most are 20x20; .* size: fix this file, or give --side 32: all are"
+    flags = ["--dataset", "pets", "--data-dir", str(tmp_path), "--batch-size", "4"]
+    with pytest.raises(UserError, match=message):
+        open_dataset(sat.command_line(flags), "cpu")
+    for side in (40, 224):
+        data = open_dataset(sat.command_line([*flags, "--side", str(side)]), "cpu")
+        assert data.train.x.shape == (12, 3, side, side)
+    (tmp_path / "side.yaml").write_text("side: 40")
+    data = open_dataset(sat.command_line([*flags, "--config", str(tmp_path / "side.yaml")]), "cpu")
+    assert data.train.streamed
+
+
+def test_small_images_that_are_not_square(tmp_path):
+    for part in ("train", "test"):
+        for i in range(6):
+            write(tmp_path / "wide" / part / "ab"[i % 2] / f"{i}.png", random_pixels(20, 24, 3, seed=i))
+    refuses("wide", tmp_path, "wide has images of 24x20 pixels; .*: crop or pad them, or give --side 32: ")
+    assert load_dataset("wide", tmp_path, side=32).train.streamed
+
+
+def test_images_of_4_pixels_are_refused(tmp_path):
+    write_images(tmp_path / "tiny", side=4)
+    refuses("tiny", tmp_path, r"tiny under .*: train has images \(3, 4, 4\); valid: .* 5 pixels or more")
+
+
+@pytest.mark.parametrize("batch,noted", [(128, True), (100, True), (60, False), (43, False)])
+def test_images_left_out_of_each_epoch(batch, noted, tmp_path, capsys):
+    x, y = torch.from_numpy(random_pixels(180, 1, 8, 8)), torch.arange(180) % 2
+    torch.save({"train": {"x": x, "y": y}, "test": {"x": 255 - x, "y": y}, "classes": ["a", "b"]},
+               tmp_path / "few.pt")
+    args = ["--dataset", "few", "--data-dir", str(tmp_path), "--batch-size", str(batch)]
+    open_dataset(sat.command_line(args), "cpu")
+    note = f"each epoch leaves out {180 % batch} of the 180 training images, .* batch of {batch} "
+    assert bool(re.search(note, capsys.readouterr().out)) == noted
+
+
+def png_header(width, height):
+    """The bytes of a PNG of width x height pixels that ends before them."""
+    chunks = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", b"")):
+        checksum = zlib.crc32(kind + content)
+        chunks += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+    return chunks
+
+
+@pytest.mark.parametrize("side", [32, 80])
+@pytest.mark.parametrize("name,damage", [
+    ("0.png", lambda content: png_header(20000, 9000)), ("0.png", lambda content: b""),
+    ("0.bmp", lambda content: content[:18] + b"\xff\xff\xff\x7f" * 2 + content[26:]),
+    ("0.webp", lambda content: content[:40]), ("0.jpg", lambda content: content[:-40]),
+    ("0.tif", lambda content: content[:60])])
+def test_damaged_images_are_named(side, name, damage, tmp_path):
+    write_images(tmp_path / "pets", side=side)
+    path = tmp_path / "pets" / "train" / "dog" / name
+    write(path, random_pixels(side, side, 3))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"^[^\n]*dog/{name} is not an image [^\n]*: fix or delete it$"):
+        data = load_dataset("pets", tmp_path)
+        data.train.pixels(torch.arange(12), "cpu")
+
+
+def test_val_beside_a_flat_test_folder(tmp_path, capsys):
+    write_images(tmp_path / "pets")
+    expected = load_dataset("pets", tmp_path)
+    (tmp_path / "pets" / "test").rename(tmp_path / "pets" / "val")
+    write(tmp_path / "pets" / "test" / "0.png", random_pixels(32, 32, 3))
+    data = load_dataset("pets", tmp_path)
+    assert torch.equal(data.test.x, expected.test.x)
+    assert re.search("note: .*/test has no class folders: .*/val is the test set", capsys.readouterr().out)
+    (tmp_path / "pets" / "val").rename(tmp_path / "pets" / "other")
+    refuses("pets", tmp_path, "there are no images .* in .*pets/test/cat")
+
+
+def test_a_loader_process_that_is_killed(photos, tmp_path, monkeypatch):
+    data = load_dataset("photos", tmp_path, workers=1)
+    monkeypatch.setattr(image_files, "open_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    message = "^the loader processes failed .DataLoader worker.*, the same command goes on$"
+    with pytest.raises(UserError, match=message):
+        data.train.pixels(torch.arange(2), "cpu")
+
+
+def test_a_loader_process_that_is_killed_between_two_batches():
+    code = """import common
+def main(): raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+common.script(main)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 1
+    assert re.fullmatch("error: another process is gone .*pid 7.*; the same command goes on\n", done.stderr)
+
+
+@pytest.mark.parametrize("workers,message", [
+    (2, r"^the loader processes failed \(Too many open files\): with --workers 0, .* command goes on$"),
+    (0, "^cannot read .*png: Too many open files. When this is fixed, the same command goes on$")])
+def test_too_many_open_files(workers, message, photos, tmp_path):
+    data = load_dataset("photos", tmp_path, workers=workers)
+    data.train.pixels(torch.arange(1), "cpu")  # imports what is needed
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)  # the lowest number that is free
+    os.close(lowest)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        with pytest.raises(UserError, match=message):
+            data.train.pixels(torch.arange(2), "cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_classes_that_differ_in_case(tmp_path, capsys):
+    write_images(tmp_path / "letters", classes=("a", "A", "b"))
+    data = load_dataset("letters", tmp_path)
+    assert data.classes == ["A", "a", "b"]
+    assert "note: the classes 'A' and 'a' of " in capsys.readouterr().out
+
+
+def test_class_names_in_two_forms_of_unicode(tmp_path):
+    cafe = {form: unicodedata.normalize(form, "café") for form in ("NFC", "NFD")}
+    for name, train, test in (("one", "NFC", "NFC"), ("two", "NFC", "NFD"), ("three", "NFD", "NFC")):
+        write_images(tmp_path / name, classes=("bar", "café"))
+        for part, form in (("train", train), ("test", test)):
+            (tmp_path / name / part / "café").rename(tmp_path / name / part / cafe[form])
+    sets = [{**load_dataset(name, tmp_path).fingerprint(), "name": ""} for name in ("one", "two", "three")]
+    assert sets[0] == sets[1]
+    assert sets[0] == sets[2]
+    (tmp_path / "one" / "train" / cafe["NFD"]).mkdir()
+    refuses("one", tmp_path, "train has two class folders 'café', in two forms of Unicode")
+
+
+def test_labels_follow_the_order_of_the_training_classes(tmp_path):
+    levels = {"cat": 50, "ant": 100, "dog": 200}
+    for part, names in (("train", ("cat", "ant", "dog")), ("test", ("dog", "cat", "ant"))):
+        for name in names:  # in this order: a folder lists its entries in any
+            write(tmp_path / "pets" / part / name / "0.png", np.full((8, 8, 3), levels[name], dtype=np.uint8))
+    for order in (None, ["dog", "ant", "cat"]):
+        train, test, classes = image_folder(tmp_path / "pets", order)
+        assert classes == (order or ["ant", "cat", "dog"])
+        for x, y in (train, test):
+            assert x[:, 0, 0, 0].tolist() == [levels[classes[label]] for label in y]
+
+
+def test_labels_of_caltech256_are_the_folders_of_the_files(tmp_path):
+    folder = tmp_path / "caltech256" / "256_ObjectCategories"
+    names = ["001.ak47", "002.american-flag", "257.clutter"]
+    for name in names:
+        for i in range(1, 11):
+            write_jpeg(folder / name / f"{i}.jpg", (i, 0, 0))
+    train, test, _ = datasets.caltech256(tmp_path, download=False)
+    for paths, y in (train, test):
+        assert [path.parent.name for path in paths] == [names[label] for label in y]
+        assert len(y.unique()) > 1
+
+
+def test_random_crops_are_torchvisions(tmp_path):
+    write(tmp_path / "a.png", random_pixels(90, 120, 3))
+    files, image = ImageFiles([tmp_path / "a.png"], side=32), Image.open(tmp_path / "a.png")
+    for seed in range(10):
+        torch.manual_seed(seed)
+        expected = RandomResizedCrop(32, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))(image)
+        assert torch.equal(files[0, seed], T.pil_to_tensor(expected))
+
+
+def test_flips_and_angles_of_2000_draws():
+    params = draw_augmentation(2000, (3, 32, 32), "full", False, torch.Generator().manual_seed(0))
+    degrees = params["angle"].rad2deg()
+    assert params["flip"].float().mean() == pytest.approx(0.5, abs=0.05)
+    assert -2.0001 < degrees.min() < -1.95
+    assert 1.95 < degrees.max() < 2.0001
