@@ -112,7 +112,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
                         model, data.test.pixels(part, "cpu"), data.test.y[part], eps=settings["eps"],
                         norm=settings["norm"], attacks=settings["attacks"], batch_size=len(part),
                         seed=settings["seed"] + c))
-                except ArithmeticError as e:  # FloatingPointError too
+                except (ArithmeticError, ValueError) as e:
                     raise UserError(str(e)) from None
                 runs.save(path, chunk)
             first = c * settings["batch_size"]

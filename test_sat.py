@@ -206,7 +206,7 @@ def test_autoattack_with_fewer_than_ten_classes(n_classes, unusable, caplog):
     assert torch.equal(clean, model(x).argmax(1) == y)
     assert "target classes" not in caplog.text
     assert "DLR" not in caplog.text
-    with pytest.raises(ValueError, match=f"labels {n_classes} to {n_classes} on {n_classes} classes"):
+    with pytest.raises(ValueError, match=f"labels {n_classes} to {n_classes} on {n_classes} classes: give"):
         attacks.autoattack(model, x, torch.full_like(y, n_classes), eps=0.1)
     nn.init.constant_(model.head.bias, math.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
@@ -321,7 +321,7 @@ def test_a_step_on_a_notebooks_own_tensors(factor):
     loss, _ = train.sat_step(model, optimizer, x, y, a, factor * w, attack)
     close(loss, expected.detach())
     assert torch.equal(x, before), "the caller's images are not changed"
-    assert layouts == [True] * 8, "of seven steps of the attack and the training step"
+    assert layouts == [True] * 9, "of the look at the output, seven steps of the attack and the training step"
     for p, q in zip(model.parameters(), oracle.parameters()):
         close(p, q - 0.1 * q.grad)
 
@@ -566,3 +566,114 @@ def test_networks_have_the_sizes_that_the_authors_and_the_field_report(arch, par
         model(torch.zeros(1, 3, 32, 32))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3)
     assert counter.get_total_flops() == pytest.approx(flop, rel=1e-2)
+
+
+def linear(weight=1.0, bias=0.0):
+    """A network of two classes whose first logit is the sum of the pixels times `weight`, plus `bias`."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    nn.init.zeros_(model[1].weight)
+    nn.init.constant_(model[1].weight[0], weight)
+    model[1].bias.data = torch.tensor([bias, 0.0])
+    return model
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, attacks.autoattack])
+@pytest.mark.parametrize("norm,eps,largest", [("linf", 8.0, "0 to 1"), ("l2", 128.0, "0 to 8")])
+def test_an_eps_that_no_two_images_reach_is_refused(attack, norm, eps, largest):
+    x, y = images(n_classes=2)
+    with pytest.raises(ValueError, match=f"eps = {eps}: valid for {norm} are {largest}, .*divide .* by 255"):
+        attack(linear(), x, y, eps=eps, norm=norm)
+
+
+@pytest.mark.parametrize("norm,eps,step_size,messages", [
+    ("l2", 0.5, 0.0, ["step_size = 0"]), ("linf", 0.1, 0.3, ["step_size = 0.3 is above 2 eps = 0.2"]),
+    ("linf", 0.0, 0.1, []), ("l2", 0.0, 0.0, []), ("l2", 0.5, 2.0, []), ("linf", 1.0, 2.0, [])])
+def test_a_step_that_is_hardly_meant_is_warned_of(norm, eps, step_size, messages, recwarn):
+    x, y = images(n_classes=2)
+    attacks.pgd(linear(), x, y, eps=eps, norm=norm, step_size=step_size)
+    assert [str(warning.message).split(":")[0] for warning in recwarn] == messages
+    assert all(warning.filename == __file__ for warning in recwarn), "the line that called pgd"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_half_precision(attack):
+    """Gradients and norms that half precision rounds to 0 made the images nan."""
+    x, y = images(20, n_classes=2)
+    for weight in (0.1, 2.0):  # unsure and sure: most gradients of the latter are 0 in half precision
+        x_adv = attack(linear(weight).half(), x.half(), y, eps=0.5, start=0 * x.half())
+        assert x_adv.dtype == torch.float16
+        assert torch.equal(x_adv, x_adv.clamp(0, 1)), "not of nan"
+        assert length((x_adv - x.half()).float()).max() < 0.505, "0.5, but for rounding"
+        if weight == 0.1:
+            close(x_adv.float(), attack(linear(weight), x, y, eps=0.5, start=0 * x), atol=2e-3)
+    tiny = torch.full((1, 1, 8, 8), 2.0**-20, dtype=torch.float16)
+    close(length(attacks.ascent(tiny, "l2").float()), torch.ones(1), atol=1e-3)
+    close(length(attacks.project(300 * tiny.sign(), 0.5, "l2").float()), torch.tensor([0.5]), atol=1e-3)
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, attacks.autoattack])
+@pytest.mark.parametrize("label", [-100, -1, 10])
+def test_labels_that_are_no_classes_are_refused(attack, label):
+    model, (x, y) = net(), images()
+    y[3] = label
+    with pytest.raises(ValueError, match="labels .* on 10 classes: give 0 to"):
+        attack(model, x, y, eps=0.5)
+
+
+class Wrapper(nn.Module):
+    """A module without parameters around a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = [function]  # a list hides the parameters
+
+    def forward(self, x):
+        return self.function[0](x)
+
+
+@pytest.mark.parametrize("model,message", [
+    (lambda x: x.flatten(1), "model is a function: give a torch.nn.Module"),
+    (linear().half(), r"take torch.float32 images \(1, 8, 8\) on cpu \(.*Half\); .*: model.float\(\)"),
+    (linear().double(), r"take torch.float32 images \(1, 8, 8\) on cpu \(.*Double\); .*: model.float\(\)"),
+    (net(1), r"a Tensor of shape \(1, 1\): it must be logits \(N, C\) of two classes"),
+    (Wrapper(lambda x: x.flatten(1).sum(1)), r"a Tensor of shape \(1,\): it must be logits \(N, C\)"),
+    (Wrapper(lambda x: (x.flatten(1), x)), r"a tuple of shape \(\): it must be logits \(N, C\)")])
+def test_models_that_autoattack_does_not_take(model, message):
+    x, _ = images()
+    with pytest.raises(ValueError, match=message):
+        attacks.autoattack(model, x, torch.zeros(6, dtype=torch.int64), eps=0.1)
+
+
+def test_autoattack_takes_a_wrapper_without_parameters():
+    model, (x, y) = net().eval(), images()
+    wrapped = attacks.autoattack(Wrapper(model), x, y, eps=0.1, attacks=["apgd-ce"])
+    for ours, expected in zip(wrapped, attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("attack", attacks.STANDARD)
+def test_logits_that_are_not_finite_are_refused_before_an_attack(attack):
+    model, (x, _) = net(), images()
+    model.head.bias.data[3] = math.nan  # which is the largest to argmax: every 3 is right
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        attacks.autoattack(model, x, torch.full((6,), 3), eps=0.1, attacks=[attack])
+
+
+@pytest.mark.parametrize("factor,names,warnings", [
+    (1000, ["apgd-ce"], 1), (1, ["apgd-ce"], 0), (1000, ["apgd-ce", "square"], 0)])
+def test_a_saturated_softmax_is_named_once_if_cross_entropy_is_the_only_loss(factor, names, warnings, caplog):
+    """At a linear network all of whose examples are right."""
+    x, y = torch.rand(12, 1, 8, 8), torch.zeros(12, dtype=torch.int64)
+    model = linear(weight=factor, bias=-factor * x.sum((1, 2, 3)).min().item() + 0.1 * factor)
+    clean, _ = attacks.autoattack(model, x, y, eps=0.5, attacks=names, batch_size=4)
+    assert clean.all()
+    texts = [text for text in caplog.messages if "gradient masking" in text]
+    assert len(texts) == warnings
+    assert not warnings or "at 12 of the 12 examples that are right the softmax is saturated" in texts[0]
+
+
+def test_an_eps_too_large_for_the_images_is_a_users_error(tmp_path):
+    model, data = net(), load_dataset("digits", "data")
+    settings = {"norm": "l2", "eps": 30.0, "attacks": ["apgd-ce"], "n": 2, "batch_size": 2, "seed": 0}
+    with pytest.raises(UserError, match="eps = 30.0: valid for l2 are 0 to 8, "):
+        evaluate.autoattack_accuracy(model, data, torch.arange(2), settings, tmp_path)
