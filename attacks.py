@@ -288,7 +288,7 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
                 p.requires_grad_()
     if masked.sum() > 0.01 * clean.sum():
         logging.getLogger("auto-attack").warning(
-            f"gradient masking: at {int(masked.sum())} of the {int(clean.sum())} examples that are right the "
-            "softmax is saturated, and the gradient of the cross-entropy is 0. Robust accuracy by apgd-ce alone "
-            "is overestimated: use standard AutoAttack")
+            "gradient masking: the gradient of the cross-entropy is 0, since the softmax is saturated, at "
+            f"{int(masked.sum())} of the {int(clean.sum())} examples that are right. apgd-ce alone then "
+            "overestimates robust accuracy: use standard AutoAttack")
     return clean, robust

@@ -93,10 +93,10 @@ def open_dataset(args, device):
     """The DataSet that the flags ask for. UserError if it is too small for a batch, or to be split."""
     data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
     selection_and_final(len(data.test))
-    n, least = len(data.train), process_count()
+    n, least = len(data.train), 2 * process_count()
     if not least <= args.batch_size <= n:
-        raise UserError(f"--batch-size {args.batch_size} with {least} processes and {n} training images of "
-                        f"{data.name}: it must be {least} to {n}")
+        raise UserError(f"--batch-size {args.batch_size} with {process_count()} processes and {n} training "
+                        f"images of {data.name}: give {least} to {n} (batch norm needs 2 images per process)")
     return data
 
 

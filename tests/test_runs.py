@@ -24,7 +24,7 @@ import small
 import train
 from common import UserError
 from conftest import CHAIN, HERE, KILLER, contents, run_stage
-from data import load_dataset
+from data import load_dataset, open_dataset
 from small import (AUTOATTACK, ONE, ONE_EPOCH, RANK, RANKING, SAT, R, few, locked, processes,  # noqa: F401
                    stop_in, workplace)
 
@@ -303,3 +303,11 @@ def test_a_process_that_dies_ends_the_job(capsys):
     rank.main(RANK)
     assert "going on after epoch 1" in capsys.readouterr().out
     assert (RANKING / "scores.pt").exists()
+
+
+@pytest.mark.parametrize("size,count,valid", [("1", "1", "2 to 96"), ("3", "2", "4 to 96")])
+def test_a_process_with_one_image_is_refused(size, count, valid, monkeypatch):
+    """Batch norm: of one value per channel, on maps of 1x1, torch takes no variance."""
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(UserError, match=f"--batch-size {size} .*: give {valid} .batch norm needs 2 images"):
+        open_dataset(sat.command_line([*SAT, "--batch-size", size]), "cpu")
