@@ -334,30 +334,6 @@ def test_a_run_does_not_go_on_with_the_A_of_another_ranking():
         sat.main(argv)
 
 
-STATISTICS = """
-import torch, common, data, models, sat, train
-
-def main():
-    args = sat.command_line(["--split", "none", "--epochs", "1", "--lr-decays", "--amp", "off"])
-    device, digits = common.set_up(args), data.load_dataset("digits", "data")
-    torch.manual_seed(0)
-    model = models.build("preactresnet8", 10, [0.3], [0.35])
-    split = data.Split(digits.train.x[:256], digits.train.y[:256])
-    for state in train.train(model, split, split.y < 0, 1.0, args, device):
-        torch.save(dict(model.named_buffers()), f"buffers-{common.process_index()}.pt")
-common.script(main)
-"""
-
-
-@pytest.mark.slow
-def test_processes_share_the_statistics_of_batch_norm():
-    done = processes(STATISTICS)
-    assert done.returncode == 0, done.stderr
-    one, other = (runs.load(f"buffers-{i}.pt") for i in (0, 1))
-    assert any("running_mean" in name for name in one)
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
 SCORES = """
 import sys, torch, common, data, models, rank, sat
 
