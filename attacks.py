@@ -5,6 +5,8 @@ Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,); eps and step siz
 `model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), A.1 (PGD-7), A.5 (FGSM-RS).
 """
 import contextlib
+import logging
+import warnings
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -16,7 +18,10 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # standard AutoAttack
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Puts the model into eval mode; at the end, modules that were in training mode go back to it."""
+    """Puts the model into eval mode; at the end, modules that were in training mode go back to it. Raises
+    ValueError for a function, which has no modes."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -27,8 +32,10 @@ def eval_mode(model):
 
 
 def l2_norm(delta):
-    """The L2 norm of each example: (N, C, H, W) -> (N, 1, 1, 1)."""
-    return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    """The L2 norm of each example: (N, C, H, W) -> (N, 1, 1, 1). Of half precision in float32, since TINY is
+    0 in half precision and squares overflow."""
+    dtype = torch.promote_types(delta.dtype, torch.float32)
+    return delta.flatten(1).to(dtype).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def check_norm(norm):
@@ -42,12 +49,12 @@ def project(delta, eps, norm):
     check_norm(norm)
     if norm == "linf":
         return delta.clamp(-eps, eps)
-    return delta * (eps / l2_norm(delta).clamp_min(TINY)).clamp_max(1)
+    return (delta * (eps / l2_norm(delta).clamp_min(TINY)).clamp_max(1)).to(delta.dtype)
 
 
 def ascent(grad, norm):
     """The steepest ascent of length 1 in `norm`: g / ||g||_2, or sign(g). Zero for a zero gradient."""
-    return grad.sign() if norm == "linf" else grad / l2_norm(grad).clamp_min(TINY)
+    return grad.sign() if norm == "linf" else (grad / l2_norm(grad).clamp_min(TINY)).to(grad.dtype)
 
 
 def random_start(x, eps, norm, generator=None):
@@ -61,21 +68,48 @@ def random_start(x, eps, norm, generator=None):
     return direction * radius * eps
 
 
-def check(x, y, norm, eps, start=None, steps=0, step_size=0.0):
-    """Raises ValueError unless the arguments are valid for an attack."""
+def check_logits(model, x, y):
+    """Raises ValueError unless the model gives logits (N, C) of two classes or more for images like x, and
+    the labels y are among these classes. It looks at the first image alone."""
+    try:
+        with eval_mode(model), torch.no_grad():
+            logits = model(x[:1])
+    except RuntimeError as e:
+        raise ValueError(f"the model does not take {x.dtype} images {tuple(x.shape[1:])} on {x.device} "
+                         f"({str(e).splitlines()[0]}); for autoattack make it float32: model.float()") from e
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2 or shape[1] < 2:
+        raise ValueError(f"the model's output for an image is a {type(logits).__name__} of shape {shape}: it "
+                         "must be logits (N, C) of two classes or more (for a single logit z give [0, z])")
+    if not 0 <= y.min() <= y.max() < shape[1]:
+        raise ValueError(f"labels {int(y.min())} to {int(y.max())} on {shape[1]} classes: give 0 to C - 1")
+
+
+def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
+    """Raises ValueError unless the arguments are valid for an attack. Warns of steps that are valid, but
+    hardly meant."""
     check_norm(norm)
-    if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps < float("inf"):
-        raise ValueError(f"eps = {eps}: a finite number of 0 or more, pixels in [0, 1]")
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each image, (N,) int64")
     if len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false of nan too
         raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
+    largest = 1 if norm == "linf" else x.shape[1:].numel()**0.5  # the distance from black to white
+    if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps <= largest:
+        raise ValueError(f"eps = {eps}: valid for {norm} are 0 to {largest:.4g}, since pixels are in [0, 1] "
+                         "(divide an eps for pixels up to 255 by 255)")
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start is {tuple(start.shape)}, x {tuple(x.shape)}: a perturbation for each image")
     if not isinstance(steps, int) or steps < 0 or not 0 <= step_size < float("inf"):
         raise ValueError(f"{steps} steps of {step_size}: 0 or more, of a finite size")
+    if steps and eps > 0 and step_size == 0:
+        warnings.warn("step_size = 0: the steps of the attack change nothing", stacklevel=3)
+    if steps and norm == "linf" and step_size > 2 * eps > 0:
+        warnings.warn(f"step_size = {step_size} is above 2 eps = {2 * eps}: each step of linf leads to a "
+                      "corner of the ball", stacklevel=3)
+    if len(x):
+        check_logits(model, x, y)
 
 
 def pgd_step(model, x, y, delta, eps, step_size, norm):
@@ -104,7 +138,7 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step_fun
     ValueError as check() does, unless check_input is False, as in training: a look at x makes a GPU wait.
     """
     if check_input:
-        check(x, y, norm, eps, start, steps, step_size)
+        check(model, x, y, norm, eps, start, steps, step_size)
     x = x.detach()
     if len(x) == 0:
         return x
@@ -119,7 +153,7 @@ def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step_function=pgd_step, 
     """FGSM from a random start (Wong et al. 2020; A.5): one projected step of 1.25 eps. `start`: drawn
     uniformly from the ball if it is None. The rest is as in pgd."""
     if check_input:
-        check(x, y, norm, eps, start)
+        check(model, x, y, norm, eps, start)
     start = random_start(x, eps, norm) if start is None else start
     return pgd(model, x, y, eps=eps, step_size=1.25 * eps, steps=1, norm=norm, start=start,
                step_function=step_function, check_input=False)
@@ -135,7 +169,7 @@ def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None,
     with, in which the weights of Eq. 2 have the mean 1: limit = 10 (w_A |A| + |B|) / (N w_A).
     """
     if check_input:
-        check(x, y, norm, eps, start, steps, step_size)
+        check(model, x, y, norm, eps, start, steps, step_size)
     x = x.detach()
     if len(x) == 0:
         return x
@@ -182,27 +216,40 @@ def usable_attacks(attacks, n_classes):
     return usable
 
 
+def finite_logits(model, x):
+    """The logits (N, C) for x. Raises FloatingPointError unless all are finite."""
+    with torch.no_grad():
+        logits = model(x)
+    if not logits.isfinite().all():
+        raise FloatingPointError("the network's logits are not finite: no robust accuracy can be given")
+    return logits
+
+
+def has_zero_gradient(model, x, y):
+    """Where the gradient of the cross-entropy with respect to the image is exactly 0: bool (N,)."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(x).float(), y, reduction="sum")
+    grad, = torch.autograd.grad(loss, x)
+    return grad.flatten(1).abs().amax(1) == 0
+
+
 def attack_batch(model, x, y, *, eps, norm, attacks, seed):
     """AutoAttack on one batch. Returns (clean, robust), bool (N,) each.
 
-    Raises ValueError for labels that are no classes, FloatingPointError for logits that are not finite, which
-    the package would count as robust, and ArithmeticError if an adversarial example lies outside the ball or
-    [0, 1], or if more examples are right after the attack than before.
+    Raises ValueError as check() does, FloatingPointError for logits that are not finite, which the package
+    would count as robust, and ArithmeticError if an adversarial example lies outside the ball or [0, 1], or
+    if more examples are right after the attack than before.
     """
     from pyautoattack import AutoAttack
-    check(x, y, norm, eps)
-    with torch.no_grad():
-        logits = model(x)
-    if len(y) and not 0 <= y.min() <= y.max() < logits.shape[1]:
-        raise ValueError(f"labels {int(y.min())} to {int(y.max())} on {logits.shape[1]} classes")
+    check(model, x, y, norm, eps)
+    logits = finite_logits(model, x)
     aa = AutoAttack(model, norm={"l2": "L2", "linf": "Linf"}[norm], eps=eps, version="standard",
                     device=x.device, seed=seed)
     aa.attacks_to_run = usable_attacks(attacks, logits.shape[1])
     aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, logits.shape[1] - 1)
     x_adv, predicted = aa.run_standard_evaluation(x, y, batch_size=len(x))
-    with torch.no_grad():
-        if not (logits.isfinite().all() and model(x_adv).isfinite().all()):
-            raise FloatingPointError("the network's logits are not finite: no robust accuracy can be given")
+    finite_logits(model, x_adv)
     distance = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
     if distance.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
         raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] (it reached "
@@ -219,21 +266,29 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     (N,) on the CPU.
 
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
-    they change the result. The package logs its progress and warnings to the logger "auto-attack". Raises
-    what attack_batch does.
+    they change the result. The package logs its progress and warnings to the logger "auto-attack". So does
+    this function if apgd-ce is the only attack and the gradient of its loss is exactly 0 at more than 1 % of
+    the examples that are right: a saturated softmax masks it. Raises what attack_batch does.
     """
-    clean, robust = torch.zeros(2, len(y), dtype=torch.bool)
-    device = next(model.parameters(), x).device
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)  # backward passes go to the input alone, and .grad stays as it was
-    try:
-        with eval_mode(model):
+    clean, robust, masked = torch.zeros(3, len(y), dtype=torch.bool)
+    with eval_mode(model):
+        device = next(model.parameters(), x).device
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)  # backward passes go to the input alone, and .grad stays as it was
+        try:
             for b, i in enumerate(range(0, len(y), batch_size)):
                 batch = slice(i, i + batch_size)
-                clean[batch], robust[batch] = attack_batch(
-                    model, x[batch].to(device, torch.float32), y[batch].to(device), eps=eps, norm=norm,
-                    attacks=attacks, seed=seed + b)
-    finally:
-        for p in trainable:
-            p.requires_grad_()
+                images, labels = x[batch].to(device, torch.float32), y[batch].to(device)
+                clean[batch], robust[batch] = attack_batch(model, images, labels, eps=eps, norm=norm,
+                                                           attacks=attacks, seed=seed + b)
+                if set(attacks) == {"apgd-ce"}:
+                    masked[batch] = has_zero_gradient(model, images, labels).cpu() & clean[batch]
+        finally:
+            for p in trainable:
+                p.requires_grad_()
+    if masked.sum() > 0.01 * clean.sum():
+        logging.getLogger("auto-attack").warning(
+            "gradient masking: the gradient of the cross-entropy is 0, since the softmax is saturated, at "
+            f"{int(masked.sum())} of the {int(clean.sum())} examples that are right. apgd-ce alone then "
+            "overestimates robust accuracy: use standard AutoAttack")
     return clean, robust

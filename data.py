@@ -104,10 +104,10 @@ def open_dataset(args, device):
     side = args.side if is_given else None
     data = load_dataset(args.dataset, args.data_dir, device, side, args.workers)
     selection_and_final(len(data.test))
-    n, n_processes = len(data.train), process_count()
-    if not n_processes <= args.batch_size <= n:
-        raise UserError(f"--batch-size {args.batch_size} with {n_processes} processes and {n} training "
-                        f"images of {data.name}: it must be {n_processes} to {n}")
+    n, least = len(data.train), 2 * process_count()
+    if not least <= args.batch_size <= n:
+        raise UserError(f"--batch-size {args.batch_size} with {process_count()} processes and {n} training "
+                        f"images of {data.name}: give {least} to {n} (batch norm needs 2 images per process)")
     if n % args.batch_size >= 0.05 * n:
         say(f"note: each epoch leaves out {n % args.batch_size} of the {n:,} training images, others each "
             f"time: they do not fill a batch of {args.batch_size} (--batch-size)")

@@ -117,7 +117,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
                         model, data.test.pixels(indices, "cpu"), data.test.y[indices], eps=settings["eps"],
                         norm=settings["norm"], attacks=settings["attacks"], batch_size=len(indices),
                         seed=settings["seed"] + c)), "warnings": watch.new_warnings()}
-                except ArithmeticError as e:  # FloatingPointError too
+                except (ArithmeticError, ValueError) as e:
                     raise UserError(str(e)) from None
                 runs.save(path, chunk)
             first = c * settings["batch_size"]

@@ -206,7 +206,7 @@ def test_autoattack_with_fewer_than_ten_classes(n_classes, unusable, caplog):
     assert torch.equal(clean, model(x).argmax(1) == y)
     assert "target classes" not in caplog.text
     assert "DLR" not in caplog.text
-    with pytest.raises(ValueError, match=f"labels {n_classes} to {n_classes} on {n_classes} classes"):
+    with pytest.raises(ValueError, match=f"labels {n_classes} to {n_classes} on {n_classes} classes: give"):
         attacks.autoattack(model, x, torch.full_like(y, n_classes), eps=0.1)
     nn.init.constant_(model.head.bias, math.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
@@ -321,7 +321,7 @@ def test_a_step_on_a_notebooks_own_tensors(factor):
     loss, _ = train.sat_step(model, optimizer, x, y, a, factor * w, attack)
     close(loss, expected.detach())
     assert torch.equal(x, before), "the caller's images are not changed"
-    assert layouts == [True] * 8, "of seven steps of the attack and the training step"
+    assert layouts == [True] * 9, "of the look at the output, seven steps of the attack, the training step"
     close([*model.parameters()], stepped)
 
 
@@ -570,3 +570,249 @@ def test_networks_have_the_sizes_that_the_authors_and_the_field_report(arch, par
         model(torch.zeros(1, 3, 32, 32))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3)
     assert counter.get_total_flops() == pytest.approx(flop, rel=1e-2)
+
+
+def linear(weight=1.0, bias=0.0):
+    """A network of two classes whose first logit is the sum of the pixels times `weight`, plus `bias`."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    nn.init.zeros_(model[1].weight)
+    nn.init.constant_(model[1].weight[0], weight)
+    model[1].bias.data = torch.tensor([bias, 0.0])
+    return model
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, attacks.autoattack])
+@pytest.mark.parametrize("norm,eps,largest", [("linf", 8.0, "0 to 1"), ("l2", 128.0, "0 to 8")])
+def test_an_eps_that_no_two_images_reach_is_refused(attack, norm, eps, largest):
+    x, y = images(n_classes=2)
+    with pytest.raises(ValueError, match=f"eps = {eps}: valid for {norm} are {largest}, .*divide .* by 255"):
+        attack(linear(), x, y, eps=eps, norm=norm)
+
+
+@pytest.mark.parametrize("norm,eps,step_size,messages", [
+    ("l2", 0.5, 0.0, ["step_size = 0"]), ("linf", 0.1, 0.3, ["step_size = 0.3 is above 2 eps = 0.2"]),
+    ("linf", 0.0, 0.1, []), ("l2", 0.0, 0.0, []), ("l2", 0.5, 2.0, []), ("linf", 1.0, 2.0, [])])
+def test_a_step_that_is_hardly_meant_is_warned_of(norm, eps, step_size, messages, recwarn):
+    x, y = images(n_classes=2)
+    attacks.pgd(linear(), x, y, eps=eps, norm=norm, step_size=step_size)
+    assert [str(warning.message).split(":")[0] for warning in recwarn] == messages
+    assert all(warning.filename == __file__ for warning in recwarn), "the line that called pgd"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_half_precision(attack):
+    """Gradients and norms that half precision rounds to 0 made the images nan."""
+    x, y = images(20, n_classes=2)
+    for weight in (0.1, 2.0):  # unsure and sure: most gradients of the latter are 0 in half precision
+        x_adv = attack(linear(weight).half(), x.half(), y, eps=0.5, start=0 * x.half())
+        assert x_adv.dtype == torch.float16
+        assert torch.equal(x_adv, x_adv.clamp(0, 1)), "not of nan"
+        assert length((x_adv - x.half()).float()).max() < 0.505, "0.5, but for rounding"
+        if weight == 0.1:
+            close(x_adv.float(), attack(linear(weight), x, y, eps=0.5, start=0 * x), atol=2e-3)
+    tiny = torch.full((1, 1, 8, 8), 2.0**-20, dtype=torch.float16)
+    close(length(attacks.ascent(tiny, "l2").float()), torch.ones(1), atol=1e-3)
+    close(length(attacks.project(300 * tiny.sign(), 0.5, "l2").float()), torch.tensor([0.5]), atol=1e-3)
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, attacks.autoattack])
+@pytest.mark.parametrize("label", [-100, -1, 10])
+def test_labels_that_are_no_classes_are_refused(attack, label):
+    model, (x, y) = net(), images()
+    y[3] = label
+    with pytest.raises(ValueError, match="labels .* on 10 classes: give 0 to"):
+        attack(model, x, y, eps=0.5)
+
+
+class Wrapper(nn.Module):
+    """A module without parameters around a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = [function]  # a list hides the parameters
+
+    def forward(self, x):
+        return self.function[0](x)
+
+
+@pytest.mark.parametrize("model,message", [
+    (lambda x: x.flatten(1), "model is a function: give a torch.nn.Module"),
+    (linear().half(), r"take torch.float32 images \(1, 8, 8\) on cpu \(.*Half\); .*: model.float\(\)"),
+    (linear().double(), r"take torch.float32 images \(1, 8, 8\) on cpu \(.*Double\); .*: model.float\(\)"),
+    (net(1), r"a Tensor of shape \(1, 1\): it must be logits \(N, C\) of two classes"),
+    (Wrapper(lambda x: x.flatten(1).sum(1)), r"a Tensor of shape \(1,\): it must be logits \(N, C\)"),
+    (Wrapper(lambda x: (x.flatten(1), x)), r"a tuple of shape \(\): it must be logits \(N, C\)")])
+def test_models_that_autoattack_does_not_take(model, message):
+    x, _ = images()
+    with pytest.raises(ValueError, match=message):
+        attacks.autoattack(model, x, torch.zeros(6, dtype=torch.int64), eps=0.1)
+
+
+def test_autoattack_takes_a_wrapper_without_parameters():
+    model, (x, y) = net().eval(), images()
+    wrapped = attacks.autoattack(Wrapper(model), x, y, eps=0.1, attacks=["apgd-ce"])
+    for ours, expected in zip(wrapped, attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("attack", attacks.STANDARD)
+def test_logits_that_are_not_finite_are_refused_before_an_attack(attack):
+    model, (x, _) = net(), images()
+    model.head.bias.data[3] = math.nan  # which is the largest to argmax: every 3 is right
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        attacks.autoattack(model, x, torch.full((6,), 3), eps=0.1, attacks=[attack])
+
+
+@pytest.mark.parametrize("factor,names,warnings", [
+    (1000, ["apgd-ce"], 1), (1, ["apgd-ce"], 0), (1000, ["apgd-ce", "square"], 0)])
+def test_a_saturated_softmax_is_named_once_if_cross_entropy_is_the_only_loss(factor, names, warnings, caplog):
+    """At a linear network all of whose examples are right."""
+    x, y = torch.rand(12, 1, 8, 8), torch.zeros(12, dtype=torch.int64)
+    model = linear(weight=factor, bias=-factor * x.sum((1, 2, 3)).min().item() + 0.1 * factor)
+    clean, _ = attacks.autoattack(model, x, y, eps=0.5, attacks=names, batch_size=4)
+    assert clean.all()
+    texts = [text for text in caplog.messages if "gradient masking" in text]
+    assert len(texts) == warnings
+    assert not warnings or "is saturated, at 12 of the 12 examples that are right" in texts[0]
+
+
+def test_an_eps_too_large_for_the_images_is_a_users_error(tmp_path):
+    model, data = net(), load_dataset("digits", "data")
+    settings = {"norm": "l2", "eps": 30.0, "attacks": ["apgd-ce"], "n": 2, "batch_size": 2, "seed": 0}
+    with pytest.raises(UserError, match="eps = 30.0: valid for l2 are 0 to 8, "):
+        evaluate.autoattack_accuracy(model, data, torch.arange(2), settings, tmp_path)
+
+
+@pytest.mark.parametrize("words", ["", "--random-start", "--attack fgsm-rs", "--attack pgd-authors"])
+def test_training_in_linf_attacks_in_linf(words):
+    """And not in the ball of L2, in which no norm is above 0.1."""
+    linf = "--norm linf --eps 0.1 --step-size 0.05 --augment none"
+    args = arguments(*f"{linf} {words}".split())
+    model, split, A, seen = net(), digits(128), torch.arange(128) % 3 == 0, []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) if model.training else None)
+    next(train.train(model, split, A, 1.0, args, CPU))
+    for x, (clean, _, index) in zip(seen, training_batches(split, 64, 0, 0, "none", "cpu"), strict=True):
+        assert length((x - clean)[A[index]], "linf").max() <= 0.1 + 1e-6
+        assert length((x - clean)[A[index]]).min() > 0.2
+    if words in ("--random-start", "--attack fgsm-rs"):
+        starts = torch.cat([batch[5] for batch in train.epoch_batches(split, A, 1.0, args, 0, CPU)])
+        assert 0.09 < length(starts, "linf").max() <= 0.1
+
+
+@pytest.mark.parametrize("attack", ["apgd-ce", "fab-t", "square"])
+def test_autoattack_attacks_in_its_norm(attack):
+    """A margin of 2, which falls by 6.4 in the ball of linf and by 0.8 in that of L2."""
+    x, y = torch.full((4, 1, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
+    for norm, expected in (("l2", True), ("linf", False)):
+        clean, robust = attacks.autoattack(linear(bias=-30), x, y, eps=0.1, norm=norm, attacks=[attack])
+        assert clean.all()
+        assert robust.tolist() == [expected] * 4
+
+
+def test_a_chunk_of_other_weights_is_not_taken(tmp_path, monkeypatch):
+    data, index = load_dataset("digits", "data"), torch.arange(20)
+    settings = {"norm": "l2", "eps": 0.25, "attacks": ["apgd-ce"], "n": 20, "batch_size": 6, "seed": 0}
+
+    def attack_batch(model, x, y, **settings):
+        return model(x).argmax(1) == y, model(x).argmax(1) == y
+    monkeypatch.setattr(attacks, "attack_batch", attack_batch)
+    for c in (3, 5):
+        model = net()
+        model.head.bias.data[c] = 100.0  # it says c of every image
+        clean, _ = evaluate.autoattack_accuracy(model, data, index, settings, tmp_path)
+        assert torch.equal(clean, data.test.y[:20] == c)
+
+
+@pytest.fixture
+def fitted(tmp_path, monkeypatch):
+    """A function that runs sat.py up to its training: (A, w_A, a hash of the first weights)."""
+    seen = []
+    monkeypatch.setattr(sat, "fit", lambda folder, model, data, A, w_A, *rest, **more: seen.append(
+        (A.tolist(), w_A, evaluate.weights_hash(model.state_dict()))))
+
+    def run(*argv):
+        sat.main([*QUICK, *argv, "--results", str(tmp_path)])
+        return seen[-1]
+    return run
+
+
+def test_training_gets_the_weight_of_the_flags(fitted):
+    ratio = 1167 / 130  # |B|/|A|
+    for words, expected in (("", 1.0), ("--weight-factor 5", 5.0), ("--weight balanced", ratio),
+                            ("--weight emphasis", (1 + 1300 / 1297) * ratio)):
+        A, w_A, _ = fitted("--order", "random", "--frac", "0.1", *words.split())
+        assert sum(A) == 130
+        assert w_A == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("split,amount", [("esat", ["--size", "100"]), ("csat", ["--size", "4"])])
+def test_random_subsets_and_first_weights_depend_on_the_seed(fitted, split, amount):
+    words = ["--split", split, *amount, "--order", "random"]
+    one, other, again = (fitted(*words, "--seed", seed) for seed in ("1", "2", "1"))
+    assert one[0] != other[0]
+    assert one[2] != other[2]
+    assert one == again
+
+
+def test_rankings_and_transfers_start_from_their_seed(results, tmp_path, monkeypatch):
+    config, best = str(HERE / "configs/transfer/digits5-9.yaml"), str(results / "digits0-4/run/best.pt")
+    seen = []
+
+    def stop(model, *rest):
+        seen.append(evaluate.weights_hash(model.state_dict()))
+        raise KeyboardInterrupt
+    for module in (rank, sat):  # sat.fit trains the head
+        monkeypatch.setattr(module, "train", stop)
+    for main, words in ((rank.main, ["--epochs", "2"]), (transfer.main, [best, "--config", config, *QUICK])):
+        for seed in ("1", "2"):
+            with pytest.raises(KeyboardInterrupt):
+                main([*words, "--seed", seed, "--results", str(tmp_path)])
+        assert seen[-2] != seen[-1]
+
+
+def test_the_order_of_batches_depends_on_seed_and_epoch():
+    orders = {(seed, epoch): epoch_order(100, 10, seed, epoch)[0] for seed in (0, 1) for epoch in (0, 1)}
+    assert len({tuple(order.flatten().tolist()) for order in orders.values()}) == 4
+    assert torch.equal(epoch_order(100, 10, 1, 1)[0], orders[1, 1])
+
+
+def test_class_errors_of_a_ranking_are_of_the_90_percent_and_count_what_is_wrong():
+    model, data = net(), load_dataset("digits", "data")
+    nn.init.constant_(model.head.bias[0], 100.0)  # it says 0 of every image
+    scores = {"entropy": torch.rand(len(data.train))}
+    rows = rank.tables_of(scores, model, data, CPU)["classes_hardest_first"]
+    assert sum(row["n"] for row in rows) == 450
+    assert {row["class"]: row["clean_error"] for row in rows} == {"0": 0.0, **dict.fromkeys("123456789", 1.0)}
+
+
+def batch_norm(x, layer):
+    """Batch norm in eval mode, by its definition."""
+    mean, var, weight, bias = (t.view(1, -1, 1, 1) for t in (
+        layer.running_mean, layer.running_var, layer.weight, layer.bias))
+    return (x - mean) / (var + layer.eps).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize("c_out,stride,always", [(4, 1, False), (4, 1, True), (8, 2, False)])
+def test_a_block_is_that_of_he_et_al(c_out, stride, always):
+    """A convolution of the shortcut takes what the first convolution takes: bn1(x) after ReLU."""
+    torch.manual_seed(0)
+    block, x = models.PreActBlock(4, c_out, stride, always).eval(), torch.randn(3, 4, 8, 8)
+    for layer in (block.bn1, block.bn2):
+        for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
+            nn.init.uniform_(t, 0.5, 2.0)
+    out = batch_norm(x, block.bn1).clamp_min(0)
+    residual = F.conv2d(out, block.conv1.weight, stride=stride, padding=1)
+    residual = F.conv2d(batch_norm(residual, block.bn2).clamp_min(0), block.conv2.weight, padding=1)
+    is_identity = c_out == 4 and not always
+    shortcut = x if is_identity else F.conv2d(out, block.shortcut.weight, stride=stride)
+    close(block(x.clone()), residual + shortcut, atol=1e-4)
+
+
+def test_a_classifier_divides_by_std_and_a_transferred_head_has_one_hidden_layer():
+    (x, _), (mean, std) = images(channels=2), ([0.2, 0.5], [0.25, 4.0])
+    model = models.Classifier(nn.Sequential(nn.Flatten()), nn.Linear(128, 10), mean, std)
+    normalised = torch.cat([(x[:, :1] - 0.2) / 0.25, (x[:, 1:] - 0.5) / 4], 1).flatten(1)
+    close(model(x), normalised @ model.head.weight.T + model.head.bias)
+    hidden, _, last = model.transfer(3).head
+    features = (normalised @ hidden.weight.T + hidden.bias).clamp_min(0)
+    close(model(x), features @ last.weight.T + last.bias)

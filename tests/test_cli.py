@@ -118,7 +118,7 @@ BAD = [  # words of sat.py, message
     ("--epochs 0", "'0' is not a whole number of at least 1"), ("--threads 10000", "at least 0 and at most"),
     ("--frac 0", "above 0 and at most 1"), ("--frac 1.5", "'1.5' is not a finite number above 0"),
     ("--split csat --frac 0.01", "comes to 0: choose 1 to 10"), ("--size 1298", "choose 1 to 1297"),
-    ("--split full --batch-size 1298", "must be 1 to 1297"), ("--split none --scores x.npy", "no --scores"),
+    ("--split full --batch-size 1298", "give 2 to 1297"), ("--split none --scores x.npy", "no --scores"),
     ("--split csat --classes cat", "unknown class cat; valid: 0, 1, 2"), ("--classes 3", "takes no --class"),
     ("--split csat --classes 3 --size 1", "takes one of --frac, --size, --classes; given: size, classes"),
     ("--frac 0.4 --size 4", "takes one of --frac, --size, --subset"), ("--split full --size 3", "no --size"),

@@ -492,3 +492,42 @@ def test_bench_counts_by_the_cost_model(capsys):
     assert [row[3] for row in rows.values()] == [0.43, 0.49, 0.71, 1.0], "(3 + 2 * 2 share) / 7"
     assert rows[1.0][2] == 1
     assert rows[0.0][1] == pytest.approx(8000 / rows[0.0][0], rel=0.02)
+
+
+def test_a_contrast_has_the_fewest_degrees_of_freedom_of_its_terms():
+    """On cat only one setting is between 5 and 95 %, with 2 degrees of freedom; on the others both are."""
+    is_cat, others = np.array(CLASSES) == "cat", [c for c in CLASSES if c != "cat"]
+    a, b = ([run(split, np.where(is_cat, cat, rest) + shift, seed=seed)
+             for seed, shift in enumerate((-0.02, 0.0, 0.02))]
+            for split, cat, rest in (("full", 0.5, 0.7), ("none", 0.02, 0.4)))
+    pool, terms = [*a, *b], [(1, a, ["cat"]), (-1, b, others)]
+    noises = [stats.Noise(pool, classes=classes) for _, _, classes in terms]
+    assert [noise.df for noise in noises] == [2, 4]
+    for pairs in (terms, terms[::-1]):
+        value, _, high = stats.contrast(pairs, [])  # without the noise of training
+        test = ((high - value) / scipy.stats.t.ppf(0.975, 999))**2
+        training = sum(noise.variance for noise in noises) / 3
+        df = (test + training)**2 / (training**2 / 2 + test**2 / 999)
+        value, _, high = stats.contrast(pairs, pool)
+        assert high - value == pytest.approx(scipy.stats.t.ppf(0.975, df) * (test + training)**0.5)
+
+
+@pytest.mark.parametrize("other", [{"metric": "svar"}, {"attack": "fgsm-rs"}, {"weight": "emphasis"}])
+def test_claims_on_esat_are_of_pgd_entropy_and_no_weight(other):
+    """(c), (d) and (h): runs of another kind, with other accuracies, change no value."""
+    def values(runs):
+        rows = claims.claims(runs)["cifar10", "g"][0]
+        return {row[0]: row[2].split(" [")[0] for row in rows if row[0][:3] in ("(c)", "(d)", "(h)")}
+    orders, more = {"hardest": 0.1, "easiest": 0.3, "random": 0.7}, []
+    for A, (order, robust) in itertools.product((5000, 25000), orders.items()):
+        more += three("esat", robust, A=A, order=order, **other)
+    before = values(everything())
+    assert len(before) == 4
+    assert values([*everything(), *more]) == before
+    assert values([*more, *everything()]) == before
+
+
+@pytest.mark.parametrize("share,expected", [
+    (0.5, 66.4), (0.504, 66.4), (0.496, 66.4), (0.53, None), (0.47, None)])
+def test_the_papers_number_is_taken_within_half_a_percent(share, expected):
+    assert published.published_accuracy("fig6", "cifar10", "hardest", share, "robust") == expected

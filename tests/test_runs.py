@@ -24,7 +24,7 @@ import sat
 import train
 from common import HERE, UserError
 from conftest import AUTOATTACK, ONE, ONE_EPOCH, RANK, RANKING, RANKING_1, SAT, R
-from data import Split, load_dataset
+from data import Split, load_dataset, open_dataset
 from paper import results
 
 KILLER = """
@@ -348,3 +348,62 @@ def test_a_process_that_dies_ends_the_job(capsys):
     done = processes("import common, sat; common.script(lambda: sat.main(['--order', 'hardst']))")
     assert done.stderr.count("error: argument --order: invalid choice: 'hardst'") == 2, "ours, torchrun's"
     assert 'sat.py", line' not in done.stderr
+
+
+@pytest.mark.parametrize("size,count,valid", [("1", "1", "2 to 96"), ("3", "2", "4 to 96")])
+def test_a_process_with_one_image_is_refused(size, count, valid, monkeypatch):
+    """Batch norm: of one value per channel, on maps of 1x1, torch takes no variance."""
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(UserError, match=f"--batch-size {size} .*: give {valid} .batch norm needs 2 images"):
+        open_dataset(sat.command_line([*SAT, "--batch-size", size]), "cpu")
+
+
+@pytest.mark.parametrize("words", """--arch preactresnet18|--side 64|--augment none|--split full|--frac 0.3
+--size 40|--split csat --classes 3|--order easiest|--order random|--order redrawn|--metric svar
+--weight emphasis|--weight-factor 3|--norm linf --eps 0.5 --step-size 0.1|--eps 0.4|--attack fgsm-rs
+--attack pgd-authors|--steps 3|--step-size 0.2|--random-start|--epochs 3|--batch-size 32|--lr 0.2
+--lr-decays 5|--weight-decay 0|--seed 1|--select-n 5|--select-attacks square""".replace("\n", "|").split("|"))
+def test_a_flag_that_changes_training_changes_name_and_identity(words):
+    plain, other = sat.command_line([]), sat.command_line(words.split())
+    assert sat.run_folder(other)[0] != sat.run_folder(plain)[0]
+    assert runs.identity(other) != runs.identity(plain)
+
+
+def test_a_run_does_not_go_on_with_the_A_of_another_ranking():
+    argv = [*SAT, "--frac", "0.3", "--run", "r"]
+    rank.main(RANK)
+    stop_in(sat.main, argv, "save_epoch")
+    ranking = runs.load(RANKING / "scores.pt")
+    torch.save({**ranking, "entropy": -ranking["entropy"]}, RANKING / "scores.pt")
+    with pytest.raises(UserError, match="last.pt was trained with another A: name this run with --run"):
+        sat.main(argv)
+
+
+SCORES = """
+import sys, torch, common, data, models, rank, sat
+
+def main():
+    device, digits = common.set_up(sat.command_line([])), data.load_dataset("digits", "data")
+    split = data.Split(digits.train.x[:97], digits.train.y[:97])
+    vog = rank.Vog(split, device)
+    for seed in (0, 1):  # in place of two epochs
+        torch.manual_seed(seed)
+        model = models.build("preactresnet8", 10, [0.3], [0.35])
+        scores = rank.score(model, split, device, ["entropy", "svar", "vog"], vog)
+    scores["vog"] = vog.scores()
+    if common.process_index() == 0:
+        torch.save(scores, sys.argv[1])
+common.script(main)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one():
+    done = processes(SCORES, "two.pt")
+    assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    subprocess.run([sys.executable, "code.py", "one.pt"], check=True, env=environment)
+    one, two = runs.load("one.pt"), runs.load("two.pt")
+    for metric in ("entropy", "svar", "vog"):
+        torch.testing.assert_close(two[metric], one[metric], atol=1e-6, rtol=1e-4)
+        assert (two[metric] != 0).all(), metric
