@@ -21,7 +21,7 @@ import models
 import runs
 from common import UserError, from_process_0, process_index, say
 from data import open_dataset, plain_batches, process_part, selection_and_final
-from subset import check_scores, class_means, scores_hash
+from subset import check_scores, class_means, ordering, scores_hash
 from train import train
 
 
@@ -210,7 +210,8 @@ def scores_for(args, data, device):
         raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force")
     scores = ranking[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
-    return scores, {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
+    info = {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
+    return ordering(scores, args.metric, args.split, data.train.y), info
 
 
 def main(argv=None):

@@ -25,8 +25,8 @@ import runs
 from attacks import ATTACKS
 from common import UserError, process_count, process_index, say
 from data import open_dataset, selection_and_final
-from subset import (choose_A, read_ranking, read_scores, read_subset, scores_hash, subset_size, weight_A,
-                    within_class)
+from subset import (choose_A, ordering, read_ranking, read_scores, read_subset, scores_hash, subset_size,
+                    weight_A)
 from train import train
 
 # A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: the most robust
@@ -251,8 +251,8 @@ def choose(args, data, own, device):
         subset_size(amount, n, unit)  # an impossible amount is refused before a ranking is made
         if scores is None:
             scores, info = rank.scores_for(args, data, device)
-        if info.get("metric") == "vog" and args.split == "esat":
-            scores = within_class(scores, y)  # gradients of classes differ in size (Agarwal et al.)
+        else:
+            scores = ordering(scores, info.get("metric"), args.split, y)
     A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, subset=own.get("subset"),
                  order=args.order, scores=scores, seed=args.seed)
     return A, info

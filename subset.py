@@ -113,6 +113,12 @@ def weight_A(kind, n_A, n):
     return named.get(kind, kind)
 
 
+def ordering(scores, metric, split, y):
+    """The scores that order examples: those of vog are normalised within each class, as the gradients of
+    classes differ in size (Agarwal et al. 2022). Means of classes (csat) are of raw scores."""
+    return within_class(scores, y) if metric == "vog" and split == "esat" else scores
+
+
 def within_class(scores, y):
     """Scores (N,) normalised to mean 0 and standard deviation 1 within each class of y."""
     mean = class_means(scores, y, int(y.max()) + 1)

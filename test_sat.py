@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import attacks
 import evaluate
@@ -181,7 +180,7 @@ def test_autoattack_goes_on_after_the_chunks_that_are_there(tmp_path, monkeypatc
 
     def evaluated(eps=0.25, seed=0):
         settings = {"norm": "l2", "eps": eps, "attacks": ["apgd-ce"], "n": 20, "batch_size": 6, "seed": seed}
-        return torch.stack(evaluate.autoattack_accuracy(net(), data, index, settings, tmp_path))
+        return torch.stack(evaluate.autoattack_accuracy(net(), data, index, settings, tmp_path)[:2])
     data, index, calls = load_dataset("digits", "data"), torch.arange(20), []
     x, y = data.test.pixels(index, "cpu"), data.test.y[:20]
     monkeypatch.setattr(attacks, "attack_batch", attack_batch)
@@ -190,7 +189,7 @@ def test_autoattack_goes_on_after_the_chunks_that_are_there(tmp_path, monkeypatc
     assert torch.equal(evaluated(), whole)
     assert calls[4:] == calls[:4] == [(6, 0), (6, 1), (6, 2), (2, 3)]
     first, _, third, _ = sorted(tmp_path.glob("*/chunk*.pt"))
-    torch.save(torch.zeros(2, 5), first)
+    torch.save({"right": torch.zeros(2, 5), "warnings": []}, first)
     third.unlink()
     assert torch.equal(evaluated(), whole)
     assert calls[8:] == [(6, 0), (6, 2)], "only the chunks that are missing or have another shape"
@@ -231,13 +230,14 @@ def test_autoattack_is_not_trusted_blindly(result, message, monkeypatch):
 def test_autoattacks_progress_and_warnings_are_printed_once(capsys, caplog):
     model, (x, y), log = net(), images(), logging.getLogger("auto-attack")
     model.head = nn.Sequential(model.head, nn.Softmax(1))  # of which AutoAttack warns
-    with evaluate.Watch(tqdm(total=6, disable=True)):
+    with evaluate.Watch(["apgd-ce"], 6) as watch:
         attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"], batch_size=2)
         for text in ("3 points with zero gradient", "5 points with zero gradient", "other"):
             log.warning(text)
     printed = capsys.readouterr().out
     assert printed.count("probability distribution") == 1
-    assert "this batch after APGD-CE: 50.0 % robust" in printed
+    assert "AutoAttack, examples 1 and on of 6: 50.0 % robust after APGD-CE" in printed
+    assert watch.warnings[1:] == ["3 points with zero gradient", "other"]
     assert printed.endswith("AutoAttack warns: 3 points with zero gradient\nAutoAttack warns: other\n")
     log.warning("afterwards")
     assert [record.message for record in caplog.records] == ["afterwards"], "the logger is as before"
@@ -427,7 +427,7 @@ def test_scores_are_means_over_the_epochs_of_training_without_attacks(results):
         entropy = entropy - (p * p.clamp_min(1e-30).log()).sum(1) / 2
         svar = svar + torch.where(p.argmax(1) == y, -1, 1) * ((p - 0.2)**2).mean(1) / 2
     vog = torch.stack(gradient).std(0, unbiased=False).flatten(1).mean(1)
-    scores = runs.load(results / "digits0-4/rank-preactresnet8-seed0/scores.pt")
+    scores = runs.load(*results.glob("digits0-4/rank-*/scores.pt"))
     for metric, expected in (("entropy", entropy), ("svar", svar), ("vog", vog)):
         close(scores[metric].double(), expected.double(), atol=1e-4, rtol=1e-3)
     csat, esat = (arguments(*flags, "--metric", "vog", "--split", split) for split in ("csat", "esat"))
@@ -440,7 +440,7 @@ def test_scores_are_means_over_the_epochs_of_training_without_attacks(results):
 
 def test_a_run_on_the_hardest_classes_its_evaluation_its_transfer_and_the_report(results):
     run, (transferred,) = results / "digits0-4/run", (results / "digits5-9").iterdir()
-    ranking, y = results / "digits0-4/rank-preactresnet8-seed0", load_dataset("digits0-4", "data").train.y
+    (ranking,), y = (results / "digits0-4").glob("rank-*"), load_dataset("digits0-4", "data").train.y
     entropy = runs.load(ranking / "scores.pt")["entropy"].double()
     rows = runs.load(ranking / "rank.json")["classes_hardest_first"]
     means = {str(c): entropy[y == c].mean().item() for c in range(5)}
@@ -470,7 +470,7 @@ def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, mon
     def autoattack_accuracy(model, data, index, settings, folder):
         epoch = next(epochs)
         indices[epoch], weights[epoch] = {*index.tolist()}, evaluate.weights_hash(model.state_dict())
-        return [torch.arange(len(index)) < n for n in accuracies.get(epoch, (1, 0))]
+        return *(torch.arange(len(index)) < n for n in accuracies.get(epoch, (1, 0))), []
     accuracies = {2: (5, 3), 3: (7, 4), 5: (6, 4), 6: (7, 4), 7: (8, 3)}  # {epoch: (clean, robust) of ten}
     epochs, indices, weights, folder = iter([*accuracies, "final"]), {}, {}, tmp_path / "digits0-4" / "run"
     monkeypatch.setattr(evaluate, "autoattack_accuracy", autoattack_accuracy)
@@ -719,7 +719,7 @@ def test_a_chunk_of_other_weights_is_not_taken(tmp_path, monkeypatch):
     for c in (3, 5):
         model = net()
         model.head.bias.data[c] = 100.0  # it says c of every image
-        clean, _ = evaluate.autoattack_accuracy(model, data, index, settings, tmp_path)
+        clean, *_ = evaluate.autoattack_accuracy(model, data, index, settings, tmp_path)
         assert torch.equal(clean, data.test.y[:20] == c)
 
 

@@ -123,7 +123,7 @@ def test_verdict_rules(rule, interval, expected):
     assert claims.verdict(rule, interval, runs[:1], runs) == "open (one seed)"
 
 
-def test_claims_get_the_verdict_of_their_interval():
+def everything():
     """Runs of three seeds with a clear order, as the paper has it. CSAT differs on its own class."""
     runs = [*three("none", 0.02, 0.95, A=0), *three("full", 0.60, 0.85, A=50000)]
     for A, *values in ((5000, 0.45, 0.20, 0.45), (25000, 0.59, 0.50, 0.58)):
@@ -135,7 +135,12 @@ def test_claims_get_the_verdict_of_their_interval():
     to = {"transfer": True, "data": "cifar100->cifar10", "n_classes": 100}
     for weight, robust in (("vanilla", 0.1), ("balanced", 0.3), ("emphasis", 0.37)):
         runs += three("csat", robust, A_classes=tuple("abcdefghij"), weight=weight, **to)
-    runs += [*three("full", 0.42, A=50000, **to), *three("esat", 0.42, A=15000, weight="emphasis", **to)]
+    return [*runs, *three("full", 0.42, A=50000, **to),
+            *three("esat", 0.42, A=15000, weight="emphasis", **to)]
+
+
+def test_claims_get_the_verdict_of_their_interval():
+    runs = everything()
     (rows, noise), (transferred, _) = claims.claims(runs).values()
     balanced = claims.FIG2["balanced"].split()[-1]
     verdicts = {f"{row[0][:3]} {row[0].split()[-1]}": row[3] for row in [*rows, *transferred]}
@@ -244,7 +249,7 @@ def test_another_threat_model_is_not_put_beside_the_papers_numbers(tmp_path, nor
             run("esat", 0.6, A=25000, **other)]
     (rows, _), = claims.claims(runs).values()
     assert {row[0][:3]: row[1] != "-" for row in rows} == {"(c)": beside, "(e)": beside}
-    text = "\n".join(tables.curve_section(runs, tmp_path, FIG6))
+    text = "\n".join(tables.curve_section(runs, tmp_path, FIG6, {}))
     assert ("paper robust %" in text) == beside
     assert (figures.PALE in (tmp_path / "fig6.svg").read_text()) == beside
 
@@ -271,7 +276,7 @@ def test_repeats_are_no_seeds_and_groups_are_named_by_what_differs(capsys):
 def test_tables_of_curves(tmp_path):
     runs = [run("full", 0.7, A=50000), run("esat", 0.6, A=25000, ranking="x"), run("esat", 0.5, ranking="y"),
             run("esat", 0.4, A=25000, order="random"), run("esat", 0.6, A=25000, order="random", seed=1)]
-    text = "\n".join(tables.curve_section(runs, tmp_path, FIG6))
+    text = "\n".join(tables.curve_section(runs, tmp_path, FIG6, {}))
     for line in ("| hardest | 25,000 | 0.50 | 1 | 1 | 60.0 [56.9, 63.0] | 100.0 [99.6, 100.0] "
                  "| 66.4 | -6.4 | 89.3 | +10.7 |",
                  "| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 | 64.5 | -14.5 | 91.0 |",
@@ -282,7 +287,7 @@ def test_tables_of_curves(tmp_path):
     assert "Not the paper's setting" not in text
     own = np.isin(CLASSES, ["cat", "dog"])
     runs = [run("none", 0.1 * ~own), run("csat", 0.2 + 0.3 * own, A_classes=("cat", "dog"), order="hardest")]
-    text = "\n".join(tables.curve_section(runs, tmp_path, FIG5))
+    text = "\n".join(tables.curve_section(runs, tmp_path, FIG5, {}))
     assert re.search(r"hardest \| 2 classes \| 0.20 \| 1 \| 1 \| 26.0 .* 20.0 .* 100.0 .* \| 10.0 \|", text)
 
 
