@@ -178,21 +178,31 @@ def ranking_args(args):
     return argparse.Namespace(**{**values, "seed": 0, "run": None, "force": False, "base": args.base})
 
 
+def stored_flags(folder):
+    """The flags of the ranking in a folder, {} if there is none."""
+    for name, keys in (("args.json", ()), ("rank.json", ("args",))):
+        if (folder / name).exists():
+            content = runs.load(folder / name, keys)
+            return content["args"] if keys else content
+    return {}
+
+
 def ranking_folder(args):
     """The folder of the ranking that these flags describe, named as a run is: results/<dataset>/rank-<arch>,
     the flags that differ from the config, the seed. If another config's ranking has that name, a hash too."""
-    folder = args.results / args.dataset
-    folder /= args.run or runs.run_name(args, ["rank", args.arch], {"arch", "metrics"})
-    for name, key in (("args.json", None), ("rank.json", "args")):
-        if (folder / name).exists() and not args.run:
-            stored = runs.load(folder / name)
-            stored = stored.get(key, stored) if isinstance(stored, dict) else {}
-            same_metrics = argparse.Namespace(**{**vars(args), "metrics": stored.get("metrics")})
-            if runs.flag_differences(stored, same_metrics):
-                text = json.dumps({k: v for k, v in runs.identity(args).items() if k != "metrics"})
-                return folder.with_name(f"rank-{args.arch}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-                                        f"-seed{args.seed}")
-    return folder
+    parent, name = args.results / args.dataset, runs.run_name(args, ["rank", args.arch], {"arch", "metrics"})
+    if args.run:
+        return parent / args.run
+    flags_text = json.dumps({k: v for k, v in runs.identity(args).items() if k != "metrics"})
+    short_hash = hashlib.sha256(flags_text.encode()).hexdigest()[:8]
+    earlier = f"rank-{args.arch}-seed{args.seed}"  # the name of an earlier version, whatever the flags
+    names = [name, earlier, f"rank-{args.arch}-{short_hash}-seed{args.seed}"]
+    stored = {name: stored_flags(parent / name) for name in names}
+    for name in names:
+        same_metrics = argparse.Namespace(**{**vars(args), "metrics": stored[name].get("metrics")})
+        if stored[name] and not runs.flag_differences(stored[name], same_metrics):
+            return parent / name
+    return parent / (names[0] if not stored[names[0]] else names[2])
 
 
 def scores_for(args, data, device):

@@ -56,6 +56,15 @@ def test_run_all_and_rank_py_name_a_ranking_alike():
         assert experiments.ranking_name(path, values) == rank.ranking_folder(args).name
 
 
+def test_a_ranking_that_an_earlier_version_named_by_its_network_alone_is_found():
+    args = config.parse("rank.py", "", RANK)
+    folder = Path("results/few/rank-preactresnet8-seed0")
+    assert rank.ranking_folder(args) != folder
+    folder.mkdir(parents=True)
+    runs.write_json(folder / "rank.json", {"args": {**runs.identity(args), "metrics": ["entropy"]}})
+    assert rank.ranking_folder(args) == folder
+
+
 def test_a_ranking_of_another_config_with_the_same_name_is_left_alone():
     args = config.parse("rank.py", "", RANK)
     folder = rank.ranking_folder(args)
