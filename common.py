@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -76,23 +77,32 @@ def check_environment():
                         f"or unset {' '.join(values)}")
 
 
+def can_compile(device):
+    """Whether torch.compile finds a compiler (on GPUs of C, for Triton, else of C++) and Python.h."""
+    if device.type == "cuda":
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
+    else:
+        compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    return any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
 def set_up(args):
     """Sets the device, the threads and, under torchrun, the process group. Returns the device."""
     import torch
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not on_gpu:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    device, compilers = torch.device("cpu"), [os.environ.get("CXX", "g++"), "clang++"]
+    device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        compilers = [os.environ.get("CC", "gcc"), "clang"]  # Triton compiles C
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} "
                             "GPUs: start one per GPU, or give --device cpu")
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: robust accuracies are reported in it
-    if getattr(args, "compile", False) and not any(map(shutil.which, compilers)):
-        raise UserError(f"--compile needs a compiler ({' or '.join(compilers)}): install one or drop it")
+    if getattr(args, "compile", "off") in ("on", "step") and not can_compile(device):
+        raise UserError(f"--compile {args.compile} needs a compiler (gcc, g++ or clang) and Python.h: "
+                        "install them, or give --compile off")
     if args.threads:
         torch.set_num_threads(args.threads)
     if process_count() > 1 and not torch.distributed.is_initialized():
@@ -172,6 +182,9 @@ def script(main):
             "chunk", sys.stderr)
         code = 128 + e.args[0]
     except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(e).split())[:200]
+            sys.exit(f"error: torch.compile failed ({reason}): give --compile off")
         signs_of_loss = ["DataLoader worker"]
         if process_count() > 1:
             signs_of_loss += ["gloo", "NCCL", "Connection closed", "Connection reset"]

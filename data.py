@@ -198,6 +198,12 @@ def process_part(values, dim=1):
     return values.tensor_split(process_count(), dim)[process_index()]
 
 
+def batches_together(split, device):
+    """How many batches are augmented at a time: 32 on a GPU, where to launch kernels takes longer than to run
+    them. Streamed images come one batch at a time."""
+    return 1 if split.streamed or torch.device(device).type == "cpu" else 32
+
+
 def training_batches(split, batch_size, seed, epoch, augmentation, device):
     """The training batches of an epoch: x, augmented, on `device` and in channels_last, in which convolutions
     are fastest; y, on `device`; index, on the CPU.
@@ -211,10 +217,14 @@ def training_batches(split, batch_size, seed, epoch, augmentation, device):
     params = {name: process_part(v.view(*order.shape, *v.shape[1:])).to(device) for name, v in params.items()}
     order = process_part(order)
     y, crop_seeds = split.y[order].to(device), params.pop("seed").tolist() if "seed" in params else None
-    batches = order if split.streamed else order.to(device)
-    for step, x in enumerate(split.read(batches, device, crop_seeds)):
-        x = augment(x, {name: v[step] for name, v in params.items()})
-        yield x.contiguous(memory_format=torch.channels_last), y[step], order[step]
+    together = batches_together(split, device)
+    chunks = [slice(step, step + together) for step in range(0, len(order), together)]
+    index = order if split.streamed else order.to(device)
+    images = split.read([index[steps].flatten() for steps in chunks], device, crop_seeds)
+    for steps, x in zip(chunks, images):
+        x = augment(x, {name: v[steps].flatten(0, 1) for name, v in params.items()})
+        x = x.contiguous(memory_format=torch.channels_last)
+        yield from zip(x.split(order.shape[1]), y[steps], order[steps])
 
 
 def plain_batches(split, index, batch_size, device):

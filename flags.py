@@ -154,7 +154,8 @@ FLAGS = {
     ],
     "speed of training": [
         ("--amp", "auto", ("auto", "off", "bf16"), "bf16 autocast in training; auto: where hardware has it"),
-        ("--compile", False, bool, "torch.compile attack and network: minutes at the start, then faster"),
+        ("--compile", "auto", ("auto", "off", "on", "step"), "torch.compile, minutes at the start, then "
+         "faster; auto: on GPUs in long trainings; step: a whole step as one CUDA graph (no GPU has run it)"),
     ],
     "the run": [
         ("--results", Path("results"), Path, "folder that receives every run"),

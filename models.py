@@ -1,10 +1,12 @@
 """Builds the networks (Sec. 4, Table 2) and sets up their training: optimizer, bf16, torch.compile, torchrun.
 Every network is a Classifier, from pixels in [0, 1] to logits."""
+import collections
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import process_count
+from common import can_compile, process_count
 
 
 class PreActBlock(nn.Module):
@@ -91,10 +93,10 @@ def sgd(model, lr, weight_decay, device, state=None):
     return optimizer
 
 
-def training_network(model, args, device):
-    """`model`, compiled with --compile, and under torchrun with gradients averaged over the processes. It
+def training_network(model, device, mode):
+    """`model`, compiled as `mode` says, and under torchrun with gradients averaged over the processes. It
     shares its parameters with `model`, which the attacks use directly."""
-    net = compiled(model, device) if args.compile else model
+    net = model if mode == "off" else compiled(model, device, mode)
     return net if process_count() == 1 else nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
 
 
@@ -116,11 +118,62 @@ def precision(amp, device):
     return "bf16" if amp == "bf16" or (amp == "auto" and has_bf16) else "float32"
 
 
-def compiled(function, device):
-    """A function or network, compiled; on GPUs to CUDA graphs. The output of a function is copied, since the
-    next call overwrites it; that of a network is used before then."""
+def compile_mode(mode, device, steps):
+    """What --compile comes to: "off", "on" (torch.compile, on GPUs to CUDA graphs) or "step" (on a GPU one
+    CUDA graph of the whole training step, in one process). "auto" is "on" on a GPU where a compiler is there
+    and the training is so many steps long that compiling, a minute or two, pays; else "off"."""
+    if mode == "auto":
+        return "on" if device.type == "cuda" and steps >= 5000 and can_compile(device) else "off"
+    return "on" if mode == "step" and (device.type != "cuda" or process_count() > 1) else mode
+
+
+def size_multiple(device, mode):
+    """A multiple of which the number of attacked examples is made, so that few sizes need CUDA graphs."""
+    return 16 if device.type == "cuda" and mode != "off" else 1
+
+
+def compiled(function, device, mode):
+    """A function or network, compiled; with "on" on GPUs to CUDA graphs. The output of a function is then
+    copied, since the next call overwrites it; that of a network is used before then."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
-    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
-    if device.type != "cuda" or isinstance(function, nn.Module):
+    graphs = mode == "on" and device.type == "cuda"
+    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead" if graphs else None)
+    if not graphs or isinstance(function, nn.Module):
         return graph
     return lambda *args: torch.utils._pytree.tree_map(torch.clone, graph(*args))
+
+
+class GraphedStep:
+    """step(*tensors), which returns nothing and changes tensors in place, as CUDA graphs: one launch in place
+    of a thousand. A graph serves one setting() and one shape of each tensor (or None). The first two calls of
+    each run as they are, and compile; the third is recorded. All run on one stream, because autograd
+    remembers the stream of its first call."""
+
+    def __init__(self, step, setting):
+        self.step, self.setting, self.calls, self.graphs = step, setting, collections.Counter(), {}
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, *tensors):
+        key = self.setting(), *(None if t is None else t.shape for t in tensors)
+        self.calls[key] += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.calls[key] < 3:
+                self.step(*tensors)
+            else:
+                if key not in self.graphs:
+                    inputs = [None if t is None else t.clone() for t in tensors]
+                    self.graphs[key] = self.record(inputs), inputs
+                replay, inputs = self.graphs[key]
+                for graph_input, tensor in zip(inputs, tensors):
+                    if tensor is not None:
+                        graph_input.copy_(tensor)
+                replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, inputs):
+        """Records the step on `inputs`, without doing it. Returns the function that does it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
+            self.step(*inputs)
+        return graph.replay

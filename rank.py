@@ -142,8 +142,7 @@ def rank_examples(folder, args, data, device):
     state = runs.resume(folder, args, data, ("sums", "vog"))
     sums, log = (state["sums"], state["log"]) if state else ({}, [])
     vog = Vog(data.train, device, state and state["vog"]) if "vog" in metrics else None
-    # For a large data set VoG's sums are gigabytes, so that the state is saved only after every tenth epoch.
-    every = 10 if vog and data.train.x.numel() > 10**7 else 1
+    saves = runs.Saves()
     # A = {}: a non-robust classifier, so that difficulty does not depend on adversarial training (Sec. 3.3).
     empty_A = torch.zeros(len(data.train), dtype=torch.bool)
     for state in train(model, data.train, empty_A, 1.0, args, device, state):
@@ -151,10 +150,11 @@ def rank_examples(folder, args, data, device):
         log = [*log, state["row"]]
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, "
             "{seconds:.1f} s".format(**log[-1]))
-        if state["epoch"] % every == 0 or state["epoch"] == args.epochs:
+        if from_process_0(saves.are_due()) or state["epoch"] == args.epochs:  # vog.state() is of all
             more = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
             if process_index() == 0:
                 runs.save_epoch(folder, runs.checkpoint(model, data, args, state["epoch"], **more))
+            saves.done()
     scores = {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
     if any(m != "vog" and s.min() == s.max() for m, s in scores.items()):
         raise UserError(f"all examples have the same score, so that nothing can be ranked: training diverged "

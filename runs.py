@@ -8,10 +8,12 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from common import UserError, from_process_0, process_index, say
 
+SAVE_SECONDS = 60
 LOCKS = {}  # {folder: lock file} of the runs that this process is making
 # Attributes of args that say where a run is made and how fast, not what it is.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
@@ -175,6 +177,22 @@ def save(path, value):
     """torch.save of plain types and tensors, atomically."""
     import torch
     atomic(path, lambda f: torch.save(value, f))
+
+
+class Saves:
+    """When a training is saved: a minute after the last time (SAVE_SECONDS). Each time costs a part of a
+    second, and an epoch on a GPU may take only a second."""
+
+    def __init__(self):
+        self.done()
+
+    def done(self):
+        """It was saved just now."""
+        self.time = time.monotonic()
+
+    def are_due(self):
+        """Whether a minute has passed since."""
+        return time.monotonic() - self.time >= SAVE_SECONDS
 
 
 def save_epoch(folder, state):

@@ -46,6 +46,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
     candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
     hash_of_A = hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16]
     state, log, best = resume(folder, args, data, hash_of_A)
+    saves = runs.Saves()
     for state in train(model, data.train, A, w_A, args, device, state):
         row, epoch = state["row"], state["epoch"]
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} "
@@ -57,9 +58,10 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
             say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(selected)} examples")
             best = max(best, Best(robust, clean, epoch))
         log = [*log, row]
-        if process_index() == 0:
+        if process_index() == 0 and (epoch in candidates or saves.are_due()):
             ckpt = runs.checkpoint(model, data, args, epoch, A_classes, A=hash_of_A)
             runs.save_epoch(folder, {**ckpt, "optimizer": state["optimizer"], "log": log, "best": list(best)})
+            saves.done()
             if best.epoch == epoch:
                 runs.save(folder / "best.pt", ckpt)
     common.barrier()
@@ -69,6 +71,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
               "epoch": best.epoch, "selection": {**settings["select"], "n": len(selected)},
               "device": common.device_name(device), "processes": process_count(),
               "precision": "+".join(sorted({row.get("precision", "float32") for row in log})),
+              "compile": "+".join(sorted({row.get("compile", "off") for row in log})),
               "cost": {k: sum(row[k] for row in log) for k in COUNTED}, **more, **evaluation}
     if process_index() == 0:
         runs.save(folder / "robust.pt", right)
@@ -285,8 +288,6 @@ def main(argv=None):
         f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}){names_of_A}, w_A {w_A:.3g}; "
         f"{args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, "
         f"seed {args.seed} -> {folder}")
-    if device.type == "cuda" and not args.compile and A.any():
-        say("note: on a GPU --compile makes this several times as fast (README, Speed)")
     torch.manual_seed(args.seed)  # after the ranking, which draws from it too
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
     return fit(folder, model, data, A, w_A, args, device, settings, A_classes, ranking=info)

@@ -1,4 +1,5 @@
 """The method against oracles written out here, and fast training against plain; on a GPU -k "cuda or gpu"."""
+import contextlib
 import functools
 import logging
 import math
@@ -293,7 +294,8 @@ def test_batches_of_an_epoch(processes, monkeypatch):
         monkeypatch.setenv("RANK", str(process))
         parts.append(list(train.epoch_batches(split, A, 5.0, args, 1, CPU)))
     for index, batch, *batches in zip(order, whole, *parts, strict=True):
-        x, y, positions, w, w_sums, starts = zip(*batches)
+        x, y, positions, w, w_sums, starts, counts = zip(*batches)
+        assert sum(counts) == A[index].sum()
         assert torch.equal(torch.cat(x), batch[0]), "augmented as in one process"
         assert torch.equal(torch.cat(y), split.y[index])
         assert torch.cat(w).tolist() == [5.0 if A[i] else 1.0 for i in index]
@@ -485,22 +487,95 @@ def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, mon
     assert torch.backends.cpu.get_cpu_capability() in result["device"], "AVX2 and AVX512 round otherwise"
 
 
-@pytest.mark.parametrize("n_A,flags", [(1, []), (21, ["--random-start"]), (32, ["--attack", "fgsm-rs"])])
-def test_padding_A_to_a_multiple_of_16_changes_nothing(n_A, flags):
-    (x, y), model, sizes = images(n_A), net(), []
-    starts = {"start": attacks.random_start(x, 0.5, "l2")} if flags else {}
-    attack = train.training_attack(model, torch.ones(64, dtype=torch.bool), 1.0, arguments(*flags), CPU)
-    plain = attack(x, y, **starts)
-    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    close(train.pad_to_multiple(attack)(x, y, **starts), plain)
-    assert {*sizes} == {-(-n_A // 16) * 16}
+class StubStream:
+    """In place of CUDA's streams, on a CPU."""
+
+    def wait_stream(self, other):
+        pass
+
+
+def trained_bits(*flags, n=200):
+    """The weights after three epochs of SAT on some digits, as one vector, and the lines of the log."""
+    args = arguments("--epochs", "3", "--lr-decays", "1", "--batch-size", "32", "--steps", "2", "--augment",
+                     "full", *flags)
+    torch.manual_seed(0)
+    model, split = net(), digits(n)
+    A = (torch.arange(n) % 5 == 0) & (args.split != "none")
+    rows = [state["row"] for state in train.train(model, split, A, 3.0, args, CPU)]
+    for row in rows:
+        del row["seconds"], row["compile"]
+    return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()]), rows
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--random-start"], ["--attack", "fgsm-rs"], ["--order", "redrawn"], ["--attack", "pgd-authors"]])
+@pytest.mark.parametrize("function,value", [
+    ("models.size_multiple", 16), ("data.batches_together", 32), ("data.batches_together", 4)])
+def test_padding_A_and_augmenting_batches_together_change_nothing(function, value, flags, monkeypatch):
+    """Not a bit; but a convolution may round otherwise in a batch of another size, as A's with padding is."""
+    weights, rows = trained_bits(*flags)
+    monkeypatch.setattr(function, lambda *a: value)
+    other_weights, other_rows = trained_bits(*flags)
+    close(other_weights, weights)
+    assert [row["attacked"] for row in other_rows] == [row["attacked"] for row in rows]
+    if function == "data.batches_together":
+        assert torch.equal(other_weights, weights)
+        assert other_rows == rows
+
+
+@pytest.mark.parametrize("flags", [[], ["--random-start"], ["--split", "none"]])
+def test_graphs_of_whole_steps_replay_the_plain_steps(flags, monkeypatch):
+    """With a stub that records calls in place of kernels: a graph for each learning rate and size of A, from
+    the third step of its kind on. What is recorded is done only when it is replayed."""
+    def record(self, inputs):
+        recorded.append((self.setting(), len(inputs[2])))
+        return lambda: replayed.append(len(inputs[2])) or self.step(*inputs)
+    weights, rows = trained_bits(*flags)
+    recorded, replayed = [], []
+    monkeypatch.setattr(models, "compile_mode", lambda *a: "step")
+    monkeypatch.setattr(models, "compiled", lambda function, *a: function)
+    monkeypatch.setattr(models, "size_multiple", lambda *a: 16)
+    monkeypatch.setattr(models.GraphedStep, "record", record)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, StubStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    other_weights, other_rows = trained_bits(*flags)
+    assert torch.equal(other_weights, weights)
+    assert other_rows == rows
+    assert len(recorded) == len(set(recorded)), "each kind once"
+    assert {size for _, size in recorded} == ({0} if "none" in flags else {16})
+    assert [rate for rate, _ in recorded] == pytest.approx([0.1, 0.01])
+    assert len(replayed) == 3 * 6 - 2 * len(recorded)
+
+
+def test_a_step_of_a_graph_that_is_not_finite_is_named():
+    sums = train.EpochSums(CPU)
+    for losses in ([1.0, 2.0], [1.0, math.nan, 1.0, math.inf]):
+        sums.reset()
+        for loss in losses:
+            sums.add(torch.tensor(loss), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(UserError, match="not finite in epoch 3, step 2: stopped"):
+        sums.row(2, net(), arguments())
+
+
+@pytest.mark.parametrize("mode,device,steps,count,compiler,expected", [
+    ("auto", "cpu", 10**6, 1, True, "off"), ("auto", "cuda", 10**6, 1, True, "on"),
+    ("auto", "cuda", 600, 1, True, "off"), ("auto", "cuda", 10**6, 1, False, "off"),
+    ("off", "cuda", 10**6, 1, True, "off"), ("on", "cpu", 1, 1, True, "on"),
+    ("step", "cpu", 1, 1, True, "on"), ("step", "cuda", 1, 1, True, "step"),
+    ("step", "cuda", 1, 2, True, "on")])
+def test_what_compile_comes_to(mode, device, steps, count, compiler, expected, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setattr(models, "can_compile", lambda device: compiler)
+    assert models.compile_mode(mode, torch.device(device), steps) == expected
 
 
 def short_training(device, compiled=False, amp="off", k=3):
     """Four steps of SAT with every k-th example in A: the change of all weights, and the line of the log."""
     torch.backends.cudnn.allow_tf32 = False  # as in common.set_up
     args = arguments("--epochs", "1", "--batch-size", "40", "--steps", "3", "--step-size", "0.5", "--eps",
-                     "1.5", "--lr", "0.05", "--amp", amp, "--compile" if compiled else "--no-compile")
+                     "1.5", "--lr", "0.05", "--amp", amp, "--compile", "on" if compiled else "off")
     torch.manual_seed(0)
     model = models.Classifier(models.preactresnet(1, (8, 8), 1), nn.Linear(8, 10), [0.3], [0.35]).to(device)
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
@@ -516,7 +591,7 @@ def short_training(device, compiled=False, amp="off", k=3):
     *(pytest.param("cuda", *case, marks=GPU.marks)
       for case in ((True, "off", 0.9999), (False, "bf16", 0.97), (True, "bf16", 0.97)))])
 def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compiled, amp, alike):
-    """As float32 on a CPU does (on GPUs --compile also pads), and not as training with hardly an attack."""
+    """As float32 on a CPU does (on GPUs A is also padded), and not as training with hardly an attack."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     (plain, plain_row), (fast, fast_row) = short_training("cpu"), short_training(device, compiled, amp)
@@ -533,14 +608,15 @@ def test_no_step_waits_for_the_gpu(device, request):
     device, A = torch.device(device), torch.arange(256) % 2 == 0
     args, split = arguments("--augment", "full", "--random-start"), digits(256)
     split.x = split.x.to(device)
-    model, sums = net().to(device).train(), train.EpochSums(0, device)
+    model, sums = net().to(device).train(), train.EpochSums(device)
     optimizer = models.sgd(model, 0.1, 0.0, device)
     attack = train.training_attack(model, A, 2.0, args, device)
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
-    for x, y, a, w, w_sum, start in train.epoch_batches(split, A, 2.0, args, 0, device):
+    sums.reset()
+    for x, y, a, w, w_sum, start, _ in train.epoch_batches(split, A, 2.0, args, 0, device):
         with torch.autocast(device.type, torch.bfloat16):
             loss, logits = train.sat_step(model, optimizer, x, y, a, w, attack, start, w_sum)
-        sums.add(loss, logits, y, a)
+        sums.add(loss, logits, y)
         torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one sets libraries up
 
 

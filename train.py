@@ -54,33 +54,42 @@ def train(model, split, A, w_A, args, device, state=None):
     optimizer = models.sgd(model, args.lr, args.weight_decay, device, state and state["optimizer"])
     if state:
         model.load_state_dict(state["model"])
-    attack = training_attack(model, A, w_A, args, device) if A.any() else None
-    net = models.training_network(model, args, device)
+    mode = models.compile_mode(args.compile, device, args.epochs * (len(split) // args.batch_size))
+    attack = training_attack(model, A, w_A, args, device, mode) if A.any() else None
+    net, sums = models.training_network(model, device, mode), EpochSums(device)
     precision = models.precision(args.amp, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def step(x, y, a, w, w_sum, start):
+        with autocast:
+            loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start, w_sum)
+        sums.add(loss, logits, y)
+
+    if mode == "step":  # one CUDA graph of it for each learning rate and each size of `a`
+        step = models.GraphedStep(step, setting=lambda: optimizer.param_groups[0]["lr"])
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         start_time = time.perf_counter()
         lr = args.lr * 0.1 ** sum(epoch >= decay for decay in args.lr_decays)  # a tenth after each decay
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = EpochSums(epoch, device)
         model.train()
-        for x, y, a, w, w_sum, start in epoch_batches(split, A, w_A, args, epoch, device):
-            with autocast:
-                loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start, w_sum)
-            sums.add(loss, logits, y, a)
+        sums.reset()
+        for *batch, n_attacked in epoch_batches(split, A, w_A, args, epoch, device, mode):
+            step(*batch)
+            sums.attacked += n_attacked
         models.share_batch_statistics(model)
-        row = {"epoch": epoch + 1, "precision": precision, "lr": lr, **sums.row(model, args),
-               "seconds": time.perf_counter() - start_time}
+        row = {"epoch": epoch + 1, "precision": precision, "compile": mode, "lr": lr,
+               **sums.row(epoch, model, args), "seconds": time.perf_counter() - start_time}
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                "row": row}
 
 
-def epoch_batches(split, A, w_A, args, epoch, device):
-    """The batches of an epoch: (x, y, a, w, w_sum, start), this process's part of each. See sat_step.
+def epoch_batches(split, A, w_A, args, epoch, device, mode="off"):
+    """The batches of an epoch: (x, y, a, w, w_sum, start, |a|), this process's part of each. See sat_step.
 
     w_sum: the global batch's sum of weights / processes (DistributedDataParallel averages gradients). What
-    depends only on A and the order is worked out once an epoch: a copy from the CPU makes a GPU wait.
+    depends only on A and the order is worked out once an epoch: a copy from the CPU makes a GPU wait. For
+    CUDA graphs, which serve one size each, the first of `a` is repeated up to a multiple of 16.
     """
     order, generator = epoch_order(len(split), args.batch_size, args.seed, epoch)  # (steps, batch size)
     if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
@@ -89,79 +98,74 @@ def epoch_batches(split, A, w_A, args, epoch, device):
     w = torch.where(in_A, w_A, 1.0)
     w_sums = (w.sum(1) / process_count()).to(device)
     in_A, w = process_part(in_A), process_part(w)
-    positions = in_A.nonzero()[:, 1].to(device).split(in_A.sum(1).tolist())
+    counts = in_A.sum(1).tolist()
+    positions = in_A.nonzero()[:, 1].split(counts)
+    if args.attack != "pgd-authors":  # whose limit is of a mean over `a`
+        multiple = models.size_multiple(device, mode)
+        positions = [torch.cat([a, a[:1].expand(-len(a) % multiple)]) for a in positions]
+    positions = torch.cat(positions).to(device).split([len(a) for a in positions])
     batches = training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
-    steps = progress(zip(batches, positions, w.to(device), w_sums), total=len(order), unit="step",
+    steps = progress(zip(batches, positions, counts, w.to(device), w_sums), total=len(order), unit="step",
                      desc=f"epoch {epoch + 1}/{args.epochs}")
     random_start = A.any() and (args.random_start or attacks.ATTACKS[args.attack].random_start)
     generator = torch.Generator(device)
-    for step, ((x, y, _), a, w, w_sum) in enumerate(steps):
+    for step, ((x, y, _), a, n_attacked, w, w_sum) in enumerate(steps):
         start = None
         if random_start:  # drawn for the whole batch, whatever the number of processes and of examples of A
             generator.manual_seed(((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63)
             start = x.new_empty(args.batch_size, *x.shape[1:])
             start = attacks.random_start(start, args.eps, args.norm, generator)
             start = start.tensor_split(process_count())[process_index()][a]
-        yield x, y, a, w, w_sum, start
+        yield x, y, a, w, w_sum, start, n_attacked
 
 
-def training_attack(model, A, w_A, args, device):
+def training_attack(model, A, w_A, args, device, mode="off"):
     """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
     entry = attacks.ATTACKS[args.attack]
     settings = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
                 "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
                 "check_input": False}
-    if args.compile and entry.step_function:
-        settings["step_function"] = models.compiled(entry.step_function, device)
+    if mode != "off" and entry.step_function:
+        settings["step_function"] = models.compiled(entry.step_function, device, mode)
     parameters = inspect.signature(entry.function).parameters
-    settings = {name: value for name, value in settings.items() if name in parameters}
-    attack = functools.partial(entry.function, model, **settings)
-    # pgd_authors stops by a mean in which the padding would count.
-    padded = "step_function" in settings and device.type == "cuda" and "limit" not in parameters
-    return pad_to_multiple(attack) if padded else attack
-
-
-def pad_to_multiple(attack, multiple=16):
-    """Pads the batches of `attack` to a multiple of 16 with copies of their first example, so that CUDA
-    graphs are recorded for few sizes. (On CPUs one graph serves all.)"""
-    def pad(t):
-        return torch.cat([t, t[:1].expand(-len(t) % multiple, *t.shape[1:])])
-
-    def padded_attack(x, y, start=None):
-        kwargs = {} if start is None else {"start": pad(start)}
-        return attack(pad(x), pad(y), **kwargs)[:len(x)]
-    return padded_attack
+    return functools.partial(entry.function, model, **{k: v for k, v in settings.items() if k in parameters})
 
 
 class EpochSums:
-    """Sums over an epoch, kept on the device: to look at one makes a GPU wait for the CPU."""
+    """Sums over an epoch, kept where they are on the device: to look at one makes a GPU wait for the CPU, and
+    a CUDA graph writes to the same memory each time."""
 
-    def __init__(self, epoch, device):
-        self.epoch, self.loss_and_right = epoch, torch.zeros(2, device=device)
-        self.first_bad = torch.full((), torch.inf, device=device)  # the first step that is not finite
-        self.steps = self.attacked = 0
+    def __init__(self, device):
+        self.totals = torch.zeros(3, device=device)  # loss, right predictions, steps
+        self.first_bad = torch.zeros((), device=device)  # the first step that is not finite
 
-    def add(self, loss, logits, y, a):
+    def reset(self):
+        """Starts an epoch."""
+        self.attacked = 0  # examples
+        self.totals.zero_()
+        self.first_bad.fill_(torch.inf)
+
+    def add(self, loss, logits, y):
         """Adds a step."""
-        self.loss_and_right += torch.stack([loss / process_count(), (logits.argmax(1) == y).sum()])
-        finite = loss.isfinite() & logits.isfinite().all()
-        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp_max(self.steps))
-        self.steps += 1
-        self.attacked += len(a)
+        finite, steps = loss.isfinite() & logits.isfinite().all(), self.totals[2]
+        self.first_bad.copy_(torch.where(finite, self.first_bad, self.first_bad.minimum(steps)))
+        right = (logits.argmax(1) == y).sum()
+        self.totals += torch.stack([loss / process_count(), right, torch.ones_like(loss)])
 
-    def row(self, model, args):
+    def row(self, epoch, model, args):
         """The epoch's loss, training accuracy and cost, over all processes. An attack step counts 2 forward
         passes; a training step 3, or 1 on frozen features, whose head costs next to nothing."""
-        loss, right = all_sum(self.loss_and_right).tolist()
+        steps = int(self.totals[2])
+        loss, right, _ = all_sum(self.totals).tolist()
         first_bad = all_sum(self.first_bad, "MIN").item()
         if first_bad < torch.inf:
-            raise UserError(f"the loss or the logits are not finite in epoch {self.epoch + 1}, step "
+            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step "
                             f"{first_bad + 1:.0f}: stopped, the last good checkpoint is kept. Lower --lr "
                             "(with --run NAME or --force)")
-        examples = self.steps * args.batch_size
-        attacked = all_sum(torch.tensor(self.attacked, device=self.first_bad.device)).item()
+        attacked, examples = torch.tensor(self.attacked, device=self.totals.device), steps * args.batch_size
+        attacked = all_sum(attacked).item()
         gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0
         updated = 0 if model.frozen else examples  # images by which the whole network is updated
-        return {"loss": loss / self.steps, "train_accuracy": right / examples, "attacked": attacked,
+        return {"loss": loss / steps, "train_accuracy": right / examples, "attacked": attacked,
                 "forward": examples + gradients, "backward": updated + gradients,
                 "forward_equivalents": examples + 2 * updated + 2 * gradients}
