@@ -111,7 +111,7 @@ def open_dataset(args, device):
                         f"images of {data.name}: give {least} to {n} (batch norm needs 2 images per process)")
     largest = math.prod(data.train.x.shape[1:])**0.5  # the distance from black to white
     if getattr(args, "norm", None) == "l2" and args.eps > largest:
-        raise UserError(f"--eps {args.eps:g}: l2 reaches {largest:.4g} on images of {data.name}, since pixels "
+        raise UserError(f"--eps {args.eps:g}: l2 reaches {largest:.4g} on images of {data.name}, as pixels "
                         "are in [0, 1] (divide an eps for pixels up to 255 by 255)")
     if n % args.batch_size >= 0.05 * n:
         say(f"note: each epoch leaves out {n % args.batch_size} of the {n:,} training images, others each "
