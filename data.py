@@ -4,6 +4,7 @@ Batches are (x, y, index): images (b, C, H, W) in [0, 1], labels (b,) and positi
 """
 import functools
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,10 @@ def open_dataset(args, device):
     if not least <= args.batch_size <= n:
         raise UserError(f"--batch-size {args.batch_size} with {process_count()} processes and {n} training "
                         f"images of {data.name}: give {least} to {n} (batch norm needs 2 images per process)")
+    largest = math.prod(data.train.x.shape[1:])**0.5  # the distance from black to white
+    if getattr(args, "norm", None) == "l2" and args.eps > largest:
+        raise UserError(f"--eps {args.eps:g}: l2 reaches {largest:.4g} on images of {data.name}, as pixels "
+                        "are in [0, 1] (divide an eps for pixels up to 255 by 255)")
     if n % args.batch_size >= 0.05 * n:
         say(f"note: each epoch leaves out {n % args.batch_size} of the {n:,} training images, others each "
             f"time: they do not fill a batch of {args.batch_size} (--batch-size)")

@@ -127,6 +127,7 @@ BAD = [  # words of sat.py, message
     ("--scores x.npy --split csat --classes 3", "--scores goes with --order hardest or easiest, and without"),
     ("--norm linf --step-size 0.01", "linf needs --eps"), ("--norm linf --eps=0.03", "linf needs --step"),
     ("--norm linf --eps 8 --step-size 2", "--eps 8: pixels are in [0, 1] (8/255 is --eps 0.0314)"),
+    ("--split full --eps 128", "--eps 128: l2 reaches 8 on images of digits, as pixels"),
     ("--split full --device cuda", "no GPU here"), ("--split full --compile on", "on needs a compiler (gcc")]
 CONFIGS = [  # text of a config, message
     ("learning-rate: 1", "unknown key 'learning-rate'; valid keys: amp, arch"), ("- lr", "flat list"),

@@ -314,7 +314,7 @@ def test_two_processes_equal_one(monkeypatch):
             assert other["row"][k] == pytest.approx(one["row"][k], rel=1e-4)
     for line in ("ranking the examples first", "class, hardest first", "SAT on few", "evaluating results"):
         assert done.stdout.count(line) == 1, line
-    ranking, last = (runs.load(RANKING / f"{name}.pt") for name in ("scores", "last"))
+    ranking, last = (runs.load(RANKING_1 / f"{name}.pt") for name in ("scores", "last"))
     data = load_dataset("few", "data")
     model = models.build("preactresnet8", 10, *data.mean_std())
     model.load_state_dict(last["model"])
