@@ -306,3 +306,13 @@ def test_an_attack_of_ones_own_is_one_more_line_of_the_table(monkeypatch):
     assert runs.load(R / "result.json")["cost"]["forward_equivalents"] == 3 * 96 + 2 * 96 * 3
     with pytest.raises(UserError, match="--attack brighter takes no start: it goes without --random-start"):
         sat.main([*words, "--random-start", "--force"])
+
+
+def test_autoattack_takes_images_in_channels_last(monkeypatch):
+    monkeypatch.setattr(attacks, "attack_batch", AUTOATTACK)
+    x, y = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    images = [x, x.to(memory_format=torch.channels_last)]
+    plain, permuted = (torch.stack(attacks.autoattack(model, i, y, eps=0.2, attacks=["apgd-ce"]))
+                       for i in images)
+    assert torch.equal(plain, permuted)
