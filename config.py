@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from common import HERE, UserError, say
-from flags import DEFAULTS, FLAGS, Parser, add_flags, dests, nearest, script_parser
+from flags import DEFAULTS, FLAGS, Parser, add_flags, dests, file_path, nearest, script_parser
 
 BOOLS = {"true": "--", "false": "--no-"}  # what stands before the name of a switch
 
@@ -64,7 +64,7 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     args.typed: the attributes that were typed.
     """
     finder = Parser(add_help=False, prog=script)
-    finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
+    finder.add_argument("--config", type=file_path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
                         help="file of flag values; the command line wins (default: configs/digits.yaml)")
     path = finder.parse_known_args(argv)[0].config
     is_of_transfer = path.resolve().parent == HERE / "configs" / "transfer"

@@ -316,3 +316,10 @@ def test_autoattack_takes_images_in_channels_last(monkeypatch):
     plain, permuted = (torch.stack(attacks.autoattack(model, i, y, eps=0.2, attacks=["apgd-ce"]))
                        for i in images)
     assert torch.equal(plain, permuted)
+
+
+def test_a_tilde_is_the_home_folder_in_a_config_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    Path("c.yaml").write_text("data-dir: ~/d\n")
+    args = sat.command_line(["--config", "c.yaml", "--results=~/r", "--scores=~/s.pt"])
+    assert [args.data_dir, args.results, args.scores] == [Path("/home/me", p) for p in ("d", "r", "s.pt")]
