@@ -213,7 +213,7 @@ def add_flags(parser, groups, defaults=DEFAULTS):
             value = defaults.get(dest(flag))
             if value not in (None, False, []):
                 default = " ".join(map(str, value)) if isinstance(value, list) else value
-                help_text = f"{help_text} (default: {default})"
+                help_text += f" (default: {default})".replace("%", "%%")  # argparse formats it
             options = {"default": argparse.SUPPRESS, "help": help_text}
             if isinstance(kind, tuple) and kind[-1] in ("+", "*"):
                 kind, options["nargs"] = kind
