@@ -278,7 +278,8 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
         try:
             for b, i in enumerate(range(0, len(y), batch_size)):
                 batch = slice(i, i + batch_size)
-                images, labels = x[batch].to(device, torch.float32), y[batch].to(device)
+                # Contiguous: the package takes no image in channels_last, as permuted numpy arrays are.
+                images, labels = x[batch].to(device, torch.float32).contiguous(), y[batch].to(device)
                 clean[batch], robust[batch] = attack_batch(model, images, labels, eps=eps, norm=norm,
                                                            attacks=attacks, seed=seed + b)
                 if set(attacks) == {"apgd-ce"}:

@@ -162,6 +162,10 @@ def script(main):
         raise KeyboardInterrupt(signal_number)
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, stop)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by 2>&-: tqdm would fail, and a file get its number
+            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     code = 0
     try:
         check_environment()

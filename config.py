@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from common import HERE, UserError, say
-from flags import DEFAULTS, FLAGS, Parser, add_flags, dests, nearest, script_parser
+from flags import DEFAULTS, FLAGS, Parser, add_flags, dests, file_path, nearest, script_parser
 
-BOOLS = {"true": "--", "false": "--no-"}  # what stands before the name of a switch
+BOOLS = {"true": "--", "false": "--no-"}  # what stands before the name of a switch; YAML's True is true
 
 
 def configs(folder=""):
@@ -50,10 +50,12 @@ def words_of(key, node, flag_type):
     is_list = isinstance(node, yaml.SequenceNode)
     items = [item.value for item in (node.value if is_list else [node])]
     empty = any(not isinstance(item, str) or item in ("", "~", "null") for item in items)
-    if empty or is_list and not isinstance(flag_type, tuple) or flag_type is bool and items[0] not in BOOLS:
+    if empty or is_list and not isinstance(flag_type, tuple):
         raise UserError(f"{key}: not a value of this flag (python sat.py --help shows its type)")
     if flag_type is bool:
-        return [BOOLS[items[0]] + key]
+        if items[0].lower() not in BOOLS:
+            raise UserError(f"{key}: {items[0]!r} is not a value of this switch; valid: true, false")
+        return [BOOLS[items[0].lower()] + key]
     return [f"--{key}", *items] if is_list else [f"--{key}={items[0]}"]
 
 
@@ -64,7 +66,7 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     args.typed: the attributes that were typed.
     """
     finder = Parser(add_help=False, prog=script)
-    finder.add_argument("--config", type=Path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
+    finder.add_argument("--config", type=file_path, default=HERE / "configs" / "digits.yaml", metavar="YAML",
                         help="file of flag values; the command line wins (default: configs/digits.yaml)")
     path = finder.parse_known_args(argv)[0].config
     is_of_transfer = path.resolve().parent == HERE / "configs" / "transfer"
@@ -80,6 +82,9 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     args = argparse.Namespace(**{**base, **typed}, config=config, base=base, typed=set(typed))
     if "norm" in base:
         check_norm(args, from_config)
+    if len(set(args.lr_decays)) < len(args.lr_decays):
+        raise UserError(f"--lr-decays {' '.join(map(str, args.lr_decays))} has an epoch twice, after which "
+                        "the learning rate would fall a hundredfold: give each once")
     if args.lr_decays and min(args.lr_decays) >= args.epochs:
         say(f"note: the learning rate does not fall within {args.epochs} epochs (--lr-decays "
             f"{' '.join(map(str, args.lr_decays))})")

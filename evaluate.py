@@ -240,7 +240,8 @@ def main(argv=None):
     """Evaluates the checkpoint. Flags that the command line leaves out have the values of its run."""
     parser = flags.script_parser("evaluate.py", __doc__, flags.DEFAULTS, "best.pt or last.pt of a run")
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
+    parser.add_argument("--data-dir", type=flags.file_path, default=Path("data"),
+                        help="folder that holds the data sets")
     typed = vars(parser.parse_args(argv))
     model, ckpt = load_model(typed["checkpoint"])
     base = {**flags.DEFAULTS, **ckpt["args"]}

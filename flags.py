@@ -66,6 +66,12 @@ def number(kind, low, high=1e30, above=False):
     return convert
 
 
+def file_path(text):
+    """A type for argparse: a path. A ~ at its start is the home folder also where no shell sees it: in a
+    config, and in --results=~/x."""
+    return Path(os.path.expanduser(text))
+
+
 def plain_name(text):
     """A type for argparse: the name of a data set or a run. It names a folder, so it must not be a path."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
@@ -98,7 +104,7 @@ FLAGS = {
     "network": [("--arch", "preactresnet8", ARCHS, "network (README, Deviations: preactresnet18-authors)")],
     "data": [
         ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or your own"),
-        ("--data-dir", Path("data"), Path, "folder that holds (or receives) the data sets"),
+        ("--data-dir", Path("data"), file_path, "folder that holds (or receives) the data sets"),
         ("--side", 224, number(int, 32, 10**4), "side of streamed images, in pixels; small ones keep theirs"),
         ("--augment", "full", ("none", "crop", "full"), "none; pad an eighth and crop; or all of Fig. 9"),
     ],
@@ -109,10 +115,11 @@ FLAGS = {
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
         ("--order", "hardest", ORDERS, "which are in A; random: by --seed; redrawn: others every epoch"),
         ("--metric", "entropy", METRICS, "difficulty score that orders them (written by rank.py)"),
-        ("--scores", None, Path, "file of N numbers, higher = harder, in place of rank.py's scores (or a "
-         "scores.pt of rank.py): .pt, .npy or .npz"),
-        ("--ranking", None, Path, "file of the N indices from 0, hardest first, in place of scores"),
-        ("--subset", None, Path, "esat: file with A itself, a bool mask (N,) or the indices of its examples"),
+        ("--scores", None, file_path, "file of N numbers, higher = harder, in place of rank.py's scores (or "
+         "a scores.pt of rank.py): .pt, .npy or .npz"),
+        ("--ranking", None, file_path, "file of the N indices from 0, hardest first, in place of scores"),
+        ("--subset", None, file_path,
+         "esat: file with A itself, a bool mask (N,) or the indices of its examples"),
         ("--weight", "vanilla", weight_name,
          "w_A of Eq. 2: vanilla 1, balanced |B|/|A|, emphasis (1 + 10|A|/N)|B|/|A|; w_B = 1"),
         ("--weight-factor", None, positive, "w_A as a number, in place of --weight"),
@@ -158,7 +165,7 @@ FLAGS = {
          "faster; auto: on GPUs in long trainings; step: a whole step as one CUDA graph (no GPU has run it)"),
     ],
     "the run": [
-        ("--results", Path("results"), Path, "folder that receives every run"),
+        ("--results", Path("results"), file_path, "folder that receives every run"),
         ("--run", None, plain_name, "name of the run's folder, in place of the one made from the flags"),
         ("--force", False, bool, "repeat a finished run; the old one is kept until the new one is whole"),
     ],
@@ -207,7 +214,7 @@ def add_flags(parser, groups, defaults=DEFAULTS):
             value = defaults.get(dest(flag))
             if value not in (None, False, []):
                 default = " ".join(map(str, value)) if isinstance(value, list) else value
-                help_text = f"{help_text} (default: {default})"
+                help_text += f" (default: {default})".replace("%", "%%")  # argparse formats it
             options = {"default": argparse.SUPPRESS, "help": help_text}
             if isinstance(kind, tuple) and kind[-1] in ("+", "*"):
                 kind, options["nargs"] = kind
@@ -224,6 +231,6 @@ def script_parser(script, doc, defaults, checkpoint=None, **options):
     usage = "CHECKPOINT [--flag VALUE ...]" if checkpoint else "[--flag VALUE ...]"
     parser = Parser(prog=script, usage=f"python {script} {usage}", description=doc, **options)
     if checkpoint:
-        parser.add_argument("checkpoint", type=Path, help=checkpoint)
+        parser.add_argument("checkpoint", type=file_path, help=checkpoint)
     add_flags(parser, SCRIPTS[script], defaults)
     return parser

@@ -79,6 +79,8 @@ def class_folders(folder, ignored):
     for name, entry in visible(folder, ignored):
         if not entry.is_dir():
             ignored["other"].append(entry.path)
+        elif name != name.encode(errors="replace").decode():
+            raise UserError(f"{folder} has a class folder whose name is not UTF-8, {name!r}: rename it")
         elif name in folders:
             raise UserError(f"{folder} has two class folders {name!r}, in two forms of Unicode (NFC, NFD): "
                             "move their images into one")

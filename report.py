@@ -29,8 +29,8 @@ def fill_in(path, sections):
 def main(argv=None):
     """Reads all results; writes the figures, and tables.md with a section for each figure of the paper."""
     parser = flags.Parser(prog="report.py", description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
-    parser.add_argument("--into", type=Path, metavar="FILE", nargs="+", default=[],
+    parser.add_argument("--results", type=flags.file_path, default=Path("results"), help="folder of the runs")
+    parser.add_argument("--into", type=flags.file_path, metavar="FILE", nargs="+", default=[],
                         help="also put tables into these Markdown files, at their <!-- table: TITLE -->")
     args = parser.parse_args(argv)
     runs, rankings = results.read_runs(args.results), results.read_rankings(args.results)

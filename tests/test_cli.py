@@ -128,11 +128,12 @@ BAD = [  # words of sat.py, message
     ("--norm linf --step-size 0.01", "linf needs --eps"), ("--norm linf --eps=0.03", "linf needs --step"),
     ("--norm linf --eps 8 --step-size 2", "--eps 8: pixels are in [0, 1] (8/255 is --eps 0.0314)"),
     ("--split full --eps 128", "--eps 128: l2 reaches 8 on images of digits, as pixels"),
-    ("--split full --device cuda", "no GPU here"), ("--split full --compile on", "on needs a compiler (gcc")]
+    ("--lr-decays 2 5 2", "2 5 2 has an epoch twice"), ("--split full --device cuda", "no GPU here"),
+    ("--split full --compile on", "on needs a compiler (gcc")]
 CONFIGS = [  # text of a config, message
     ("learning-rate: 1", "unknown key 'learning-rate'; valid keys: amp, arch"), ("- lr", "flat list"),
     ("lr: true", "'true' is not a finite number"), ("epochs: 1:30", "'1:30' is not a whole number"),
-    ("split: half", "invalid choice: 'half'"), ("random-start: 1", "random-start: not a value"),
+    ("split: half", "invalid choice: 'half'"), ("random-start: 1", "'1' is not a value of this switch; va"),
     ("lr: ", "lr: not a value"), ("lr: [0.1, 0.2]", "lr: not a value"), ("lr: {a: 1}", "lr: not a value"),
     ("lr: 0.1\nlr: 0.2", "lr is given twice"), ("lr: [", "cannot read the config c.yaml"), ("", "flat list"),
     ("norm: linf\neps: 1", "norm linf needs --step"), ("!!python/object/apply:os.system ['x']", "flat list")]
@@ -307,3 +308,33 @@ def test_an_attack_of_ones_own_is_one_more_line_of_the_table(monkeypatch):
     assert runs.load(R / "result.json")["cost"]["forward_equivalents"] == 3 * 96 + 2 * 96 * 3
     with pytest.raises(UserError, match="--attack brighter takes no start: it goes without --random-start"):
         sat.main([*words, "--random-start", "--force"])
+
+
+def test_autoattack_takes_images_in_channels_last(monkeypatch):
+    monkeypatch.setattr(attacks, "attack_batch", AUTOATTACK)
+    x, y = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    images = [x, x.to(memory_format=torch.channels_last)]
+    plain, permuted = (torch.stack(attacks.autoattack(model, i, y, eps=0.2, attacks=["apgd-ce"]))
+                       for i in images)
+    assert torch.equal(plain, permuted)
+
+
+def test_a_tilde_is_the_home_folder_in_a_config_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    Path("c.yaml").write_text("data-dir: ~/d\n")
+    args = sat.command_line(["--config", "c.yaml", "--results=~/r", "--scores=~/s.pt"])
+    assert [args.data_dir, args.results, args.scores] == [Path("/home/me", p) for p in ("d", "r", "s.pt")]
+
+
+def test_a_percent_sign_in_a_config_is_no_format_of_the_help(capsys):
+    Path("c.yaml").write_text("data-dir: /disk/50%d/x\ncompile: True\n")
+    with pytest.raises(SystemExit):
+        sat.command_line(["--config", "c.yaml", "--help"])
+    assert "/disk/50%d/x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text,value", [("True", True), ("false", False)])
+def test_switches_of_a_config(text, value):
+    Path("c.yaml").write_text(f"random-start: {text}\n")
+    assert sat.command_line(["--config", "c.yaml"]).random_start is value

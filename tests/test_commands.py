@@ -322,3 +322,15 @@ def test_a_file_system_without_locks(monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", flock)
     assert sat.main(ONE_EPOCH)["A"] == 0
     assert "few-r cannot be locked (No locks available): do not start" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("environment,closed,printed", [
+    ({}, "2>&-", "caf\u00e9 \u9ce5 3\n".encode()), ({}, ">&-", b""),
+    ({"PYTHONIOENCODING": "latin-1"}, "", b"caf\xe9 \\u9ce5 3\n")])
+def test_closed_streams_and_terminals_of_another_encoding(environment, closed, printed):
+    code = ("import common; common.script(lambda: common.say('caf\\u00e9 \\u9ce5 '"
+            "+ str(len(list(common.progress(range(3)))))))")
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUTF8": "1", **environment})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed

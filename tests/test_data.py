@@ -697,3 +697,11 @@ def test_flips_and_angles_of_2000_draws():
     assert params["flip"].float().mean() == pytest.approx(0.5, abs=0.05)
     assert -2.0001 < degrees.min() < -1.95
     assert 1.95 < degrees.max() < 2.0001
+
+
+def test_a_class_folder_whose_name_is_not_utf8_is_refused(tmp_path):
+    write_images(tmp_path / "pets")
+    for part in ("train", "test"):
+        folder = os.fsencode(tmp_path / "pets" / part)
+        os.rename(folder + b"/cat", folder + b"/caf\xe9")
+    refuses("pets", tmp_path, r"not UTF-8, 'caf\\udce9': rename it")
