@@ -328,7 +328,7 @@ def test_a_tilde_is_the_home_folder_in_a_config_too(monkeypatch):
 
 
 def test_a_percent_sign_in_a_config_is_no_format_of_the_help(capsys):
-    Path("c.yaml").write_text("data-dir: /disk/50%d/x\ncompile: True\n")
+    Path("c.yaml").write_text("data-dir: /disk/50%d/x\n")
     with pytest.raises(SystemExit):
         sat.command_line(["--config", "c.yaml", "--help"])
     assert "/disk/50%d/x" in capsys.readouterr().out
