@@ -344,7 +344,7 @@ def test_every_run_of_the_paper_is_listed(listed):
         "cifar100 -> cifar10: fig15": [63, 63 + 2, 54 + 54], "cifar100 -> svhn: fig14": [63, 63 + 2, 63 + 2],
         "cifar100 -> cifar10: fig16": [9 * 2, 18 + 2, 9 + 9],  # hardest, PGD-7 and FGSM-RS
         "imagenet200 -> caltech256 flowers102: fig16": [9 * 2, 2 * (18 + 2), 9 + 18]}  # two targets
-    rows = [row[2:].rsplit(maxsplit=4) for row in experiments.overview([stage for stage, _ in listed])[1:]]
+    rows = [row[2:].rsplit(maxsplit=7) for row in experiments.overview([stage for stage, _ in listed])[5:]]
     assert expected.items() <= {row[0].strip(): [int(v) for v in row[1:4]] for row in rows}.items()
     kinds = {}
     for stage, r in listed:
@@ -373,12 +373,13 @@ def test_stages_come_in_order_and_their_folders_are_those_of_the_scripts(listed)
     for stage, args in listed:
         name = f"rank-{args.arch}-seed0" if stage.script == "rank.py" else args.run
         if stage.script == "transfer.py":
-            assert args.checkpoint.parent.as_posix() in made
+            assert stage.needs == args.checkpoint.parent.as_posix()
             sources.setdefault(args.dataset, set()).add(args.checkpoint.parent.name)
         elif stage.script == "sat.py":
             name = name or sat.run_folder(args)[0].name
-            if args.split not in ("none", "full") and not args.classes:
-                assert f"results/{args.dataset}/rank-{args.arch}-seed0" in made
+            by_ranking = args.split in ("esat", "csat") and not args.classes and args.order != "random"
+            assert stage.needs == (f"results/{args.dataset}/rank-{args.arch}-seed0" if by_ranking else "")
+        assert stage.needs in made or not stage.needs
         assert stage.folder == f"results/{args.dataset}/{name}"
         made.add(stage.folder)
     assert sources["svhn"] == {r for r in sources["cifar10"] if r.startswith(("none", "full", "esat"))
@@ -418,7 +419,8 @@ def test_commands_with_extra_flags_on_several_processes(monkeypatch, capsys):
 
 
 def test_costs_are_those_of_the_cost_model():
-    plain, other = ({s.folder: s.cost for s in experiments.stages(["transfer"], ["fig16"], "r", extra)}
+    plain, other = ({stage.folder: stage.cost.passes[0]
+                     for stage in experiments.stages(["transfer"], ["fig16"], "r", extra)}
                     for extra in ({}, {"epochs": 2, "steps": 1}))
     for folder, cost, other_cost in (
             ("r/cifar100/esat-hardest-0.5-emphasis-seed0", 50000 * 200 * 10, 50000 * 2 * 4),
@@ -428,6 +430,31 @@ def test_costs_are_those_of_the_cost_model():
         assert other[folder] == other_cost
     arch, = (stage.folder for stage in experiments.stages(["digits"], ["fig3"], "r", {"arch": "resnet50"}))
     assert arch == "r/digits/rank-resnet50-seed0"
+
+
+def test_gpu_hours_are_of_the_measured_rates():
+    """Of an epoch of 390.6 steps, and of the examples that AutoAttack evaluates."""
+    def costs(section, **extra):
+        return {s.folder.removeprefix("r/"): s.cost for s in experiments.stages([section], [], "r", extra)}
+    cifar10, transfer = costs("cifar10", eval_n=1000, select_attacks=["apgd-ce"]), costs("transfer")
+    hour, images = 3.6e6, 1000 * (202 + 0.5 * (1818 + 2737 + 5000)) + 3 * 1000 * 202
+    for one, ms, passes in (
+            (cifar10["cifar10/full-seed0"], 13.9, images),
+            (cifar10["cifar10/esat-hardest-0.3-seed0"], 11.3, images),
+            (cifar10["cifar10/none-seed0"], 6.5, 4000 * 202),
+            (cifar10["cifar10/rank-preactresnet18-seed0"], 6.5 * 4 / 3, 0),
+            (transfer["cifar100/esat-hardest-0.8-emphasis-attack=fgsm-rs-seed0"],
+             6.5 + (12.86 - 6.5) / 7, 12000 * (202 + 0.5 * 9555)),  # 3 candidates on 1,000, 1 on 9,000
+            (transfer["cifar10/cifar100-full-seed0-seed0"], 6.5 / 3 / 5, 12000 * (202 + 0.5 * 9555))):
+        assert one.hours == pytest.approx((200 * 390.625 * ms / hour, passes / 24400 / 3600))
+        assert one.passes[1] == passes
+    assert sum(one.hours[0] for one in cifar10.values()) == pytest.approx(59.3, abs=0.1), "as README says"
+    for unmeasured in (costs("imagenet200"), costs("cifar10-cpu"), costs("cifar10", device="cpu"),
+                       costs("cifar10", amp="off"), costs("cifar10", batch_size=64)):
+        assert {one.hours for one in unmeasured.values()} == {(None, None)}
+    lines = experiments.overview(list(experiments.stages(["cifar100", "imagenet200"], ["fig6"], "r", {})))
+    assert "NVIDIA H200" in lines[0]
+    assert {line.split()[-1] == "-" for line in lines[5:]} == {True, False}
 
 
 # In place of a Python: notes its call, fails or waits for some runs, and writes the result of a stage.
