@@ -1,14 +1,10 @@
 """The paper's figures: their runs and what makes these; accuracies, contrasts, verdicts, tables, figures."""
 import functools
 import itertools
-import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +15,6 @@ import bench
 import config
 import evaluate
 import report
-import run_all
 import sat
 from common import HERE, UserError
 from paper import claims, experiments, figures, published, results, stats, tables
@@ -388,36 +383,6 @@ def test_stages_come_in_order_and_their_folders_are_those_of_the_scripts(listed)
     assert sources["caltech256"] == sources["flowers102"]
 
 
-@pytest.mark.parametrize("argv,env,expected", [
-    (["digits", "fig99"], {}, "no section or figure 'fig99'; valid: cifar10"), ([], {}, "name a section"),
-    (["cifar10", "fig7"], {}, "cifar10 has no fig7; it is in: transfer cifar10-cpu"),
-    (["digits"], {"EXTRA": "--epoch 2"}, "EXTRA: unrecognized arguments: --epoch 2"),
-    (["digits"], {"EXTRA": "--seed=5"}, "EXTRA: --seed differs between the runs"),
-    (["digits"], {"EXTRA": "--run 'x"}, "EXTRA: No closing quotation"),
-    (["digits"], {"NPROC": "0"}, "NPROC=0: give the number of processes")])
-def test_mistakes_in_the_words_of_run_all(argv, env, expected):
-    done = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True,
-                          env={**os.environ, **env})
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: .*\n", done.stderr)
-    assert expected in done.stderr
-
-
-def test_commands_with_extra_flags_on_several_processes(monkeypatch, capsys):
-    monkeypatch.setenv("EXTRA", "--epochs 40 --steps 3")
-    monkeypatch.setenv("NPROC", "4")
-    run_all.main(["--dry-run", "cifar10", "transfer", "fig2", "fig7"])
-    lines = capsys.readouterr().out.splitlines()
-    others = [line for line in lines if "rank.py" in line or "transfer.py" in line]
-    assert {("--epochs 40" in line, "--steps" in line) for line in others} == {(True, False)}
-    commands = [shlex.split(line) for line in lines if "sat.py" in line]
-    assert {tuple(words[1:8]) for words in commands} == {
-        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--", str(HERE / "sat.py"))}
-    parsed = [sat.command_line(words[8:]) for words in commands]
-    assert [args.run for args in parsed[:3]] == ["none-seed0", "full-seed0", "csat-airplane-balanced-seed0"]
-    assert {(args.epochs, args.steps) for args in parsed} == {(40, 3)}
-
-
 def test_costs_are_those_of_the_cost_model():
     plain, other = ({stage.folder: stage.cost.passes[0]
                      for stage in experiments.stages(["transfer"], ["fig16"], "r", extra)}
@@ -455,65 +420,6 @@ def test_gpu_hours_are_of_the_measured_rates():
     lines = experiments.overview(list(experiments.stages(["cifar100", "imagenet200"], ["fig6"], "r", {})))
     assert "NVIDIA H200" in lines[0]
     assert {line.split()[-1] == "-" for line in lines[5:]} == {True, False}
-
-
-# In place of a Python: notes its call, fails or waits for some runs, and writes the result of a stage.
-STUB = f"""#!{sys.executable}
-import os, sys, time
-from pathlib import Path
-script, *words = sys.argv[1:]
-with open("reports" if "report.py" in script else "calls", "a") as f:
-    f.write(" ".join(sys.argv[1:]) + chr(10))
-if "report.py" in script:
-    sys.exit()
-values = dict(zip(words, words[1:]))
-run = values.get("--run", "rank-preactresnet8-seed0")
-print("glibc keeps", os.environ.get("MALLOC_MMAP_MAX_"), "blocks", flush=True)
-if run == os.environ.get("FAILS"):
-    sys.exit("no such luck")
-time.sleep(3 if run == os.environ.get("WAITS") else 0.02)
-dataset = "digits5-9" if "digits5-9.yaml" in str(words) else values.get("--dataset", "digits")
-folder = Path("results", dataset, run)
-assert "transfer.py" not in script or Path(words[0]).with_name("result.json").exists()
-folder.mkdir(parents=True)  # a second one would fail
-(folder / ("rank.json" if "rank.py" in script else "result.json")).write_text("")
-"""
-
-
-@pytest.mark.slow
-def test_several_run_alls_make_each_run_once_and_name_those_that_fail(listed):
-    """Of three copies one is killed with -9, its run going on: another waits for that run."""
-    def start(**env):
-        return subprocess.Popen([sys.executable, HERE / "run_all.py", "digits"], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={**os.environ, "PYTHON": "./python", **env})
-    Path("python").write_text(STUB)
-    Path("python").chmod(0o755)
-    folders = [Path(f"results/digits/quick-csat-{c}-balanced-seed0") for c in range(10)]
-    folders[0].mkdir(parents=True)
-    (folders[0] / "result.json").write_text("{}")
-    killed = start(WAITS=folders[3].name)
-    while not Path("calls").exists() or folders[3].name not in Path("calls").read_text():
-        time.sleep(0.05)
-    killed.kill()
-    for process in [start(), start()]:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    digits = {stage.folder for stage, _ in listed if stage.folder.startswith("results/digits")}
-    calls = Path("calls").read_text().splitlines()
-    assert len(calls) == len(set(calls)) == len(digits - {str(folders[0])})
-    assert folders[0].name not in " ".join(calls), "it was finished"
-    assert Path("reports").exists()
-    for c in (2, 9):
-        shutil.rmtree(folders[c])
-    process = start(FAILS=folders[2].name)
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert re.search(f"1 missing.*\n.*{folders[2]}", errors)
-    assert (folders[9] / "result.json").exists(), "it goes on after a failure"
-    for log in (out, Path(f"results/logs/digits_{folders[2].name}.log").read_text()):
-        assert "no such luck" in log
-    assert ("glibc keeps 0 blocks" in out) != any(Path("/dev").glob("nvidia[0-9]*")), "on CPUs alone"
 
 
 def test_bench_counts_by_the_cost_model(capsys):
