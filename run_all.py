@@ -4,19 +4,24 @@ any time and started again.
     ./run_all.sh digits                    each figure in small, on the embedded data, on a CPU
     ./run_all.sh cifar10-cpu               the paper's claims on all of CIFAR-10 and -100, at a size for a CPU
     ./run_all.sh cifar10 fig2 fig6         some figures of a section, at the paper's settings
+    JOBS=4 ./run_all.sh cifar10            four runs at once, spread over the machine's GPUs, or its cores
     ./run_all.sh --dry-run all             print every command, the runs of each figure and their cost
 
 Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all. Environment: RESULTS and DATA
-(folders), PYTHON, NPROC (GPUs or processes of a run), EXTRA (flags for all runs, as EXTRA="--epochs 2", but
-not those by which runs differ). Several copies may share a results folder, one per GPU, also on several
-machines if its file system has flock: each run is made once, and a run whose copy died is taken over.
+(folders), PYTHON, JOBS (runs at once; their output is in RESULTS/logs), NPROC (GPUs or processes of a run),
+EXTRA (flags for all runs, as EXTRA="--epochs 2", but not those by which runs differ). Several copies may
+share a results folder, also on several machines if its file system has flock: each run is made once, and a
+run whose copy died is taken over.
 """
 import fcntl
+import glob
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import common
@@ -31,37 +36,180 @@ OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--me
 # glibc keeps freed memory. Else it gives that of each large tensor back to the kernel, which has to zero it
 # page by page for the next one: a sixth of the time of a training step of PreActResNet-8 on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+GPU_FILES = "/dev/nvidia[0-9]*"
+STOPPED = (130, 143, -2, -15)  # exit codes of a stage that Ctrl-C or SIGTERM has ended
+LOOK = 2  # seconds between looks for what other copies have finished or given up
 
 
-def make(stage, command, results, wait=False):
-    """Runs the command of a stage unless it is finished. Returns whether there is nothing left to do.
+class Job:
+    """A stage that this copy makes: a process that writes the stage's log and holds the lock on it. The
+    kernel drops the lock when the last process that holds it ends, the stage's own included: the run of a
+    copy that was killed is neither lost nor made twice."""
 
-    A copy of this script makes a stage while it holds the lock on its log. The kernel drops the lock when the
-    last process that holds it ends, the stage's own included: the run of a killed copy is neither lost nor
-    made twice. `wait` waits for a copy that makes this stage or its source; for rankings make() always waits.
-    """
-    source_result = Path(stage.arguments[0]).with_name("result.json")
-    if stage.script == "transfer.py" and not wait and not source_result.exists():
-        return False
-    path = Path(results, "logs", os.path.relpath(stage.folder, results).replace("/", "_") + ".log")
-    with open(path, "a", buffering=1) as log:  # a line at a time
-        try:
-            lock_exclusively(log, 0 if wait or stage.script == "rank.py" else fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        if Path(stage.folder, stage.final_file).exists():
-            return True
-        print(f"\n> {shlex.join(command)}", flush=True)
-        has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-        environment = dict(os.environ) if has_gpu else KEEP_MEMORY | os.environ  # the user's own values win
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   errors="replace", env=environment, pass_fds=[log.fileno()])
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            log.write(line)
-        if process.wait() in (130, 143, -2, -15):
-            sys.exit(130)  # the stage was stopped
-    return True
+    def __init__(self, stage, command, log, environment):
+        self.stage, self.command, self.log, self.start_time = stage, command, log, time.monotonic()
+        self.n_shown = os.fstat(log.fileno()).st_size
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, env=environment,
+                                        stderr=subprocess.STDOUT, pass_fds=[log.fileno()])
+
+    def show(self):
+        """Prints what is new in the log."""
+        while text := os.pread(self.log.fileno(), 2**16, self.n_shown):
+            self.n_shown += len(text)
+            sys.stdout.buffer.write(text)
+            sys.stdout.flush()
+
+    def seconds(self):
+        """How long it has been running."""
+        return time.monotonic() - self.start_time
+
+
+class Display:
+    """What people see: the output of the stages if one is made at a time, else one line about all of them,
+    rewritten in place on a terminal and printed when its numbers change elsewhere.
+
+    stages: those that are not finished. n_done: how many are. n_slots: how many are made at once."""
+
+    def __init__(self, stages, n_done, n_slots):
+        unit = "passes" if any(None in stage.cost.hours for stage in stages) else "hours"
+        self.work = {stage.folder: sum(getattr(stage.cost, unit)) for stage in stages}
+        self.n_stages, self.n_slots, self.start_time = len(stages) + n_done, n_slots, time.monotonic()
+        self.line, self.n_failed, self.own_work, self.own_seconds = "", 0, 0, 0
+
+    def started(self, job):
+        """Shows the command of a job."""
+        if self.n_slots == 1:
+            print(f"\n> {shlex.join(job.command)}", flush=True)
+
+    def ended(self, job, code):
+        """Counts a job that has ended with an exit code."""
+        if self.n_slots == 1:
+            job.show()
+        elif code:
+            start = "\r\x1b[K" if sys.stdout.isatty() else ""
+            print(f"{start}{job.stage.folder} failed (exit code {code}): see {job.log.name}", flush=True)
+        if code:
+            self.n_failed += 1
+        else:
+            self.own_work += self.work[job.stage.folder]
+            self.own_seconds += job.seconds()
+
+    def update(self, left, jobs):
+        """Shows how the jobs go on. left: the folders of the stages that are not started."""
+        if self.n_slots == 1:
+            for job in jobs:
+                job.show()
+            return
+        n_done = self.n_stages - len(left) - len(jobs) - self.n_failed
+        line = f"{n_done} done, {len(jobs)} running, {len(left)} left"
+        line += f", {self.n_failed} failed" if self.n_failed else ""
+        if sys.stdout.isatty():
+            print(f"\r{line}{self.time_left(left, jobs)}\x1b[K", end="", flush=True)
+        elif line != self.line:
+            print(f"{line}{self.time_left(left, jobs)}", flush=True)
+        self.line = line
+
+    def time_left(self, left, jobs):
+        """The time that remains, as text: by the time of this copy's stages or, where several copies are
+        faster, by what all have finished since the start. Empty while no stage has been finished."""
+        if not self.own_work:
+            return ""
+        slot_speed = self.own_work / self.own_seconds
+        not_done = [*left, *(job.stage.folder for job in jobs)]
+        work_done = sum(self.work.values()) - sum(self.work[folder] for folder in not_done)
+        speed = max(slot_speed * self.n_slots, work_done / (time.monotonic() - self.start_time))
+        work = sum(self.work[folder] for folder in left)
+        work += sum(max(self.work[job.stage.folder] - slot_speed * job.seconds(), 0) for job in jobs)
+        return f"; about {common.duration(work / speed)} to go"
+
+
+def is_finished(stage):
+    """Whether a stage has been made."""
+    return Path(stage.folder, stage.final_file).exists()
+
+
+def start_next(left, ended, results, environment):
+    """Starts the first stage that can be made now. Returns its Job, or None if there is no such stage. Takes
+    it, and what other copies have finished, out of `left`, {folder: (stage, command)}. ended: the folders of
+    the stages that are finished, or that failed here."""
+    for folder, (stage, command) in list(left.items()):
+        if is_finished(stage):
+            ended.add(folder)
+            del left[folder]
+        elif not stage.needs or stage.needs in ended:
+            name = os.path.relpath(folder, results).replace("/", "_")
+            log = open(Path(results, "logs", f"{name}.log"), "ab+")
+            try:
+                lock_exclusively(log, fcntl.LOCK_NB)
+                if not is_finished(stage):  # in the meantime
+                    del left[folder]
+                    return Job(stage, command, log, environment)
+            except BlockingIOError:
+                pass  # another copy makes it
+            log.close()
+    return None
+
+
+def make_all(todo, results, environments):
+    """Makes the stages {folder: (stage, command)}: as many at once as there are environments, in this order,
+    except that those that have to wait for another one, here or in another copy, are put off."""
+    left = {folder: item for folder, item in todo.items() if not is_finished(item[0])}
+    ended, jobs, next_look = todo.keys() - left.keys(), {}, 0  # jobs: {index of the environment: Job}
+    display = Display([stage for stage, _ in left.values()], len(ended), len(environments))
+    try:
+        while left or jobs:
+            for slot, job in list(jobs.items()):
+                code = job.process.poll()
+                if code in STOPPED:
+                    raise KeyboardInterrupt(signal.SIGINT)
+                if code is not None:
+                    display.ended(job, code)
+                    ended.add(job.stage.folder)
+                    jobs.pop(slot).log.close()
+                    next_look = 0
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + LOOK
+                for slot in range(len(environments)):
+                    if slot not in jobs and (job := start_next(left, ended, results, environments[slot])):
+                        jobs[slot] = job
+                        display.started(job)
+            display.update(left, jobs.values())
+            time.sleep(0.1)
+    finally:
+        if sys.stdout.isatty() and len(environments) > 1:
+            print()
+        stop(jobs.values())
+        if len(environments) == 1:
+            display.update(left, jobs.values())
+
+
+def stop(jobs):
+    """Ends the jobs. Each prints a line, and goes on later. Ctrl-C and a cluster's signals reach them, too,
+    and a second signal would interrupt how they end: only those get it that run on for 5 seconds."""
+    deadline = time.monotonic() + 5
+    while any(job.process.poll() is None for job in jobs) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for job in jobs:
+        if job.process.poll() is None:
+            job.process.terminate()
+    for job in jobs:
+        job.process.wait()
+
+
+def stage_environments(n, values):
+    """The environment variables of the stages, for each of the `n` that are made at once: a GPU of those that
+    are visible, or a part of the cores. The user's own values win. values: the flag values of EXTRA."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(glob.glob(GPU_FILES))))))
+    gpus = [gpu for gpu in gpus.split(",") if gpu not in ("", "-1")]
+    if not glob.glob(GPU_FILES) or values.get("device") == "cpu":
+        gpus = []
+    own = {} if gpus else dict(KEEP_MEMORY)
+    if n > 1:
+        own["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // n, 1))
+    environment = own | os.environ
+    if not gpus or n == 1:
+        return [environment] * n
+    return [{**environment, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(n)]
 
 
 def command_line(argv):
@@ -94,24 +242,34 @@ def command_line(argv):
     return args
 
 
-def main(argv=None):
-    """Lists the stages, then either prints their commands or makes them and the report."""
-    args = command_line(argv)
-    results = os.path.expanduser(os.environ.get("RESULTS", "results"))
-    python = os.environ.get("PYTHON", sys.executable)
-    launcher, nproc = [python], os.environ.get("NPROC", "1")
-    if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
-        raise UserError(f"NPROC={nproc}: give the number of processes, 1 or more")
-    if nproc != "1":
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
-    all_stages = list(stages(args.sections, args.figures, results, args.values))
-    todo = {}  # {folder: (stage, command)}
+def stages_to_make(args, all_stages, results, launcher):
+    """The stages as {folder: (stage, command)}, each once, in the order in which they are made."""
+    todo = {}
     for stage in all_stages:
         words = [*stage.arguments, *flags.only_flags_of(args.extra, stage.script)]
         if args.extra and stage.script == "sat.py" and "--run" not in words:
             words += ["--run", Path(stage.folder).name]  # sat.py would put the extra flags into the name
         words += ["--results", results, "--data-dir", os.environ.get("DATA", "data")]
         todo.setdefault(stage.folder, (stage, [*launcher, str(HERE / stage.script), *words]))
+    return todo
+
+
+def main(argv=None):
+    """Lists the stages, then either prints their commands or makes them and the report."""
+    args = command_line(argv)
+    results, python = os.path.expanduser(os.environ.get("RESULTS", "results")), os.environ.get("PYTHON", sys.executable)
+    launcher, nproc, n_jobs = [python], os.environ.get("NPROC", "1"), os.environ.get("JOBS", "1")
+    if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
+        raise UserError(f"NPROC={nproc}: give the number of processes, 1 or more")
+    if not re.fullmatch("[1-9][0-9]{0,3}", n_jobs):
+        raise UserError(f"JOBS={n_jobs}: give the number of runs at once, from 1 to 9999")
+    if nproc != "1":
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "--"]
+        if n_jobs != "1":
+            raise UserError(f"JOBS={n_jobs} and NPROC={nproc}: give one of them (JOBS: several runs at once, "
+                            "NPROC: several processes for one run)")
+    all_stages = list(stages(args.sections, args.figures, results, args.values))
+    todo = stages_to_make(args, all_stages, results, launcher)
     report = [python, str(HERE / "report.py"), "--results", results]
     if args.dry_run:
         commands = [command for _, command in todo.values()]
@@ -122,15 +280,10 @@ def main(argv=None):
     except OSError as e:
         raise UserError(f"{e} (RESULTS=FOLDER names another folder for the results)") from None
     # By training seed, so that a list that is cut short has one seed of everything.
-    todo = sorted(todo.values(), key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0].folder).name)[1]))
-    busy = []  # made by other copies
-    for stage, command in todo:
-        if not make(stage, command, results):
-            busy.append((stage, command))
-    for stage, command in busy:
-        make(stage, command, results, wait=True)  # then the stage is finished, or taken over
+    todo = dict(sorted(todo.items(), key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0]).name)[1])))
+    make_all(todo, results, stage_environments(int(n_jobs), args.values))
     code = subprocess.run(report).returncode
-    missing = [stage.folder for stage, _ in todo if not Path(stage.folder, stage.final_file).exists()]
+    missing = [folder for folder, (stage, _) in todo.items() if not is_finished(stage)]
     if missing:
         sys.exit("\n  ".join([f"\n{len(missing)} missing (see their logs):", *missing]))
     sys.exit(code)

@@ -243,7 +243,8 @@ def load_model(path):
             model.transfer(len(classes))
         model.load_state_dict(ckpt["model"])
         if not ({"dataset", "side"} <= ckpt["args"].keys() and "name" in ckpt["fingerprint"].keys()
-                and set(ckpt["A_classes"] or []) <= set(classes) and isinstance(ckpt["epoch"], int)):
+                and set(ckpt["A_classes"] or []) <= set(classes) and isinstance(ckpt["epoch"], int)
+                and len({c for c in classes if isinstance(c, str)}) == len(classes)):
             raise ValueError("its args, classes or fingerprint are not as sat.py writes them")
     except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
         reason = " ".join(str(e).split())[:200]

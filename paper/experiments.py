@@ -1,5 +1,6 @@
-"""The list of runs behind each figure of the paper, as the commands that make them. SECTIONS says which
-figures are made on which data, FIGURES which runs a figure shows, and DATA how many there are."""
+"""The list of runs behind each figure of the paper, as the commands that make them, and their cost. SECTIONS
+says which figures are made on which data, FIGURES which runs a figure shows, DATA how many there are, and
+RATES how fast a GPU is."""
 import argparse
 import itertools
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 import runs
 from common import HERE
 from config import from_yaml
-from flags import DEFAULTS, dests
+from flags import DEFAULTS, dests, script_parser
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 ENDS = ["cat", "automobile"]  # CIFAR-10's hardest and easiest class
@@ -50,8 +51,18 @@ DATA = {
                          metrics="entropy", prefix="cpu-"),
     "cifar10-cpu-linf": Data("cifar10-cpu", "cifar10", 10, esat=(0.5,), prefix="cpu-linf-", flags=LINF),
 }
-IMAGES = {"cifar10": 50000, "cifar100": 50000, "imagenet200": 259906, "svhn": 73257, "caltech256": 24485,
-          "flowers102": 1020, "digits": 1297, "digits0-4": 649, "digits5-9": 648}  # training images
+IMAGES = {  # training images, test images, pixels of a side
+    "cifar10": (50000, 10000, 32), "cifar100": (50000, 10000, 32), "imagenet200": (259906, 10000, 224),
+    "svhn": (73257, 26032, 32), "caltech256": (24485, 6122, 224), "flowers102": (1020, 1020, 224),
+    "digits": (1297, 500, 8), "digits0-4": (649, 252, 8), "digits5-9": (648, 248, 8)}
+
+MACHINE = "one NVIDIA H200 (PreActResNet-18, 32x32; bf16 and --compile in training)"
+# What was measured on it: {(arch, side, batch size): ({|A|/N: ms of a training step with PGD-7}, passes of
+# AutoAttack a second)}. The latter: all of AutoAttack takes about an hour for 9,000 robust examples.
+RATES = {("preactresnet18", 32, 128): ({0: 6.5, 0.1: 11.3, 0.5: 11.3, 1: 13.9}, 24400)}
+# Forward passes of an attack of AutoAttack on an example that stays robust. The first breaks most others.
+PASSES = {"apgd-ce": 202, "apgd-t": 1818, "fab-t": 2737, "square": 5000}
+ROBUST = 0.5  # the share of robust examples that is assumed; without AT it is 0
 
 ORDERS = ["hardest", "easiest", "random"]
 FIGURES = {  # what the runs of a figure are: every combination of these values of flags, for each amount of A
@@ -87,8 +98,45 @@ class Stage:
     script: str
     folder: str
     final_file: str  # that a finished stage has
-    cost: float      # in forward passes
+    needs: str       # the folder of the stage that must be made before, "" if there is none
+    cost: "Cost"
     arguments: list
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage costs, each as (training, evaluation)."""
+    passes: tuple  # forward passes
+    hours: tuple   # of MACHINE; None where no rate was measured
+
+
+def cost(setting, dataset, passes, share=0.0, attack_steps=0, robust=None):
+    """The Cost of training on a data set with the flag values `setting`, and of AutoAttack on the result.
+    passes: of an example and epoch, without attacks. share: |A|/N. robust: the share of robust examples, None
+    if nothing is evaluated."""
+    (n, n_test, side), epochs, evaluation = IMAGES[dataset], setting["epochs"], 0
+    if robust is not None:  # 10 % of the test set select one of the candidates, 90 % are reported
+        candidates = {epochs} | {decay + 1 for decay in setting["lr_decays"] if decay < epochs}
+        for kind, part, times in (("select", 0.1, len(candidates)), ("eval", 0.9, 1)):
+            first, *others = (PASSES[attack] for attack in setting[f"{kind}_attacks"])
+            examples = min(setting[f"{kind}_n"] or n_test, round(part * n_test))
+            evaluation += times * examples * (first + robust * sum(others))
+    all_passes = (n * epochs * (passes + 2 * share * attack_steps), evaluation)
+    rates = RATES.get((setting["arch"], side, setting["batch_size"]))
+    if rates is None or setting["device"] == "cpu" or setting["amp"] == "off":
+        return Cost(all_passes, (None, None))
+    step_ms, evaluation_rate = rates
+    # A pass of a ranking or a transfer, which were not timed, counts as a third of a step without attacks.
+    ms = step_ms[0] * passes / 3 + (interpolate(step_ms, share) - step_ms[0]) * attack_steps / 7
+    return Cost(all_passes, (n * epochs / setting["batch_size"] * ms / 3.6e6,
+                             evaluation / evaluation_rate / 3600))
+
+
+def interpolate(values, x):
+    """Linear interpolation at x between the points {x: value}, whose x rise."""
+    for (low, a), (high, b) in itertools.pairwise(values.items()):
+        if x <= high:
+            return a + (b - a) * (x - low) / (high - low)
 
 
 def runs_of(plan, figure):
@@ -107,6 +155,14 @@ def runs_of(plan, figure):
         for amount, order in itertools.product(amounts, figure["order"]):
             for seed in range(max(plan.seeds.get(amount, 1), plan.seeds.get(order, 1))):
                 yield {"split": split, amount_flag: amount, "order": order, "seed": seed, **others}
+
+
+def name_of(run):
+    """The name that sat.py gives to a run of runs_of."""
+    parts = [run[flag] for flag in ("split", "classes", "order", "frac", "size") if flag in run]
+    parts += [run[flag] for flag in ("metric", "weight") if run.get(flag, USUAL[flag]) != USUAL[flag]]
+    parts += [f"attack={run['attack']}"] if "attack" in run else []
+    return "-".join(map(str, [*parts, f"seed{run['seed']}"]))
 
 
 def ranking_name(config, extra_values):
@@ -128,51 +184,66 @@ def stages(sections, figures, results, extra_values):
     for source, targets, figure_name in wanted:
         plan, split = DATA[source], FIGURES[figure_name]["split"]
         path = HERE / f"configs/{plan.config}.yaml"
-        setting = from_yaml(path) | extra_values
-        base_flags, more_flags = ["--config", str(path)], plan.flags.split()
+        more_flags = plan.flags.split()
+        more_values = vars(script_parser("sat.py", "", DEFAULTS).parse_args(more_flags)) | extra_values
+        setting = DEFAULTS | from_yaml(path) | more_values
+        base_flags = ["--config", str(path)]
         base_flags += ["--dataset", plan.dataset] if plan.dataset != setting["dataset"] else []
-        seen = IMAGES[plan.dataset] * setting["epochs"]
+        ranking = f"{results}/{plan.dataset}/{ranking_name(path, extra_values)}"
         if split != "single":
-            yield Stage(f"{source}: ranking (fig3)", "rank.py",
-                        f"{results}/{plan.dataset}/{ranking_name(path, extra_values)}", "rank.json",
-                        seen * (5 if "vog" in plan.metrics else 4),
+            passes = 5 if "vog" in plan.metrics else 4
+            yield Stage(f"{source}: ranking (fig3)", "rank.py", ranking, "rank.json", "",
+                        cost(setting, plan.dataset, passes),
                         [*base_flags, "--metrics", *plan.metrics.split()])
         if split == "ranking":
             continue
         files = [HERE / f"configs/transfer/{target}.yaml" for target in targets.split()]
-        target_settings = {path: from_yaml(path) | extra_values for path in files}
+        target_settings = {path: DEFAULTS | from_yaml(path) | more_values for path in files}
         baselines = [{"split": split, "seed": seed} for split in ("none", "full")
                      for seed in range(plan.seeds.get(split, 1))]
         title = f"{source} -> {targets}: {figure_name}" if targets else f"{source}: {figure_name}"
         for run in [*baselines, *runs_of(plan, FIGURES[figure_name])]:
-            parts = [run[flag] for flag in ("split", "classes", "order", "frac", "size") if flag in run]
-            parts += [run[flag] for flag in ("metric", "weight") if run.get(flag, USUAL[flag]) != USUAL[flag]]
-            parts += [f"attack={run['attack']}"] if "attack" in run else []
-            name = plan.prefix + "-".join(map(str, [*parts, f"seed{run['seed']}"]))  # as sat.py names it
+            name = plan.prefix + name_of(run)
             folder = f"{results}/{plan.dataset}/{name}"
             words = ["--run", name] if plan.prefix else []
             words += [word for flag, value in run.items() for word in (f"--{flag}", str(value))]
             share = {"none": 0, "full": 1, "esat": run.get("frac"),
                      "csat": run.get("size", 1) / plan.n_classes}[run["split"]]
             steps = 1 if run.get("attack") == "fgsm-rs" else setting["steps"]
+            robust = ROBUST if share else 0
+            needs = ranking if run.get("order") in ("hardest", "easiest") else ""
             yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder,
-                        "result.json", seen * (3 + 2 * share * steps), [*base_flags, *words, *more_flags])
+                        "result.json", needs, cost(setting, plan.dataset, 3, share, steps, robust),
+                        [*base_flags, *words, *more_flags])
             for path, target in target_settings.items():
                 target_name = f"{plan.dataset}-{name}-seed0"
                 yield Stage(title, "transfer.py", f"{results}/{target['dataset']}/{target_name}",
-                            "result.json", IMAGES[target["dataset"]] * target["epochs"],
+                            "result.json", folder, cost(target, target["dataset"], 1, robust=robust),
                             [f"{folder}/best.pt", "--config", str(path), "--run", target_name, *more_flags])
 
 
 def overview(all_stages):
-    """The runs, transfers, new runs and forward passes of every figure, as --dry-run prints them."""
-    rows, seen = {}, set()
+    """The runs and transfers of every figure, and the cost of the new ones, which no figure that comes before
+    in SECTIONS has, as --dry-run prints them."""
+    folders, new_costs, seen = {}, {}, set()
     for stage in all_stages:
-        row = rows.setdefault(stage.title, {"runs": set(), "transfers": set(), "new": 0, "cost": 0.0})
-        row["transfers" if stage.script == "transfer.py" else "runs"].add(stage.folder)
-        if stage.folder not in seen:
-            seen.add(stage.folder)
-            row["new"], row["cost"] = row["new"] + 1, row["cost"] + stage.cost
-    return [f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>6} forward passes of the new",
-            *(f"# {title:<42} {len(r['runs']):6d} {len(r['transfers']):9d} {r['new']:6d} {r['cost']:10.3g}"
-              for title, r in sorted(rows.items()))]
+        for title in (stage.title, "all"):
+            figure = folders.setdefault(title, {"runs": set(), "transfers": set()})
+            figure["transfers" if stage.script == "transfer.py" else "runs"].add(stage.folder)
+            new_costs.setdefault(title, []).extend([] if stage.folder in seen else [stage.cost])
+        seen.add(stage.folder)
+    lines = [f"# GPU-hours: by the rates of {MACHINE}.",
+             "# -: none was measured for this network and these images.",
+             f"# AutoAttack: with {100 * ROBUST:.0f} % of the examples robust, without AT none.",
+             f"# {'':<65} {'training':>18} {'evaluation':>18}",
+             f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>5}" + " {:>8} {:>9}".format(
+                 "passes", "GPU-hours") * 2]
+    for title in [*sorted(folders.keys() - {"all"}), "all"]:
+        n_runs, n_transfers = (len(folders[title][kind]) for kind in ("runs", "transfers"))
+        line = f"# {title:<42} {n_runs:6d} {n_transfers:9d} {len(new_costs[title]):5d}"
+        for part in (0, 1):
+            hours = [cost.hours[part] for cost in new_costs[title]]
+            text = "-" if None in hours else f"{sum(hours):.1f}"
+            line += f" {sum(cost.passes[part] for cost in new_costs[title]):8.3g} {text:>9}"
+        lines.append(line)
+    return lines

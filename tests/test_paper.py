@@ -1,14 +1,10 @@
 """The paper's figures: their runs and what makes these; accuracies, contrasts, verdicts, tables, figures."""
 import functools
 import itertools
-import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +15,6 @@ import bench
 import config
 import evaluate
 import report
-import run_all
 import sat
 from common import HERE, UserError
 from paper import claims, experiments, figures, published, results, stats, tables
@@ -344,7 +339,7 @@ def test_every_run_of_the_paper_is_listed(listed):
         "cifar100 -> cifar10: fig15": [63, 63 + 2, 54 + 54], "cifar100 -> svhn: fig14": [63, 63 + 2, 63 + 2],
         "cifar100 -> cifar10: fig16": [9 * 2, 18 + 2, 9 + 9],  # hardest, PGD-7 and FGSM-RS
         "imagenet200 -> caltech256 flowers102: fig16": [9 * 2, 2 * (18 + 2), 9 + 18]}  # two targets
-    rows = [row[2:].rsplit(maxsplit=4) for row in experiments.overview([stage for stage, _ in listed])[1:]]
+    rows = [row[2:].rsplit(maxsplit=7) for row in experiments.overview([stage for stage, _ in listed])[5:]]
     assert expected.items() <= {row[0].strip(): [int(v) for v in row[1:4]] for row in rows}.items()
     kinds = {}
     for stage, r in listed:
@@ -373,12 +368,13 @@ def test_stages_come_in_order_and_their_folders_are_those_of_the_scripts(listed)
     for stage, args in listed:
         name = f"rank-{args.arch}-seed0" if stage.script == "rank.py" else args.run
         if stage.script == "transfer.py":
-            assert args.checkpoint.parent.as_posix() in made
+            assert stage.needs == args.checkpoint.parent.as_posix()
             sources.setdefault(args.dataset, set()).add(args.checkpoint.parent.name)
         elif stage.script == "sat.py":
             name = name or sat.run_folder(args)[0].name
-            if args.split not in ("none", "full") and not args.classes:
-                assert f"results/{args.dataset}/rank-{args.arch}-seed0" in made
+            by_ranking = args.split in ("esat", "csat") and not args.classes and args.order != "random"
+            assert stage.needs == (f"results/{args.dataset}/rank-{args.arch}-seed0" if by_ranking else "")
+        assert stage.needs in made or not stage.needs
         assert stage.folder == f"results/{args.dataset}/{name}"
         made.add(stage.folder)
     assert sources["svhn"] == {r for r in sources["cifar10"] if r.startswith(("none", "full", "esat"))
@@ -387,38 +383,9 @@ def test_stages_come_in_order_and_their_folders_are_those_of_the_scripts(listed)
     assert sources["caltech256"] == sources["flowers102"]
 
 
-@pytest.mark.parametrize("argv,env,expected", [
-    (["digits", "fig99"], {}, "no section or figure 'fig99'; valid: cifar10"), ([], {}, "name a section"),
-    (["cifar10", "fig7"], {}, "cifar10 has no fig7; it is in: transfer cifar10-cpu"),
-    (["digits"], {"EXTRA": "--epoch 2"}, "EXTRA: unrecognized arguments: --epoch 2"),
-    (["digits"], {"EXTRA": "--seed=5"}, "EXTRA: --seed differs between the runs"),
-    (["digits"], {"EXTRA": "--run 'x"}, "EXTRA: No closing quotation"),
-    (["digits"], {"NPROC": "0"}, "NPROC=0: give the number of processes")])
-def test_mistakes_in_the_words_of_run_all(argv, env, expected):
-    done = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True,
-                          env={**os.environ, **env})
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: .*\n", done.stderr)
-    assert expected in done.stderr
-
-
-def test_commands_with_extra_flags_on_several_processes(monkeypatch, capsys):
-    monkeypatch.setenv("EXTRA", "--epochs 40 --steps 3")
-    monkeypatch.setenv("NPROC", "4")
-    run_all.main(["--dry-run", "cifar10", "transfer", "fig2", "fig7"])
-    lines = capsys.readouterr().out.splitlines()
-    others = [line for line in lines if "rank.py" in line or "transfer.py" in line]
-    assert {("--epochs 40" in line, "--steps" in line) for line in others} == {(True, False)}
-    commands = [shlex.split(line) for line in lines if "sat.py" in line]
-    assert {tuple(words[1:8]) for words in commands} == {
-        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--", str(HERE / "sat.py"))}
-    parsed = [sat.command_line(words[8:]) for words in commands]
-    assert [args.run for args in parsed[:3]] == ["none-seed0", "full-seed0", "csat-airplane-balanced-seed0"]
-    assert {(args.epochs, args.steps) for args in parsed} == {(40, 3)}
-
-
 def test_costs_are_those_of_the_cost_model():
-    plain, other = ({s.folder: s.cost for s in experiments.stages(["transfer"], ["fig16"], "r", extra)}
+    plain, other = ({stage.folder: stage.cost.passes[0]
+                     for stage in experiments.stages(["transfer"], ["fig16"], "r", extra)}
                     for extra in ({}, {"epochs": 2, "steps": 1}))
     for folder, cost, other_cost in (
             ("r/cifar100/esat-hardest-0.5-emphasis-seed0", 50000 * 200 * 10, 50000 * 2 * 4),
@@ -430,63 +397,29 @@ def test_costs_are_those_of_the_cost_model():
     assert arch == "r/digits/rank-resnet50-seed0"
 
 
-# In place of a Python: notes its call, fails or waits for some runs, and writes the result of a stage.
-STUB = f"""#!{sys.executable}
-import os, sys, time
-from pathlib import Path
-script, *words = sys.argv[1:]
-with open("reports" if "report.py" in script else "calls", "a") as f:
-    f.write(" ".join(sys.argv[1:]) + chr(10))
-if "report.py" in script:
-    sys.exit()
-values = dict(zip(words, words[1:]))
-run = values.get("--run", "rank-preactresnet8-seed0")
-print("glibc keeps", os.environ.get("MALLOC_MMAP_MAX_"), "blocks", flush=True)
-if run == os.environ.get("FAILS"):
-    sys.exit("no such luck")
-time.sleep(3 if run == os.environ.get("WAITS") else 0.02)
-dataset = "digits5-9" if "digits5-9.yaml" in str(words) else values.get("--dataset", "digits")
-folder = Path("results", dataset, run)
-assert "transfer.py" not in script or Path(words[0]).with_name("result.json").exists()
-folder.mkdir(parents=True)  # a second one would fail
-(folder / ("rank.json" if "rank.py" in script else "result.json")).write_text("")
-"""
-
-
-@pytest.mark.slow
-def test_several_run_alls_make_each_run_once_and_name_those_that_fail(listed):
-    """Of three copies one is killed with -9, its run going on: another waits for that run."""
-    def start(**env):
-        return subprocess.Popen([sys.executable, HERE / "run_all.py", "digits"], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={**os.environ, "PYTHON": "./python", **env})
-    Path("python").write_text(STUB)
-    Path("python").chmod(0o755)
-    folders = [Path(f"results/digits/quick-csat-{c}-balanced-seed0") for c in range(10)]
-    folders[0].mkdir(parents=True)
-    (folders[0] / "result.json").write_text("{}")
-    killed = start(WAITS=folders[3].name)
-    while not Path("calls").exists() or folders[3].name not in Path("calls").read_text():
-        time.sleep(0.05)
-    killed.kill()
-    for process in [start(), start()]:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    digits = {stage.folder for stage, _ in listed if stage.folder.startswith("results/digits")}
-    calls = Path("calls").read_text().splitlines()
-    assert len(calls) == len(set(calls)) == len(digits - {str(folders[0])})
-    assert folders[0].name not in " ".join(calls), "it was finished"
-    assert Path("reports").exists()
-    for c in (2, 9):
-        shutil.rmtree(folders[c])
-    process = start(FAILS=folders[2].name)
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert re.search(f"1 missing.*\n.*{folders[2]}", errors)
-    assert (folders[9] / "result.json").exists(), "it goes on after a failure"
-    for log in (out, Path(f"results/logs/digits_{folders[2].name}.log").read_text()):
-        assert "no such luck" in log
-    assert ("glibc keeps 0 blocks" in out) != any(Path("/dev").glob("nvidia[0-9]*")), "on CPUs alone"
+def test_gpu_hours_are_of_the_measured_rates():
+    """Of an epoch of 390.6 steps, and of the examples that AutoAttack evaluates."""
+    def costs(section, **extra):
+        return {s.folder.removeprefix("r/"): s.cost for s in experiments.stages([section], [], "r", extra)}
+    cifar10, transfer = costs("cifar10", eval_n=1000, select_attacks=["apgd-ce"]), costs("transfer")
+    hour, images = 3.6e6, 1000 * (202 + 0.5 * (1818 + 2737 + 5000)) + 3 * 1000 * 202
+    for one, ms, passes in (
+            (cifar10["cifar10/full-seed0"], 13.9, images),
+            (cifar10["cifar10/esat-hardest-0.3-seed0"], 11.3, images),
+            (cifar10["cifar10/none-seed0"], 6.5, 4000 * 202),
+            (cifar10["cifar10/rank-preactresnet18-seed0"], 6.5 * 4 / 3, 0),
+            (transfer["cifar100/esat-hardest-0.8-emphasis-attack=fgsm-rs-seed0"],
+             6.5 + (12.86 - 6.5) / 7, 12000 * (202 + 0.5 * 9555)),  # 3 candidates on 1,000, 1 on 9,000
+            (transfer["cifar10/cifar100-full-seed0-seed0"], 6.5 / 3 / 5, 12000 * (202 + 0.5 * 9555))):
+        assert one.hours == pytest.approx((200 * 390.625 * ms / hour, passes / 24400 / 3600))
+        assert one.passes[1] == passes
+    assert sum(one.hours[0] for one in cifar10.values()) == pytest.approx(59.3, abs=0.1), "as README says"
+    for unmeasured in (costs("imagenet200"), costs("cifar10-cpu"), costs("cifar10", device="cpu"),
+                       costs("cifar10", amp="off"), costs("cifar10", batch_size=64)):
+        assert {one.hours for one in unmeasured.values()} == {(None, None)}
+    lines = experiments.overview(list(experiments.stages(["cifar100", "imagenet200"], ["fig6"], "r", {})))
+    assert "NVIDIA H200" in lines[0]
+    assert {line.split()[-1] == "-" for line in lines[5:]} == {True, False}
 
 
 def test_bench_counts_by_the_cost_model(capsys):

@@ -1,0 +1,241 @@
+"""run_all.py: its words, the commands it makes, several runs and several copies at once."""
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import run_all
+import sat
+from common import HERE
+from paper import experiments
+
+
+@pytest.mark.parametrize("argv,env,expected", [
+    (["digits", "fig99"], {}, "no section or figure 'fig99'; valid: cifar10"), ([], {}, "name a section"),
+    (["cifar10", "fig7"], {}, "cifar10 has no fig7; it is in: transfer cifar10-cpu"),
+    (["digits"], {"EXTRA": "--epoch 2"}, "EXTRA: unrecognized arguments: --epoch 2"),
+    (["digits"], {"EXTRA": "--seed=5"}, "EXTRA: --seed differs between the runs"),
+    (["digits"], {"EXTRA": "--run 'x"}, "EXTRA: No closing quotation"),
+    (["digits"], {"NPROC": "0"}, "NPROC=0: give the number of processes"),
+    (["digits"], {"JOBS": "0"}, "JOBS=0: give the number of runs at once"),
+    (["digits"], {"JOBS": "two"}, "JOBS=two: give the number of runs at once"),
+    (["digits"], {"JOBS": "2", "NPROC": "4"}, "JOBS=2 and NPROC=4: give one of them")])
+def test_mistakes_in_the_words_of_run_all(argv, env, expected):
+    done = subprocess.run([str(HERE / "run_all.sh"), "--dry-run", *argv], capture_output=True, text=True,
+                          env={**os.environ, **env})
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*\n", done.stderr)
+    assert expected in done.stderr
+
+
+def test_commands_with_extra_flags_on_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("EXTRA", "--epochs 40 --steps 3")
+    monkeypatch.setenv("NPROC", "4")
+    run_all.main(["--dry-run", "cifar10", "transfer", "fig2", "fig7"])
+    lines = capsys.readouterr().out.splitlines()
+    others = [line for line in lines if "rank.py" in line or "transfer.py" in line]
+    assert {("--epochs 40" in line, "--steps" in line) for line in others} == {(True, False)}
+    commands = [shlex.split(line) for line in lines if "sat.py" in line]
+    assert {tuple(words[1:8]) for words in commands} == {
+        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--", str(HERE / "sat.py"))}
+    parsed = [sat.command_line(words[8:]) for words in commands]
+    assert [args.run for args in parsed[:3]] == ["none-seed0", "full-seed0", "csat-airplane-balanced-seed0"]
+    assert {(args.epochs, args.steps) for args in parsed} == {(40, 3)}
+
+
+# In place of a Python: notes its call, fails or waits for some runs, and writes the result of a stage.
+STUB = f"""#!{sys.executable}
+import os, sys, time
+from pathlib import Path
+script, *words = sys.argv[1:]
+with open("reports" if "report.py" in script else "calls", "a") as f:
+    f.write(" ".join(sys.argv[1:]) + chr(10))
+if "report.py" in script:
+    sys.exit()
+start, values = time.time(), dict(zip(words, words[1:]))
+run = values.get("--run", "rank-preactresnet8-seed0")
+print("glibc keeps", os.environ.get("MALLOC_MMAP_MAX_"), "blocks", flush=True)
+if run == os.environ.get("FAILS"):
+    sys.exit("no such luck")
+dataset = "digits5-9" if "digits5-9.yaml" in str(words) else values.get("--dataset", "digits")
+folder = Path("results", dataset, run)
+assert "transfer.py" not in script or Path(words[0]).with_name("result.json").exists()
+if values.get("--order") in ("hardest", "easiest"):
+    assert folder.with_name("rank-preactresnet8-seed0").joinpath("rank.json").exists()
+time.sleep(float(os.environ.get("SECONDS", 3)) if run in os.environ.get("WAITS", "").split() else 0.02)
+folder.mkdir(parents=True)  # a second one would fail
+(folder / ("rank.json" if "rank.py" in script else "result.json")).write_text("")
+with open("times", "a") as f:
+    f.write(f"{{start}} {{time.time()}}" + chr(10))
+"""
+FIG2 = [Path(f"results/digits/quick-csat-{c}-balanced-seed0") for c in range(10)]
+
+
+@pytest.fixture
+def start():
+    """Starts run_all.py, with the stub in place of Python, without GPUs, as the first of a process group."""
+    def popen(*words, **env):
+        return subprocess.Popen([sys.executable, HERE / "run_all.py", *words], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
+                                env={**os.environ, "PYTHON": "./python", "CUDA_VISIBLE_DEVICES": "", **env})
+    Path("python").write_text(STUB)
+    Path("python").chmod(0o755)
+    return popen
+
+
+def calls():
+    """The commands that the stubs were given."""
+    return Path("calls").read_text().splitlines() if Path("calls").exists() else []
+
+
+def wait_for_calls_of(*folders):
+    """Waits until the runs in these folders have been started."""
+    while not all(any(f"--run {folder.name} " in call for call in calls()) for folder in folders):
+        time.sleep(0.05)
+
+
+def folders_of(*words):
+    """The folders of the stages of a section, or of figures of it."""
+    return {stage.folder for stage in experiments.stages(words[:1], words[1:], "results", {})}
+
+
+@pytest.mark.slow
+def test_several_run_alls_make_each_run_once_and_name_those_that_fail(start):
+    """Of three copies one is killed with -9, its run going on: another waits for that run."""
+    FIG2[0].mkdir(parents=True)
+    (FIG2[0] / "result.json").write_text("{}")
+    killed = start("digits", WAITS=FIG2[3].name)
+    wait_for_calls_of(FIG2[3])
+    killed.kill()
+    for process in [start("digits"), start("digits", JOBS="2")]:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    assert len(calls()) == len(set(calls())) == len(folders_of("digits") - {str(FIG2[0])})
+    assert FIG2[0].name not in " ".join(calls()), "it was finished"
+    assert Path("reports").exists()
+    for c in (2, 9):
+        shutil.rmtree(FIG2[c])
+    process = start("digits", FAILS=FIG2[2].name)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert re.search(f"1 missing.*\n.*{FIG2[2]}", errors)
+    assert (FIG2[9] / "result.json").exists(), "it goes on after a failure"
+    for log in (out, Path(f"results/logs/digits_{FIG2[2].name}.log").read_text()):
+        assert "no such luck" in log
+    assert "glibc keeps 0 blocks" in out, "on CPUs alone"
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_and_a_copy_that_was_killed(start):
+    """Each run after its ranking, each transfer after its source (the stub checks that), and each once."""
+    killed = start("digits", "fig2", "fig7", JOBS="2", WAITS=FIG2[3].name)
+    wait_for_calls_of(FIG2[3], FIG2[4])
+    killed.kill()
+    process = start("digits", "fig2", "fig7", JOBS="2", FAILS=FIG2[7].name)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert re.search(f"1 missing.*\n.*{FIG2[7]}", errors)
+    log = f"results/logs/digits_{FIG2[7].name}.log"
+    assert f"{FIG2[7]} failed (exit code 1): see {log}\n" in out
+    assert "no such luck" in Path(log).read_text()
+    n = len(folders_of("digits", "fig2", "fig7"))
+    assert f"\n{n - 1} done, 0 running, 0 left, 1 failed; about 0 s to go\n" in out
+    assert len(calls()) == len(set(calls())) == n
+    times = [tuple(map(float, line.split())) for line in Path("times").read_text().splitlines()]
+    at_once = [sum(begin <= moment <= end for begin, end in times) for moment, _ in times]
+    assert max(at_once) in (2, 3), "two of this copy, and one that the killed copy left"
+
+
+@pytest.mark.slow
+def test_a_run_never_waits_in_a_slot_for_what_another_makes(start):
+    """While the ranking and a source are made, other runs are."""
+    slow = "rank-preactresnet8-seed0 quick-none-seed0"
+    process = start("digits", "fig7", JOBS="2", WAITS=slow)
+    while len(calls()) < 2:
+        time.sleep(0.05)
+    other = start("digits", "fig7")
+    _, errors = process.communicate(timeout=300)
+    _, other_errors = other.communicate(timeout=300)
+    assert [process.returncode, other.returncode] == [0, 0], errors + other_errors
+    scripts = [Path(call.split()[0]).name for call in calls()]
+    assert scripts[:4] == ["rank.py", "sat.py", "sat.py", "transfer.py"], "AT and its transfer meanwhile"
+    assert len(calls()) == len(set(calls())) == len(folders_of("digits", "fig7"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs,kill,code", [
+    (1, subprocess.Popen.terminate, 143), (2, subprocess.Popen.terminate, 143),
+    (2, lambda process: os.killpg(process.pid, signal.SIGINT), 130)])  # as Ctrl-C does
+def test_a_signal_stops_all_stages(start, jobs, kill, code):
+    begin, waiting = time.monotonic(), FIG2[3:3 + jobs]
+    process = start("digits", "fig2", JOBS=str(jobs), SECONDS="120", WAITS=" ".join(f.name for f in waiting))
+    wait_for_calls_of(*waiting)
+    kill(process)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code
+    assert re.fullmatch("stopped: the same command.* goes on .*\n", errors)
+    assert time.monotonic() - begin < 100
+    n = len(calls())
+    process = start("digits", "fig2", JOBS=str(jobs))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert len(calls()) == len(folders_of("digits", "fig2")) + jobs == n + 10 - 3
+    assert all((folder / "result.json").exists() for folder in FIG2)
+
+
+@pytest.mark.parametrize("visible,values,jobs,expected", [
+    (None, {}, 1, [None]), (None, {}, 3, ["0", "1", "0"]), ("5,7", {}, 3, ["5", "7", "5"]),
+    ("GPU-a", {}, 2, ["GPU-a"] * 2), ("", {}, 2, [""] * 2), ("-1", {}, 2, ["-1"] * 2),
+    ("5,7", {"device": "cpu"}, 2, ["5,7"] * 2)])
+def test_gpus_and_cores_are_divided(monkeypatch, tmp_path, visible, values, jobs, expected):
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(run_all, "GPU_FILES", f"{tmp_path}/nvidia[0-9]*")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(5))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    environments = run_all.stage_environments(jobs, values)
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in environments] == expected
+    threads = {1: None, 2: "2", 3: "1"}[jobs]
+    assert {environment.get("OMP_NUM_THREADS") for environment in environments} == {threads}
+    on_cpus = visible in ("", "-1") or values != {}
+    assert {"MALLOC_MMAP_MAX_" in environment for environment in environments} == {on_cpus}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run_all.stage_environments(jobs, values)[0]["OMP_NUM_THREADS"] == "3", "the user's own value wins"
+
+
+def test_more_jobs_than_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert {e["OMP_NUM_THREADS"] for e in run_all.stage_environments(500, {})} == {"1"}
+
+
+class FakeJob:
+    """A job that has been running for some seconds."""
+    def __init__(self, stage, seconds):
+        self.stage, self.seconds = stage, lambda: seconds
+
+
+def test_the_line_on_a_terminal_and_the_time_that_remains(monkeypatch, capsys):
+    """Of five equal stages one took 100 s: two slots need 200 s for four, less what two have run for."""
+    all_stages = list(experiments.stages(["cifar10"], ["fig6"], "r", {}))
+    equal = [stage for stage in all_stages if "random-0.5" in stage.folder][:5]
+    display = run_all.Display(equal, 7, 2)
+    display.start_time -= 1000
+    left, jobs = [stage.folder for stage in equal[3:]], [FakeJob(stage, 40) for stage in equal[1:3]]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    display.update([stage.folder for stage in equal[2:]], jobs[:1])
+    display.ended(FakeJob(equal[0], 100), 0)
+    display.update(left, jobs)
+    assert capsys.readouterr().out == ("\r8 done, 1 running, 3 left\x1b[K"
+                                       "\r8 done, 2 running, 2 left; about 3 min to go\x1b[K")
+    display.start_time += 975  # as if other copies had finished this one in 25 s
+    assert display.time_left(left, jobs) == "; about 80 s to go"
