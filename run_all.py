@@ -257,7 +257,8 @@ def stages_to_make(args, all_stages, results, launcher):
 def main(argv=None):
     """Lists the stages, then either prints their commands or makes them and the report."""
     args = command_line(argv)
-    results, python = os.path.expanduser(os.environ.get("RESULTS", "results")), os.environ.get("PYTHON", sys.executable)
+    results = os.path.expanduser(os.environ.get("RESULTS", "results"))
+    python = os.environ.get("PYTHON", sys.executable)
     launcher, nproc, n_jobs = [python], os.environ.get("NPROC", "1"), os.environ.get("JOBS", "1")
     if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
         raise UserError(f"NPROC={nproc}: give the number of processes, 1 or more")

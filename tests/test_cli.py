@@ -178,8 +178,8 @@ def test_files_of_a_run_that_somebody_has_edited():
     sat.main(CSAT)
     best, target = Path("results/few/b/best.pt"), ["--config", str(HERE / "configs/transfer/digits5-9.yaml")]
     ckpt, about = runs.load(best), best.with_name("result.json")
-    edits = [("args", []), ("args", {}), ("classes", 3), ("classes", [*range(10)]), ("classes", ["x"] * 10), ("A_classes", ["zebra"]), ("epoch", None),
-             ("model", {}), ("arch", "vgg")]
+    edits = [("args", []), ("args", {}), ("classes", 3), ("classes", [*range(10)]), ("classes", ["x"] * 10),
+             ("A_classes", ["zebra"]), ("epoch", None), ("model", {}), ("arch", "vgg")]
     for content, message in [
             (["no", "dict"], "lacks model"), ({"model": Malicious()}, "is truncated or not a .*UnpicklingE"),
             *(({**ckpt, key: value}, "is not a checkpoint of this project") for key, value in edits)]:
