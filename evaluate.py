@@ -150,18 +150,23 @@ class Watch:
     def show(self, record):
         """Shows a record of the package. Returns False, so that logging does not."""
         text = record.getMessage()
-        kind = re.sub(r"\d", "", text)  # warnings of one kind differ in their numbers
         after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
         if record.levelno < logging.WARNING:
             self.bar.set_postfix_str(text[:60])
             if self.bar.disable and after:
                 say(f"  AutoAttack, examples {self.examples + 1:,} and on of {self.total:,}: "
                     f"{float(after[2]):.1f} % robust after {after[1]}")
-        elif kind not in self.kinds_shown:
+        else:
+            self.warn(text)
+        return False
+
+    def warn(self, text):
+        """Shows and keeps a warning, the first of its kind: others of the kind differ in their numbers."""
+        kind = re.sub(r"\d", "", text)
+        if kind not in self.kinds_shown:
             self.kinds_shown.add(kind)
             self.warnings.append(text)
             say(f"AutoAttack warns: {text}")
-        return False
 
     def new_warnings(self):
         """The warnings since the last call."""
@@ -175,7 +180,8 @@ class Watch:
         if is_new:
             self.new_examples += n
         else:
-            self.warnings += chunk["warnings"]
+            for text in chunk["warnings"]:
+                self.warn(text)
             self.n_saved = len(self.warnings)
         self.bar.update(n)
         if self.bar.disable and self.new_examples:

@@ -219,7 +219,7 @@ def same_size_elsewhere(args, folder, n):
     """The folder of an earlier run that differs from these flags only in how |A|, of n examples or classes,
     is said, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets that run's amount."""
     size = subset_size(args.frac or args.size, n, "")
-    for path in sorted(folder.parent.glob("*/args.json")):
+    for path in sorted(folder.parent.glob("[!.]*/args.json")):  # not .old-<run>, which --force put aside
         stored = runs.load(path, ("dataset",))
         amount = {name: stored.get(name) for name in ("frac", "size")}
         value = amount["frac"] or amount["size"]

@@ -891,3 +891,62 @@ def test_a_classifier_divides_by_std_and_a_transferred_head_has_one_hidden_layer
     hidden, _, last = model.transfer(3).head
     features = (normalised @ hidden.weight.T + hidden.bias).clamp_min(0)
     close(model(x), features @ last.weight.T + last.bias)
+
+
+def test_an_evaluation_attacks_as_its_settings_say(tmp_path, monkeypatch):
+    def attack_batch(model, x, y, **arguments):
+        seen.append(arguments)
+        return y > 4, y > 4
+    seen, settings = [], {"norm": "linf", "eps": 0.1, "attacks": ["square"], "seed": 7}
+    monkeypatch.setattr(attacks, "attack_batch", attack_batch)
+    evaluate.autoattack_accuracy(net(), load_dataset("digits", "data"), torch.arange(4),
+                                 {**settings, "n": 4, "batch_size": 4}, tmp_path)
+    assert seen == [settings]
+
+
+def test_selection_and_evaluation_have_settings_of_their_own():
+    args = arguments("--select-attacks", "square", "--select-n", "5", "--eval-n", "6")
+    select, final = (evaluate.eval_settings(args, ["a", "b"], kind) for kind in ("select", "eval"))
+    assert (select["attacks"], select["n"]) == (["square"], 5)
+    assert (final["attacks"], final["n"]) == (["apgd-ce"], 6)
+
+
+def test_a_resumed_evaluation_keeps_its_warnings_and_estimates_by_its_new_examples(capsys):
+    with evaluate.Watch(["apgd-ce"], 20) as watch:
+        watch.count({"right": torch.zeros(2, 10), "warnings": ["3 points"]}, is_new=False)
+        watch.start_time -= 30  # half a minute of attacks on five examples
+        logging.getLogger("auto-attack").warning("5 points")
+        watch.count({"right": torch.zeros(2, 5), "warnings": []}, is_new=True)
+    assert watch.warnings == ["3 points"], "the first of its kind, as in an evaluation that was not stopped"
+    assert watch.new_warnings() == [], "that of a saved chunk belongs to no other"
+    out = capsys.readouterr().out
+    assert out.startswith("AutoAttack warns: 3 points\n")
+    assert "15 of 20 examples done, 0.0% robust; 30 s left" in out
+
+
+def test_a_step_of_another_process_that_is_not_finite_stops_all(monkeypatch):
+    def all_sum(tensor, op="SUM"):  # as if it were step 3 there
+        return tensor.clamp_max(2) if op == "MIN" else tensor
+    monkeypatch.setattr(train, "all_sum", all_sum)
+    sums = train.EpochSums(0, CPU)
+    sums.steps = 5
+    with pytest.raises(UserError, match="not finite in epoch 1, step 3"):
+        sums.row(net(), arguments())
+
+
+def test_costs_are_summed_over_the_epochs(results):
+    """Two epochs of ten batches of 64. VoG takes two passes an example, forward and back to the pixels."""
+    run, n = results / "digits0-4/run", len(load_dataset("digits0-4", "data").train)
+    cost, log = runs.load(run / "result.json")["cost"], runs.load(run / "last.pt")["log"]
+    assert cost["attacked"] == sum(row["attacked"] for row in log) > log[0]["attacked"]
+    assert cost["forward_equivalents"] == 3 * 2 * 640 + 2 * 7 * cost["attacked"]
+    assert runs.load(*results.glob("digits0-4/rank-*/rank.json"))["cost"] == 3 * 2 * 640 + 2 * 2 * n
+
+
+def test_scores_pt_in_a_file_choose_what_the_ranking_chooses(results):
+    """By vog too, which is normalised within each class."""
+    data, (path,) = load_dataset("digits0-4", "data"), results.glob("digits0-4/rank-*/scores.pt")
+    words = ["--dataset", "digits0-4", "--results", str(results), "--metric", "vog", "--size", "100"]
+    args, by_file = arguments(*words), arguments(*words, "--scores", str(path))
+    A, _ = sat.choose(by_file, data, sat.read_own_file(by_file), CPU)
+    assert torch.equal(A, sat.choose(args, data, {}, CPU)[0])

@@ -85,7 +85,8 @@ def test_evaluate_takes_what_is_not_typed_from_the_checkpoints_run():
     ("--weight-factor 3", "--weight emphasis"), ("--split none", "--weight-factor 3 --attack fgsm-rs"),
     ("--split full", "--order easiest --metric svar --weight balanced"),
     ("--attack fgsm-rs --norm linf --eps 0.03", "--steps 3 --step-size 0.2"),
-    ("--order random", "--metric svar"), ("--split csat --classes 3", "--order random --metric svar")])
+    ("--order random", "--metric svar"), ("--split csat --classes 3", "--order random --metric svar"),
+    ("--subset a.pt", "--order easiest --metric svar"), ("--ranking a.pt", "--metric svar")])
 def test_flags_without_effect_are_named_and_make_no_other_run(words, idle, capsys):
     differ = {"steps", "step_size"} if "--steps" in idle else set()  # these part tables of results
     args = sat.command_line(words.split())
@@ -274,10 +275,11 @@ IMAGES = [  # what is no batch for an attack, message
 
 
 @pytest.mark.parametrize("function,valid,invalid", [
-    (attacks.fgsm_rs, BATCH, IMAGES), (attacks.pgd, {**BATCH, "step_size": 0.1}, [
+    (attacks.fgsm_rs, BATCH, IMAGES), *((attack, {**BATCH, "step_size": 0.1}, [
         *IMAGES, ({"x": (255 * X).byte()}, "floats"), ({"x": X.numpy()}, "images"), ({"eps": "0.5"}, "eps"),
         ({"start": X[:2]}, "start is"), ({"steps": -1}, "0 or more"), ({"steps": 2.5}, "0 or more"),
-        ({"step_size": -0.1}, "0 or more"), ({"step_size": math.nan}, "0 or more")]),
+        ({"step_size": -0.1}, "0 or more"), ({"step_size": math.nan}, "0 or more")])
+        for attack in (attacks.pgd, attacks.pgd_authors)),
     (attacks.autoattack, BATCH, [*IMAGES, ({"attacks": []}, "valid are"), ({"attacks": ["pgd"]}, "valid")]),
     (attacks.usable_attacks, {"attacks": ["apgd-t"]}, [({"n_classes": 2}, "are apgd-ce fab-t square")]),
     (attacks.project, {"delta": X, "eps": 0.5}, [({"norm": "l1"}, "'l1': l2 or linf")]),
@@ -338,3 +340,13 @@ def test_a_percent_sign_in_a_config_is_no_format_of_the_help(capsys):
 def test_switches_of_a_config(text, value):
     Path("c.yaml").write_text(f"random-start: {text}\n")
     assert sat.command_line(["--config", "c.yaml"]).random_start is value
+
+
+def test_each_checkpoint_has_an_evaluation_of_its_own():
+    sat.main(ONE_EPOCH)
+    ckpt = runs.load(R / "last.pt")
+    ckpt["model"]["head.bias"][3] = 100.0  # it says 3 of every image
+    torch.save(ckpt, R / "last.pt")
+    results = [evaluate.main([str(R / name), "--eval-n", "6"]) for name in ("best.pt", "last.pt")]
+    assert [result["checkpoint"] for result in results] == ["best.pt", "last.pt"]
+    assert len(list(R.glob("eval-*.json"))) == 2

@@ -102,6 +102,7 @@ def test_a_run_whose_ranking_was_made_again_is_made_again(monkeypatch, capsys):
 def test_another_evaluation_of_a_finished_run_trains_nothing(monkeypatch, capsys):
     first = sat.main([*BY_RANKING])
     models = trained(monkeypatch)
+    next(Path("results/few").glob("esat*/last.pt")).unlink()  # it takes best.pt
     other = [*BY_RANKING, "--eval-n", "6"]
     result = sat.main(other)
     assert models == []
@@ -179,15 +180,18 @@ def test_files_of_ones_own(flag, content, A):
     assert chosen.nonzero()[:, 0].tolist() == A
 
 
-def test_scores_pt_of_rank_py_with_a_metric():
+def test_scores_pt_of_rank_py_with_a_metric(monkeypatch):
     sat.main(CSAT)
     path, = Path("results/few").glob("rank-*/scores.pt")
     ranking = runs.load(path)
     args = sat.command_line([*SAT, "--scores", str(path), "--metric", "svar"])
     own = sat.read_own_file(args)
     assert torch.equal(own["scores"], ranking["svar"].double())
-    result = sat.main([*SAT, *ONE, "--scores", str(path), "--metric", "svar", "--size", "40", "--run", "r"])
-    assert result["ranking"]["metric"] == "svar"
+    argv = [*SAT, *ONE, "--scores", str(path), "--metric", "svar", "--size", "40", "--run", "r"]
+    assert sat.main(argv)["ranking"]["metric"] == "svar"
+    models = trained(monkeypatch)
+    sat.main(argv)
+    assert models == [], "its scores are the file's, whatever rank.json says"
     ranking["fingerprint"]["images"] = "others"
     torch.save(ranking, "other.pt")
     with pytest.raises(UserError, match="other.pt belongs to other data"):
@@ -227,11 +231,12 @@ def test_a_subset_is_named_by_its_examples():
 
 @pytest.mark.parametrize("words,note", [
     ("--step-size 0.05 --eps 0.5", "7 steps of 0.05 cannot reach --eps 0.5"),
-    ("--norm linf --eps 8/255 --step-size 0.1", "each --step-size 0.1 crosses the whole ball")])
-def test_weak_attacks_are_named(words, note, capsys):
+    ("--norm linf --eps 8/255 --step-size 0.1", "each --step-size 0.1 crosses the whole ball"),
+    ("--epochs 15", "the learning rate does not fall within 15 epochs (--lr-decays 15 25)")])
+def test_flags_that_are_hardly_meant_are_named(words, note, capsys):
     sat.command_line(words.split())
     assert note in capsys.readouterr().out
-    sat.command_line(["--step-size", "0.1"])
+    sat.command_line(["--step-size", "0.1", "--epochs", "16"])
     assert capsys.readouterr().out == ""
 
 
@@ -308,8 +313,10 @@ def test_runs_csv_is_tidy():
         rows = {row["split"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"csat", "full"}
     accuracy = json.loads(Path("results/few/b/result.json").read_text())["accuracy"]
-    for part, column in (("all", "robust"), ("A_val", "robust_A_val")):
-        expected = 100 * accuracy[part]["robust"]["accuracy"]
+    for part, kind, key, column in (
+            ("all", "robust", "accuracy", "robust"), ("A_val", "robust", "accuracy", "robust_A_val"),
+            ("all", "clean", "low", "clean_low"), ("all", "robust", "high", "robust_high")):
+        expected = 100 * accuracy[part][kind][key]
         assert float(rows["csat"][column]) == pytest.approx(expected, abs=0.01)
     assert rows["csat"]["run"] == "results/few/b"
     assert [rows["full"][k] for k in ("order", "metric", "weight", "robust_A_val")] == ["", "", "", ""]
@@ -334,3 +341,14 @@ def test_closed_streams_and_terminals_of_another_encoding(environment, closed, p
                           env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUTF8": "1", **environment})
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
+
+
+def test_a_ranking_of_ones_own_is_named_by_its_order():
+    names = []
+    for i, order in enumerate((ORDER, torch.from_numpy(ORDER), ORDER[::-1].copy())):
+        torch.save(order, f"{i}.pt")
+        args = sat.command_line(["--ranking", f"{i}.pt"])
+        sat.read_own_file(args)
+        names.append(sat.run_folder(args)[0].name)
+    assert names[0] == names[1]
+    assert names[0] != names[2]

@@ -251,6 +251,7 @@ def test_streamed_views(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(ramp).save(path)
     data = load_dataset("ramps", tmp_path)
+    assert data.mean_std() == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "ImageNet's"
     x = data.test.pixels(torch.arange(2), "cpu")
     # The shortest side 300 becomes 256, so 400 becomes 341; the centre 224 of each are left.
     assert x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01)
@@ -705,3 +706,36 @@ def test_a_class_folder_whose_name_is_not_utf8_is_refused(tmp_path):
         folder = os.fsencode(tmp_path / "pets" / part)
         os.rename(folder + b"/cat", folder + b"/caf\xe9")
     refuses("pets", tmp_path, r"not UTF-8, 'caf\\udce9': rename it")
+
+
+def test_the_test_view_of_a_smaller_side_shows_as_much(tmp_path):
+    ramp = np.add.outer(np.arange(300) / 3, np.arange(400) / 3).astype(np.uint8)  # a pixel of 32 is 6 levels
+    write(tmp_path / "ramp.png", ramp)
+    large, small = (ImageFiles([tmp_path / "ramp.png"], side)[0, None].float() for side in (224, 32))
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(large, 7), small, atol=6, rtol=0)
+
+
+@pytest.mark.parametrize("side,streamed", [(64, False), (65, True)])
+def test_images_above_64_pixels_are_streamed(side, streamed, tmp_path):
+    write_images(tmp_path / "pets", side=side)
+    assert load_dataset("pets", tmp_path).train.streamed == streamed
+
+
+def test_a_tensor_file_comes_before_a_folder_and_test_before_val(tmp_path):
+    root = tmp_path / "pets"
+    write_images(root)
+    shutil.copytree(root / "train", root / "val")
+    assert len(load_dataset("pets", tmp_path).test) == 6, "not the 12 of val/"
+    x, y = torch.from_numpy(random_pixels(8, 1, 8, 8)), torch.arange(8) % 2
+    torch.save({"train": {"x": x, "y": y}, "test": {"x": 255 - x, "y": y}, "classes": ["a", "b"]},
+               tmp_path / "pets.pt")
+    assert load_dataset("pets", tmp_path).classes == ["a", "b"]
+
+
+def test_augmentation_depends_on_seed_and_epoch():
+    image = torch.from_numpy(random_pixels(1, 1, 8, 8))
+    split = Split(image.expand(64, -1, -1, -1), torch.arange(64))
+    batches = [next(training_batches(split, 64, seed, epoch, "crop", "cpu"))[0]
+               for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(batches[i], batches[j])

@@ -1,6 +1,7 @@
 """The paper's figures: their runs and what makes these; accuracies, contrasts, verdicts, tables, figures."""
 import functools
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -469,3 +470,31 @@ def test_claims_on_esat_are_of_pgd_entropy_and_no_weight(other):
     (0.5, 66.4), (0.504, 66.4), (0.496, 66.4), (0.53, None), (0.47, None)])
 def test_the_papers_number_is_taken_within_half_a_percent(share, expected):
     assert published.published_accuracy("fig6", "cifar10", "hardest", share, "robust") == expected
+
+
+@pytest.mark.parametrize("other", [{"order": "random"}, {"order": "easiest"}, {"metric": "svar"}])
+def test_claims_on_transfers_are_of_the_hardest_by_entropy(other):
+    """(f) and (g): runs of another kind, with other accuracies, change no value."""
+    def values(runs):
+        (rows, _), = claims.claims(runs).values()
+        return [row[2].split(" [")[0] for row in rows]
+    runs = results.pick(everything(), transfer=True)
+    to = {"transfer": True, "data": "cifar100->cifar10", "n_classes": 100, "weight": "emphasis", **other}
+    more = [*three("csat", 0.9, A_classes=tuple("abcdefghij"), **to), *three("esat", 0.9, A=15000, **to)]
+    assert values([*more, *runs]) == values(runs)
+
+
+def test_the_ranking_of_a_transfer_is_sought_among_those_of_its_source():
+    moved = run("esat", 0.5, transfer=True, data="cifar100->cifar10", ranking="x")
+    for data, scores, caution in (("cifar100", "y", True), ("cifar100", "x", False), ("cifar10", "y", False)):
+        ranking = {"fingerprint": {"name": data}, "scores": {"entropy": scores}}
+        text = results.ranking_cautions([moved], {"rank.json": ranking})
+        assert ("1 run used a ranking that is no longer there" in text) == caution
+
+
+def test_the_table_of_evaluations_has_clean_accuracy_before_robust(tmp_path):
+    result = load(HERE / "results-published/cifar10/cpu-full-seed0/result.json")
+    (tmp_path / "eval-1.json").write_text(json.dumps({**result, "checkpoint": "best.pt"}))
+    clean, robust = (100 * result["accuracy"]["all"][kind]["accuracy"] for kind in ("clean", "robust"))
+    table = tables.evaluation_section(tmp_path)[1]
+    assert re.search(rf"\| 1,000 \| {clean:.1f} \[.*\] \| {robust:.1f} \[.*\] \|$", table)

@@ -391,6 +391,8 @@ def main():
         model = models.build("preactresnet8", 10, [0.3], [0.35])
         scores = rank.score(model, split, device, ["entropy", "svar", "vog"], vog)
     scores["vog"] = vog.scores()
+    indices = range(common.process_count())
+    assert common.all_texts(["all", f"of {common.process_index()}"]) == ["all", *(f"of {i}" for i in indices)]
     if common.process_index() == 0:
         torch.save(scores, sys.argv[1])
 common.script(main)
@@ -407,3 +409,13 @@ def test_two_processes_score_as_one():
     for metric in ("entropy", "svar", "vog"):
         torch.testing.assert_close(two[metric], one[metric], atol=1e-6, rtol=1e-4)
         assert (two[metric] != 0).all(), metric
+
+
+def test_a_run_goes_on_by_another_amount_and_not_as_the_one_put_aside(capsys):
+    argv = [*SAT, *ONE, "--order", "random"]
+    sat.main([*argv, "--frac", "0.3"])
+    stop_in(sat.main, [*argv, "--frac", "0.3", "--force"], "save_epoch")  # the first one is .old-<run>
+    capsys.readouterr()
+    sat.main([*argv, "--size", "29"])
+    assert "going on after epoch 1 of results/few/esat-random-0.3-" in capsys.readouterr().out
+    assert len(list(Path("results/few").iterdir())) == 1
