@@ -928,10 +928,10 @@ def test_a_step_of_another_process_that_is_not_finite_stops_all(monkeypatch):
     def all_sum(tensor, op="SUM"):  # as if it were step 3 there
         return tensor.clamp_max(2) if op == "MIN" else tensor
     monkeypatch.setattr(train, "all_sum", all_sum)
-    sums = train.EpochSums(0, CPU)
-    sums.steps = 5
+    sums = train.EpochSums(CPU)
+    sums.reset()
     with pytest.raises(UserError, match="not finite in epoch 1, step 3"):
-        sums.row(net(), arguments())
+        sums.row(0, net(), arguments())
 
 
 def test_costs_are_summed_over_the_epochs(results):
