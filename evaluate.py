@@ -7,6 +7,7 @@ Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json be
 """
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -76,8 +77,33 @@ def eval_settings(args, classes, prefix="eval"):
         raise UserError(f"--{prefix}-attacks: {e}") from None
     if args.norm == "linf" and args.eps > 1:
         raise UserError(f"--norm linf --eps {args.eps:g}: pixels are in [0, 1] (8/255 is --eps 0.0314)")
-    return {"norm": args.norm, "eps": args.eps, "attacks": usable,
-            "n": getattr(args, f"{prefix}_n"), "batch_size": args.eval_batch, "seed": 0}
+    settings = {"norm": args.norm, "eps": args.eps, "attacks": usable,
+                "n": getattr(args, f"{prefix}_n"), "batch_size": args.eval_batch, "seed": 0}
+    if prefix == "eval" and args.eval_precision == "tf32":
+        if args.device != "cpu" and torch.cuda.is_available():
+            settings["precision"] = "tf32"  # without this key it is float32
+        else:
+            say("note: --eval-precision tf32 has no effect on a CPU")
+    return settings
+
+
+@contextlib.contextmanager
+def tf32_convolutions():
+    """A context in which GPUs convolve float32 tensors in TF32, torch's own default."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def in_default_format(model):
+    """A copy of the network in torch's default memory format, in which GPUs convolve float32 faster than in
+    channels_last."""
+    model = copy.deepcopy(model)
+    for p in model.parameters():  # .to() would leave 1x1 weights in channels_last, and so their outputs
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
+    return model
 
 
 def evaluate(model, data, settings, chunk_folder, A_classes=None):
@@ -105,6 +131,9 @@ def autoattack_accuracy(model, data, index, settings, folder):
     chunks = list(enumerate(index.split(settings["batch_size"])))[process_index()::process_count()]
     device = next(model.parameters()).device
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
+    if device.type == "cuda":
+        model = in_default_format(model)
+    precision = {"precision": tf32_convolutions} if settings.get("precision") == "tf32" else {}
     with Watch(settings["attacks"], sum(len(indices) for _, indices in chunks)) as watch:
         for c, indices in chunks:
             path, chunk = folder / f"chunk{c:05d}.pt", {}
@@ -116,7 +145,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
                     chunk = {"right": torch.stack(attacks.autoattack(
                         model, data.test.pixels(indices, "cpu"), data.test.y[indices], eps=settings["eps"],
                         norm=settings["norm"], attacks=settings["attacks"], batch_size=len(indices),
-                        seed=settings["seed"] + c)), "warnings": watch.new_warnings()}
+                        seed=settings["seed"] + c, **precision)), "warnings": watch.new_warnings()}
                 except (ArithmeticError, ValueError) as e:
                     raise UserError(str(e)) from None
                 runs.save(path, chunk)
@@ -197,6 +226,8 @@ def accuracy_lines(result):
     name = f"AutoAttack's {' and '.join(settings['attacks'])}"
     if set(settings["attacks"]) == set(attacks.STANDARD):
         name = "standard AutoAttack"
+    if "precision" in settings:
+        name += " in TF32, checked in float32"
     lines = [f"{name}, {settings['norm']} eps {settings['eps']}; 95 % Wilson intervals"]
     for part in [part for part in ("all", "A_val", "B_val") if part in result["accuracy"]]:
         texts = [f"{kind} {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"

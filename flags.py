@@ -147,6 +147,8 @@ FLAGS = {
         ("--eval-attacks", list(STANDARD), (STANDARD, "+"), "attacks of the reported numbers"),
         ("--eval-n", 0, whole, "examples of the 90 %% part to report on; 0 = all"),
         ("--eval-batch", 250, count, "examples in a batch, the unit of resume; changes random numbers"),
+        ("--eval-precision", None, ("float32", "tf32"), "tf32: attack in TF32 on a GPU; every example that "
+         "breaks is checked, and if need be attacked again, in float32 (default: float32)"),
     ],
     "selection of the checkpoint": [
         ("--select-attacks", list(STANDARD), (STANDARD, "+"), "attacks that select it"),

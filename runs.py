@@ -18,7 +18,8 @@ LOCKS = {}  # {folder: lock file} of the runs that this process is making
 # Attributes of args that say where a run is made and how fast, not what it is.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
                 "results", "run", "force"}
-EVALUATION = {"eval_attacks", "eval_n", "eval_batch"}  # flags with which a finished run is evaluated again
+# Flags with which a finished run is evaluated again.
+EVALUATION = {"eval_attacks", "eval_n", "eval_batch", "eval_precision"}
 CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
 
 

@@ -23,6 +23,7 @@ import transfer
 from common import HERE, UserError
 from conftest import QUICK
 from data import Split, epoch_order, load_dataset, training_batches
+from paper.results import Run
 
 CPU = torch.device("cpu")
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -950,3 +951,100 @@ def test_scores_pt_in_a_file_choose_what_the_ranking_chooses(results):
     args, by_file = arguments(*words), arguments(*words, "--scores", str(path))
     A, _ = sat.choose(by_file, data, sat.read_own_file(by_file), CPU)
     assert torch.equal(A, sat.choose(args, data, {}, CPU)[0])
+
+
+@contextlib.contextmanager
+def less_exact(model, x):
+    """A context in which the network misjudges all near x[::4], and what is near x[1::4] but moved."""
+    def forward(images):
+        distance = (images[:, None] - x).flatten(2).norm(dim=2)
+        distance[:, 1::4][distance[:, 1::4] < 0.05] = 1
+        wrong = (distance.view(len(images), -1, 4)[:, :, :2] < 0.3).any(2).any(1)
+        logits = exact(images)
+        return torch.where(wrong[:, None], logits.roll(1, 1), logits)
+    exact = model.forward
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@pytest.mark.parametrize("names", [["apgd-ce"], ["apgd-ce", "square"]])
+def test_what_a_less_exact_attack_breaks_is_checked_and_attacked_again(names, short_autoattack):
+    model, data = trained()
+    x, y = data.test.pixels(torch.arange(40), "cpu"), data.test.y[:40]
+    attack = functools.partial(attacks.autoattack, model, x, y, eps=0.25, attacks=names)
+    clean, robust = attack(batch_size=40)
+    entered = []
+
+    def context(changes):
+        entered.append(changes)
+        return less_exact(model, x) if changes else contextlib.nullcontext()
+    for changes in (False, True):
+        less_clean, less_robust = attack(batch_size=40, precision=lambda: context(changes))
+        assert torch.equal(less_clean, clean), "clean accuracy is not of the context"
+        assert torch.equal(less_robust, robust), "all that it misjudges is attacked again"
+    assert entered == [False, True], "the second attack is not in the context"
+    for misjudged in (robust[::4], robust[1::4]):
+        assert misjudged.sum() > 3, "without the check they would be counted as broken"
+
+
+def test_tf32_is_a_setting_of_its_own_on_gpus_alone(monkeypatch, capsys):
+    def settings(precision, prefix="eval"):
+        args = arguments(*(["--eval-precision", precision] if precision else []))
+        return evaluate.eval_settings(args, list(range(10)), prefix)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plain = settings(None)
+    assert "precision" not in plain, "as in the results that are there"
+    assert settings("float32") == plain
+    assert "no effect on a CPU" not in capsys.readouterr().out
+    assert settings("tf32") == plain
+    assert "note: --eval-precision tf32 has no effect on a CPU" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = arguments("--eval-precision", "tf32")
+    args.device = "auto"
+    assert evaluate.eval_settings(args, list(range(10))) == {**plain, "precision": "tf32"}
+    assert "precision" not in evaluate.eval_settings(args, list(range(10)), "select")
+
+
+@pytest.mark.parametrize("precision", [None, "tf32"])
+def test_tf32_is_on_during_the_attack_alone(precision, tmp_path, monkeypatch):
+    def attack_batch(model, x, y, precision=contextlib.nullcontext, **settings):
+        with precision():
+            seen.append(torch.backends.cudnn.allow_tf32)
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return y > 4, y > 5
+    seen, more = [], {"precision": precision} if precision else {}
+    settings = {"norm": "l2", "eps": 0.25, "attacks": ["apgd-ce"], "n": 4, "batch_size": 4, "seed": 0, **more}
+    monkeypatch.setattr(attacks, "attack_batch", attack_batch)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as common.set_up does on a GPU
+    evaluate.autoattack_accuracy(net(), load_dataset("digits", "data"), torch.arange(4), settings, tmp_path)
+    assert seen == [precision == "tf32", False]
+
+
+def test_results_from_before_a_flag_are_in_the_group_of_those_without_it(results):
+    path = next(results.glob("**/result.json"))
+    result = runs.load(path)
+    setting = Run(path, result).setting
+    assert "eval_precision" not in setting
+    before = {k: v for k, v in result["args"].items() if k != "eval_precision"}
+    assert Run(path, {**result, "args": before}).setting == setting
+    tf32 = {**result["settings"], "precision": "tf32"}
+    assert Run(path, {**result, "settings": tf32}).setting == {**setting, "eval_precision": "tf32"}
+    args = arguments()
+    assert not runs.flag_differences({k: v for k, v in runs.identity(args).items() if k != "eval_precision"},
+                                     args)
+
+
+@pytest.mark.parametrize("arch", ["preactresnet8", "resnet50"])
+def test_a_network_in_the_default_format_computes_in_it(arch):
+    model, x, seen = net(channels=3, arch=arch).eval(), torch.rand(2, 3, 32, 32), []
+    copy = evaluate.in_default_format(model)
+    for module in copy.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, out: seen.append(out.is_contiguous()))
+    close(copy(x), model(x))
+    assert seen.count(True) == len(seen) > 8
+    assert all(p.stride() == torch.empty(p.shape).stride() for p in copy.parameters())
+    assert any(p.stride() != torch.empty(p.shape).stride() for p in model.parameters()), "that is unchanged"

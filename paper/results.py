@@ -13,8 +13,8 @@ from runs import atomic, load
 
 # Flags in which the runs of one table may differ, and those that have no effect on a run's result.
 NOT_SETTING = {"split", "frac", "size", "classes", "order", "metric", "scores", "ranking", "subset", "weight",
-               "weight_factor", "attack", "seed", "dataset", "eval_batch", "source", "source_weights",
-               "checkpoint"}
+               "weight_factor", "attack", "seed", "dataset", "eval_batch", "eval_precision", "source",
+               "source_weights", "checkpoint"}
 DESCRIBED = {"norm", "eps", "eval_attacks", "arch", "epochs", "N", "n"}  # in the name of every group
 
 
@@ -54,6 +54,8 @@ class Run:
                         "n": self.accuracy["all"]["robust"]["n"], "eval_attacks": evaluation["attacks"],
                         "norm": evaluation["norm"], "eps": evaluation["eps"],
                         "labels": result["fingerprint"]["labels"]}
+        if "precision" in evaluation:  # it is float32 in results that lack it
+            self.setting["eval_precision"] = evaluation["precision"]
         if source:
             self.data = f"{source['dataset']}->{self.data}"
             self.setting |= {f"target's {k}": v for k, v in target.items() if k not in NOT_SETTING}
