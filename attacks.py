@@ -87,8 +87,7 @@ def check_logits(model, x, y):
 
 
 def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
-    """Raises ValueError unless the arguments are valid for an attack. Warns of steps that are valid, but
-    hardly meant."""
+    """Raises ValueError for arguments that are not valid for an attack. Warns of steps hardly meant."""
     check_norm(norm)
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")

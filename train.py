@@ -64,7 +64,6 @@ def train(model, split, A, w_A, args, device, state=None):
         with autocast:
             loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start, w_sum)
         sums.add(loss, logits, y)
-
     if mode == "step":  # one CUDA graph of it for each learning rate and each size of `a`
         step = models.GraphedStep(step, setting=lambda: optimizer.param_groups[0]["lr"])
     for epoch in range(state["epoch"] if state else 0, args.epochs):
