@@ -334,3 +334,16 @@ def test_closed_streams_and_terminals_of_another_encoding(environment, closed, p
                           env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUTF8": "1", **environment})
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
+
+
+@pytest.mark.parametrize("main,argv", [(sat.main, ONE_EPOCH), (rank.main, [*RANK, *ONE])])
+def test_a_finished_run_of_data_that_have_changed_is_not_printed(main, argv):
+    main(argv)
+    main(argv)
+    parts = torch.load("data/few.pt")
+    parts["train"]["y"] = parts["train"]["y"].flip(0)
+    torch.save(parts, "data/few.pt")
+    with pytest.raises(UserError, match="belongs to other data .labels: .*--force"):
+        main(argv)
+    Path("data/few.pt").unlink()
+    main(argv)
