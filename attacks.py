@@ -89,6 +89,8 @@ def check_logits(model, x, y):
 def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
     """Raises ValueError for arguments that are not valid for an attack. Warns of steps hardly meant."""
     check_norm(norm)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() keeps attacks from gradients: use torch.no_grad()")
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:

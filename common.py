@@ -89,6 +89,10 @@ def can_compile(device):
 def set_up(args):
     """Sets the device, the threads and, under torchrun, the process group. Returns the device."""
     import torch
+    default = torch.tensor(0.0)
+    if (default.dtype, default.device.type) != (torch.float32, "cpu"):
+        raise UserError(f"torch makes {default.dtype} on {default.device} here; valid: float32 on the CPU, "
+                        "by torch.set_default_dtype(torch.float32) and torch.set_default_device('cpu')")
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not on_gpu:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")

@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from common import UserError, barrier, process_count, process_index, say
-from datasets import read_dataset
+from datasets import DIGITS, TABLE_1, read_dataset
 from flags import DEFAULTS
 from image_files import ImageFiles
+from runs import check_fingerprint
 
 SPLIT_SEED = 90622  # of the permutation of the test set, which is the same in every run
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation of the channels
@@ -101,9 +102,7 @@ class DataSet:
 
 def open_dataset(args, device):
     """The DataSet that the flags ask for. UserError if it is too small for a batch, or to be split."""
-    is_given = "side" in args.typed or args.side != DEFAULTS["side"]
-    side = args.side if is_given else None
-    data = load_dataset(args.dataset, args.data_dir, device, side, args.workers)
+    data = load_dataset(args.dataset, args.data_dir, device, given_side(args), args.workers)
     selection_and_final(len(data.test))
     n, least = len(data.train), 2 * process_count()
     if not least <= args.batch_size <= n:
@@ -117,6 +116,20 @@ def open_dataset(args, device):
         say(f"note: each epoch leaves out {n % args.batch_size} of the {n:,} training images, others each "
             f"time: they do not fill a batch of {args.batch_size} (--batch-size)")
     return data
+
+
+def given_side(args):
+    """The --side of streamed images, None if the user gave none."""
+    return args.side if "side" in args.typed or args.side != DEFAULTS["side"] else None
+
+
+def check_unchanged(args, fingerprint, path):
+    """UserError if `fingerprint`, of the finished run in `path`, is not that of the user's own data set as it
+    is now. A data set of the paper does not change, and one that is gone cannot be compared."""
+    name, root = args.dataset, args.data_dir
+    is_there = (root / f"{name}.pt").exists() or (root / name).is_dir()
+    if is_there and name not in (*DIGITS, *TABLE_1):
+        check_fingerprint(load_dataset(name, root, "cpu", given_side(args)), fingerprint, path)
 
 
 def load_dataset(name, data_dir, device="cpu", side=None, workers=0):

@@ -27,7 +27,7 @@ import common
 import flags
 import runs
 from common import UserError, process_count, process_index, say
-from data import load_dataset, selection_and_final
+from data import check_unchanged, load_dataset, selection_and_final
 from runs import load_model
 
 
@@ -238,8 +238,9 @@ def accuracy_lines(result):
 
 def finished(folder, args):
     """Prints the result of a finished run and returns it. With other flags of evaluation than the run's, its
-    best.pt is evaluated again."""
+    best.pt is evaluated again. UserError if it is of other data than the user's own as they are now."""
     result = runs.load(folder / "result.json", ("args", "settings", "accuracy", "fingerprint"))
+    check_unchanged(args, result["fingerprint"], folder / "result.json")
     text = accuracy_lines(result)
     settings = eval_settings(args, result["fingerprint"]["classes"])
     if settings == result["settings"]:

@@ -20,7 +20,7 @@ import flags
 import models
 import runs
 from common import UserError, from_process_0, process_index, say
-from data import open_dataset, plain_batches, process_part, selection_and_final
+from data import check_unchanged, open_dataset, plain_batches, process_part, selection_and_final
 from subset import check_scores, class_means, ordering, scores_hash
 from train import train
 
@@ -229,6 +229,7 @@ def main(argv=None):
     args = config.parse("rank.py", __doc__, argv)
     folder = ranking_folder(args)
     if runs.is_finished(folder, args, "rank.json"):
+        check_unchanged(args, runs.load(folder / "rank.json", ("fingerprint",))["fingerprint"], folder)
         return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
     device = common.set_up(args)
     rank_examples(folder, args, open_dataset(args, device), device)

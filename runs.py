@@ -81,7 +81,8 @@ def check_fingerprint(data, stored, path):
     differences = [f"{k}: {stored.get(k)} there, {v} here" for k, v in data.fingerprint().items()
                    if stored.get(k) != v]
     if differences:
-        raise UserError(f"{path} belongs to other data ({'; '.join(differences)[:300]}): make it again")
+        raise UserError(f"{path} belongs to other data ({'; '.join(differences)[:300]}): make it again "
+                        "(a run: --force), or give the data's --data-dir")
 
 
 def lock_exclusively(file, options=0):

@@ -10,7 +10,7 @@ from common import UserError, say
 
 REBUILD = numpy.zeros(0).__reduce__()[0]  # by which arrays are unpickled; numpy 1 had another name for it
 ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray, numpy.dtype,
-         *(type(numpy.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8"))]
+         *(type(numpy.dtype(kind)) for kind in ("?", "u1", "i2", "i4", "i8", "f2", "f4", "f8"))]
 
 
 def subset_size(amount, n, unit):
@@ -133,10 +133,16 @@ def read_array(flag, path, valid):
         if path.suffix in (".pt", ".pth"):
             with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
                 content = torch.load(path, weights_only=True, map_location="cpu")
+        elif path.exists() and path.suffix not in (".npy", ".npz"):
+            raise ValueError(f"its name ends in {path.suffix!r}")
         else:
             content = numpy.load(path, allow_pickle=False)
         if isinstance(content, numpy.lib.npyio.NpzFile):
+            if len(content) != 1:
+                raise ValueError(f"it holds {len(content)} arrays, not one")
             content, = content.values()
+        if isinstance(content, torch.Tensor):  # perhaps with a gradient, or bfloat16, which numpy lacks
+            content = content.detach().float() if content.dtype == torch.bfloat16 else content.detach()
         if isinstance(content, dict) and "fingerprint" in content:
             return content
         content = numpy.atleast_1d(numpy.asarray(content).squeeze())

@@ -1,4 +1,6 @@
 """The command line, configs, files of the user's own, and inputs that must be refused in one line."""
+import contextlib
+import functools
 import math
 import os
 import pickle
@@ -350,3 +352,49 @@ def test_each_checkpoint_has_an_evaluation_of_its_own():
     results = [evaluate.main([str(R / name), "--eval-n", "6"]) for name in ("best.pt", "last.pt")]
     assert [result["checkpoint"] for result in results] == ["best.pt", "last.pt"]
     assert len(list(R.glob("eval-*.json"))) == 2
+
+
+ORDER, KINDS = torch.tensor([2.0, 3.0, 0.0, 1.0]), ("u1", "i2", "i4", "f2", "f4", ">f8")
+
+
+@pytest.mark.parametrize("content", [
+    ORDER.clone().requires_grad_(), ORDER.bfloat16(), *(ORDER.numpy().astype(kind) for kind in KINDS)])
+def test_scores_of_any_kind_of_number(content):
+    torch.save(content, "s.pt")
+    assert subset.read_scores(Path("s.pt"), "entropy")[0].tolist() == [2, 3, 0, 1]
+
+
+def test_files_of_scores_that_cannot_be_taken():
+    Path("s.csv").write_text("2\n3\n")
+    np.savez("s.npz", a=[1], b=[2])
+    for name, message in (("s.csv", "its name ends in '.csv'; valid: N numbers"), ("s.npz", "2 arrays, not")):
+        with pytest.raises(UserError, match=message):
+            subset.read_scores(Path(name), "entropy")
+
+
+@contextlib.contextmanager
+def float64():
+    """What a notebook has that called torch.set_default_dtype."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("context,message", [
+    (torch.no_grad, "no gradients here: train outside of"), (torch.inference_mode, "no gradients here: tr"),
+    (float64, "makes torch.float64 on cpu here; valid: float32"),
+    (functools.partial(torch.device, "meta"), "makes torch.float32 on meta here; valid")])
+def test_settings_of_torch_under_which_nothing_can_be_trained(context, message):
+    with context(), pytest.raises(UserError, match=message):
+        sat.main(ONE_EPOCH)
+
+
+def test_attacks_need_gradients():
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), torch.rand(4, 3, 8, 8)
+    y = torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        assert attacks.pgd(model, x, y, eps=0.5, step_size=0.1).ne(x).any()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"use torch\.no_grad"):
+        attacks.pgd(model, x, y, eps=0.5, step_size=0.1)

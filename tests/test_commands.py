@@ -352,3 +352,16 @@ def test_a_ranking_of_ones_own_is_named_by_its_order():
         names.append(sat.run_folder(args)[0].name)
     assert names[0] == names[1]
     assert names[0] != names[2]
+
+
+@pytest.mark.parametrize("main,argv", [(sat.main, ONE_EPOCH), (rank.main, [*RANK, *ONE])])
+def test_a_finished_run_of_data_that_have_changed_is_not_printed(main, argv):
+    main(argv)
+    main(argv)
+    parts = torch.load("data/few.pt")
+    parts["train"]["y"] = parts["train"]["y"].flip(0)
+    torch.save(parts, "data/few.pt")
+    with pytest.raises(UserError, match="belongs to other data .labels: .*--force"):
+        main(argv)
+    Path("data/few.pt").unlink()
+    main(argv)
