@@ -35,8 +35,7 @@ def eval_mode(model):
 def l2_norm(delta):
     """The L2 norm of each example: (N, C, H, W) -> (N, 1, 1, 1). Of half precision in float32, since TINY is
     0 in half precision and squares overflow."""
-    dtype = torch.promote_types(delta.dtype, torch.float32)
-    return delta.flatten(1).to(dtype).norm(dim=1).view(-1, 1, 1, 1)
+    return delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32)).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def check_norm(norm):
@@ -254,8 +253,7 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.
         x_adv, predicted = aa.run_standard_evaluation(x, y, batch_size=len(x))
     distance = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
     if distance.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
-        raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] (it reached "
-                              f"{distance.max():.6f})")
+        raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps}, or [0, 1]: to {distance.max():.6f}")
     right, n_clean = predicted == y, int((logits.argmax(1) == y).sum())
     if right.sum() > n_clean:
         raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
@@ -273,9 +271,9 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
     they change the result. The package logs its progress and warnings to the logger "auto-attack". So does
     this function if apgd-ce is the only attack and the gradient of its loss is exactly 0 at more than 1 % of
-    the examples that are right: a saturated softmax masks it. Raises what attack_batch does.
-    With precision=f the attack runs in the context f(), as of TF32. Outside it clean accuracy is taken and
-    each adversarial image classified: an example whose image is right there is attacked again there.
+    the examples that are right: a saturated softmax masks it. Raises what attack_batch does. With precision=f
+    the attack runs in the context f(), as of TF32. Outside it clean accuracy is taken and each adversarial
+    image classified: an example whose image is right there is attacked again there.
     """
     clean, robust, masked = torch.zeros(3, len(y), dtype=torch.bool)
     with eval_mode(model):

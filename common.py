@@ -93,6 +93,9 @@ def set_up(args):
     if (default.dtype, default.device.type) != (torch.float32, "cpu"):
         raise UserError(f"torch makes {default.dtype} on {default.device} here; valid: float32 on the CPU, "
                         "by torch.set_default_dtype(torch.float32) and torch.set_default_device('cpu')")
+    if not torch.is_grad_enabled():
+        raise UserError("torch computes no gradients here: train outside of torch.no_grad() and "
+                        "torch.inference_mode(), or call torch.set_grad_enabled(True)")
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not on_gpu:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")

@@ -51,9 +51,6 @@ def train(model, split, A, w_A, args, device, state=None):
     model: a models.Classifier. A: bool (N,). args: sat.py's flags. state: an earlier yield, from which
     training goes on. Raises UserError when the loss or the logits are not finite.
     """
-    if not torch.is_grad_enabled():
-        raise UserError("torch computes no gradients here: train outside of torch.no_grad() and "
-                        "torch.inference_mode(), or call torch.set_grad_enabled(True)")
     optimizer = models.sgd(model, args.lr, args.weight_decay, device, state and state["optimizer"])
     if state:
         model.load_state_dict(state["model"])
