@@ -251,9 +251,9 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.
         aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, logits.shape[1] - 1)
         aa.square.eta_rectangles = functools.cache(aa.square.eta_rectangles)  # else each query makes them
         x_adv, predicted = aa.run_standard_evaluation(x, y, batch_size=len(x))
-    distance = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
-    if distance.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
-        raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] (at {distance.max()})")
+    shift = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
+    if shift.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
+        raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] ({shift.max():g})")
     right, n_clean = predicted == y, int((logits.argmax(1) == y).sum())
     if right.sum() > n_clean:
         raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
