@@ -136,25 +136,26 @@ def compiled(function, device, mode):
     """A function or network, compiled; with "on" on GPUs to CUDA graphs. The output of a function is then
     copied, since the next call overwrites it; that of a network is used before then."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
-    graphs = mode == "on" and device.type == "cuda"
-    graph = torch.compile(function, fullgraph=True, mode="reduce-overhead" if graphs else None)
-    if not graphs or isinstance(function, nn.Module):
-        return graph
-    return lambda *args: torch.utils._pytree.tree_map(torch.clone, graph(*args))
+    use_cuda_graphs = mode == "on" and device.type == "cuda"
+    torch_mode = "reduce-overhead" if use_cuda_graphs else None
+    compiled_function = torch.compile(function, fullgraph=True, mode=torch_mode)
+    if not use_cuda_graphs or isinstance(function, nn.Module):
+        return compiled_function
+    return lambda *args: torch.utils._pytree.tree_map(torch.clone, compiled_function(*args))
 
 
 class GraphedStep:
     """step(*tensors), which returns nothing and changes tensors in place, as CUDA graphs: one launch in place
-    of a thousand. A graph serves one setting() and one shape of each tensor (or None). The first two calls of
-    each run as they are, and compile; the third is recorded. All run on one stream, because autograd
-    remembers the stream of its first call."""
+    of a thousand. A graph serves one learning rate, which get_lr() returns, and one shape of each tensor (or
+    None). The first two calls of each run as they are, and compile; the third is recorded. All run on one
+    stream, because autograd remembers the stream of its first call."""
 
-    def __init__(self, step, setting):
-        self.step, self.setting, self.calls, self.graphs = step, setting, collections.Counter(), {}
+    def __init__(self, step, get_lr):
+        self.step, self.get_lr, self.calls, self.graphs = step, get_lr, collections.Counter(), {}
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, *tensors):
-        key = self.setting(), *(None if t is None else t.shape for t in tensors)
+        key = self.get_lr(), *(None if t is None else t.shape for t in tensors)
         self.calls[key] += 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):

@@ -184,8 +184,8 @@ def make_all(todo, results, environments):
 
 
 def stop(jobs):
-    """Ends the jobs. Each prints a line, and goes on later. Ctrl-C and a cluster's signals reach them, too,
-    and a second signal would interrupt how they end: only those get it that run on for 5 seconds."""
+    """Ends the jobs, which can be resumed. Ctrl-C and a cluster's signals reach them too. SIGTERM goes to
+    those alone that still run after 5 seconds, as a second signal would interrupt a clean end."""
     deadline = time.monotonic() + 5
     while any(job.process.poll() is None for job in jobs) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -169,13 +169,13 @@ def reset_flags_without_effect(args):
 
 def read_own_file(args):
     """What --scores, --ranking or --subset holds: {"scores": (N,)} or {"subset": bool (N,) or indices}, with
-    "info", what result.json says of it, and "fingerprint" of its data if it is known. {} without them. A
+    "info", what result.json says of it, "path", and "fingerprint" of its data or None. {} without them. A
     hash replaces the file in args: what the file holds identifies the run, not its path."""
     if args.scores:
         scores, fingerprint = read_scores(args.scores, args.metric)
         own = {"scores": scores, "fingerprint": fingerprint}
         if fingerprint is None and "metric" in args.typed:
-            say("note: --metric has no effect with --scores of a single score")
+            say("note: --metric has no effect with a file of one kind of score")
         if fingerprint is None:
             args.metric = args.base["metric"]
     elif args.ranking:
@@ -185,13 +185,13 @@ def read_own_file(args):
     else:
         return {}
     name = next(name for name in ("scores", "ranking", "subset") if getattr(args, name))
-    hashed = own.get("scores", own.get("subset"))
-    hashed = scores_hash(hashed.nonzero()[:, 0] if hashed.dtype == torch.bool else hashed)
+    content = own.get("scores", own.get("subset"))
+    content_hash = scores_hash(content.nonzero()[:, 0] if content.dtype == torch.bool else content)
     key = "subset" if args.subset else "scores"
-    own |= {"info": {key: hashed, "file": getattr(args, name).name}, "path": getattr(args, name)}
+    own |= {"info": {key: content_hash, "file": getattr(args, name).name}, "path": getattr(args, name)}
     if own.get("fingerprint"):
         own["info"]["metric"] = args.metric
-    setattr(args, name, hashed)
+    setattr(args, name, content_hash)
     return own
 
 

@@ -156,7 +156,7 @@ def read_array(flag, path, valid):
 
 def read_scores(path, metric):
     """The scores of --scores FILE, higher = harder, as float64 (N,), and the fingerprint of their data, which
-    a scores.pt of rank.py has: it holds several, of which `metric` is taken. Else None."""
+    a scores.pt of rank.py has (None for others): it holds several, of which `metric` is taken."""
     content = read_array("scores", path, "N numbers, or a scores.pt of rank.py,")
     if isinstance(content, dict):
         if metric not in content:

@@ -528,7 +528,7 @@ def test_graphs_of_whole_steps_replay_the_plain_steps(flags, monkeypatch):
     """With a stub that records calls in place of kernels: a graph for each learning rate and size of A, from
     the third step of its kind on. What is recorded is done only when it is replayed."""
     def record(self, inputs):
-        recorded.append((self.setting(), len(inputs[2])))
+        recorded.append((self.get_lr(), len(inputs[2])))
         return lambda: replayed.append(len(inputs[2])) or self.step(*inputs)
     weights, rows = trained_bits(*flags)
     recorded, replayed = [], []

@@ -60,12 +60,12 @@ def train(model, split, A, w_A, args, device, state=None):
     precision = models.precision(args.amp, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def step(x, y, a, w, w_sum, start):
+    def step(x, y, a, w, w_sum, start):  # as epoch_batches yields them; returns nothing: see GraphedStep
         with autocast:
             loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start, w_sum)
         sums.add(loss, logits, y)
     if mode == "step":  # one CUDA graph of it for each learning rate and each size of `a`
-        step = models.GraphedStep(step, setting=lambda: optimizer.param_groups[0]["lr"])
+        step = models.GraphedStep(step, get_lr=lambda: optimizer.param_groups[0]["lr"])
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         start_time = time.perf_counter()
         lr = args.lr * 0.1 ** sum(epoch >= decay for decay in args.lr_decays)  # a tenth after each decay
@@ -84,11 +84,11 @@ def train(model, split, A, w_A, args, device, state=None):
 
 
 def epoch_batches(split, A, w_A, args, epoch, device, mode="off"):
-    """The batches of an epoch: (x, y, a, w, w_sum, start, |a|), this process's part of each. See sat_step.
+    """The batches of an epoch: (x, y, a, w, w_sum, start, n_attacked), this process's part. See sat_step.
 
     w_sum: the global batch's sum of weights / processes (DistributedDataParallel averages gradients). What
     depends only on A and the order is worked out once an epoch: a copy from the CPU makes a GPU wait. For
-    CUDA graphs, which serve one size each, the first of `a` is repeated up to a multiple of 16.
+    CUDA graphs, each of one size, the first of `a` is repeated up to a multiple of 16 (not in n_attacked).
     """
     order, generator = epoch_order(len(split), args.batch_size, args.seed, epoch)  # (steps, batch size)
     if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
@@ -136,7 +136,7 @@ class EpochSums:
 
     def __init__(self, device):
         self.totals = torch.zeros(3, device=device)  # loss, right predictions, steps
-        self.first_bad = torch.zeros((), device=device)  # the first step that is not finite
+        self.first_bad = torch.zeros((), device=device)  # the first step that is not finite; inf: none is
 
     def reset(self):
         """Starts an epoch."""

@@ -176,7 +176,7 @@ def ranking_name(config, extra_values):
 
 def stages(sections, figures, results, extra_values):
     """Yields the stages of the figures in the sections (of all, if `figures` is empty), repeats included: for
-    each its ranking, baselines, runs, and the transfers of these. results: the folder of results. extra: the
+    each its ranking, baselines, runs, and the transfers of these. results: their folder. extra_values: the
     flag values {dest: value} that EXTRA gives to all stages.
     """
     wanted = [(source, targets, name) for section in sections for source, targets, names in SECTIONS[section]
@@ -223,13 +223,13 @@ def stages(sections, figures, results, extra_values):
 
 
 def overview(all_stages):
-    """The runs and transfers of every figure, and the cost of the new ones, which no figure that comes before
-    in SECTIONS has, as --dry-run prints them."""
+    """The runs (rankings too) and transfers of every figure, and the cost of the new ones, which no figure
+    that comes before in SECTIONS has, as --dry-run prints them."""
     folders, new_costs, seen = {}, {}, set()
     for stage in all_stages:
         for title in (stage.title, "all"):
-            figure = folders.setdefault(title, {"runs": set(), "transfers": set()})
-            figure["transfers" if stage.script == "transfer.py" else "runs"].add(stage.folder)
+            of_title = folders.setdefault(title, {"runs": set(), "transfers": set()})
+            of_title["transfers" if stage.script == "transfer.py" else "runs"].add(stage.folder)
             new_costs.setdefault(title, []).extend([] if stage.folder in seen else [stage.cost])
         seen.add(stage.folder)
     lines = [f"# GPU-hours: by the rates of {MACHINE}.",

@@ -49,7 +49,7 @@ def canvas(n, columns, width, height, **options):
 
 
 def heading(data, name, width=60):
-    """A group's title, in lines of at most `width` characters, which do not break within "n = 1,000"."""
+    """A group's title: `data`, and `name` in lines of `width` characters, unbroken within "n = 1,000"."""
     name = name.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     return "\n".join([data.replace("->", " → "), *textwrap.wrap(name, width)])
 

@@ -26,7 +26,7 @@ def published_accuracy(figure, data, line, share, kind):
 
 
 def fig2_accuracy(a, c):
-    """Fig. 2's robust accuracy (percent) on class `c` or "B_val" for CSAT on `a`; None outside CIFAR-10."""
+    """Fig. 2's robust accuracy (percent) on class `c` or "B_val" for CSAT on `a`; None for other names."""
     fig2, a, c = numbers()["fig2"], NAMES.get(a, a), NAMES.get(c, c)
     rows = dict(zip(fig2["classes"], fig2["robust_rows_are_A"]))
     row = {"B_val": fig2["robust_B_val"].get(a), **dict(zip(fig2["classes"], rows.get(a, [])))}

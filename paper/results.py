@@ -29,7 +29,7 @@ class Run:
         self.path = str(path.parent)
         self.transfer = bool(source)
         self.data = target["dataset"]  # or source->target
-        self.precision = result.get("precision", "float32")  # of training: float32 or bf16
+        self.precision = result.get("precision", "float32")  # of training: float32, bf16 or bf16+float32
         self.seed = args["seed"]
         self.head_seed = target["seed"] if source else 0
         self.split, self.attack = args["split"], args["attack"]
@@ -169,8 +169,8 @@ def pick(runs, **values):
 
 
 def ranking_cautions(runs, rankings):
-    """A sentence for each metric whose runs used different rankings, and one if runs used a ranking that has
-    been made again. May be empty. rankings: of read_rankings."""
+    """A sentence for each metric whose runs used different rankings, and one if runs used a ranking that is
+    not among those of their data, if there are any. May be empty. rankings: of read_rankings."""
     by_metric = grouped([r for r in runs if r.ranking], "metric")
     n_rankings = {metric: len({r.ranking for r in same}) for (metric,), same in by_metric.items()}
     cautions = [f"Caution: the runs by {metric} used {n} different rankings."

@@ -73,19 +73,19 @@ class Noise:
     def __init__(self, runs, kind="robust", classes=None):
         if classes is None:
             classes = [c for r in runs[:1] for c in r.accuracy["classes"]]
-        by_setting = [[accuracy_on(r, classes, kind) for r in same] for same in grouped(runs, "kind").values()
+        by_kind = [[accuracy_on(r, classes, kind) for r in same] for same in grouped(runs, "kind").values()
                       if len(same) > 1]
-        self.by_setting = [v for v in by_setting if 5 <= statistics.fmean(v) <= 95] or by_setting
-        self.df = sum(len(v) - 1 for v in self.by_setting)  # degrees of freedom
-        self.variance = sum((len(v) - 1) * statistics.variance(v) for v in self.by_setting) / max(1, self.df)
+        self.by_kind = [v for v in by_kind if 5 <= statistics.fmean(v) <= 95] or by_kind
+        self.df = sum(len(v) - 1 for v in self.by_kind)  # degrees of freedom
+        self.variance = sum((len(v) - 1) * statistics.variance(v) for v in self.by_kind) / max(1, self.df)
 
     def __str__(self):
         if not self.df:
             return "No setting has several seeds: the intervals cover the noise of the test set alone."
         text = (f"Between seeds, the robust accuracy on all examples has a standard deviation of "
                 f"{self.variance**0.5:.2f} points, with {counted(self.df, 'degree')} of freedom")
-        if len(self.by_setting) > 1:
-            deviations = [statistics.stdev(v) for v in self.by_setting]
+        if len(self.by_kind) > 1:
+            deviations = [statistics.stdev(v) for v in self.by_kind]
             text += (f", pooled over {len(deviations)} settings "
                      f"({min(deviations):.2f} to {max(deviations):.2f})")
         return f"{text}."
