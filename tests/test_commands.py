@@ -331,6 +331,7 @@ def test_a_file_system_without_locks(monkeypatch, capsys):
     assert "few-r cannot be locked (No locks available): do not start" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment,closed,printed", [
     ({}, "2>&-", "caf\u00e9 \u9ce5 3\n".encode()), ({}, ">&-", b""),
     ({"PYTHONIOENCODING": "latin-1"}, "", b"caf\xe9 \\u9ce5 3\n")])

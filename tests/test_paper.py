@@ -423,6 +423,7 @@ def test_gpu_hours_are_of_the_measured_rates():
     assert {line.split()[-1] == "-" for line in lines[5:]} == {True, False}
 
 
+@pytest.mark.slow
 def test_bench_counts_by_the_cost_model(capsys):
     bench.main("--image-side 8 --batch-size 8 --epochs 2 --steps 2 --threads 1".split())
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "| " in line]

@@ -17,6 +17,7 @@ from common import HERE
 from paper import experiments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv,env,expected", [
     (["digits", "fig99"], {}, "no section or figure 'fig99'; valid: cifar10"), ([], {}, "name a section"),
     (["cifar10", "fig7"], {}, "cifar10 has no fig7; it is in: transfer cifar10-cpu"),

@@ -67,6 +67,43 @@ def run_stage(folder, stage, argv, phase="none", moment=0):
                           capture_output=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(HERE)})
 
 
+SERVER = """
+import json, os, sys
+import attacks, common, evaluate, rank, sat, transfer  # once, not in each of the processes
+for line in sys.stdin:
+    folder, *words = json.loads(line)
+    if os.fork() == 0:
+        os.chdir(folder)
+        for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        code, killer, sys.argv = 0, sys.argv[1], ["", *words]
+        try:
+            exec(killer, {})
+        except SystemExit as e:
+            code = e.code
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def serve():
+    """Runs a stage under KILLER, as run_stage does, in a child of a process that has imported all modules.
+    Returns its exit code."""
+    def run(folder, stage, argv, phase="none", moment=0):
+        folder.mkdir(exist_ok=True)
+        if stage != "evaluate":
+            argv = [*argv, "--results", ".", "--amp", os.environ.get("KILLS_AMP", "off")]
+        words = [str(folder), phase, str(moment), stage, *argv, "--data-dir", str(Path("data").resolve())]
+        server.stdin.write(json.dumps(words) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+    with subprocess.Popen([sys.executable, "-c", SERVER, KILLER], text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE)}) as server:
+        yield run
+
+
 def differences(folder, expected):
     """The files below two folders that differ, bit by bit but without times, or that one of them lacks."""
     texts = {}
@@ -206,6 +243,7 @@ def test_locks_end_with_their_runs(monkeypatch, capsys):
     assert f"{RANKING_1} is finished" in capsys.readouterr().out, "sat.py's ranking is rank.py's own"
 
 
+@pytest.mark.slow
 def test_two_equal_commands_at_once_make_one_run(capsys):
     argv = [*ONE_EPOCH, "--epochs", "9", "--eval-n", "2", "--select-n", "2"]
     other = subprocess.Popen([sys.executable, HERE / "sat.py", *argv], stdout=subprocess.PIPE, text=True)
@@ -236,6 +274,7 @@ def test_full_disk_and_a_folder_that_cannot_be_written():
         sat.main([*ONE_EPOCH, "--results", str(R / "result.json/r")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_a_run_in_one_line(name, code, capsys, monkeypatch):
     monkeypatch.setenv("WITH", name)
@@ -248,25 +287,22 @@ def test_a_signal_ends_a_run_in_one_line(name, code, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_ends_with_the_same_result():
+def test_killed_at_any_moment_ends_with_the_same_result(serve):
     """SIGKILL once in each stage, at a random moment of a phase (three seeds hit every phase of every stage),
     then the same command again: bit-identical to an undisturbed chain. KILLS=20 [KILLS_AMP=bf16]: more."""
     whole, moments = Path("whole"), {}
     for stage, argv, _ in CHAIN:
-        done = run_stage(whole, stage, argv)
-        assert done.returncode == 0, done.stderr
-        moments[stage] = json.loads(done.stdout.rsplit("SEEN", 1)[1])
+        assert serve(whole, stage, argv) == 0, (whole / "stderr.txt").read_text()
+        moments[stage] = json.loads((whole / "stdout.txt").read_text().rsplit("SEEN", 1)[1])
     for seed in range(int(os.environ.get("KILLS", 3))):
         chance, folder = random.Random(seed), Path(f"killed-{seed}")
         for i, (stage, argv, phases) in enumerate(CHAIN):
             phase = phases[(seed + i) % len(phases)]
             moment = chance.randint(1, moments[stage][phase])
-            done = run_stage(folder, stage, argv, phase, moment)
-            assert done.returncode == -9, done.stderr
+            assert serve(folder, stage, argv, phase, moment) == -9
             if phase == "save":
                 assert list(folder.rglob("*.part")), "killed with the file beside its place"
-            done = run_stage(folder, stage, argv)
-            assert done.returncode == 0, done.stderr
+            assert serve(folder, stage, argv) == 0, (folder / "stderr.txt").read_text()
         assert differences(folder, whole) == [], seed
 
 
