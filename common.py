@@ -189,8 +189,8 @@ def script(main):
         tell_torchrun(f"error: {e}")
         code = 2
     except KeyboardInterrupt as e:
-        say("stopped: the same command, without --force, goes on from the last whole epoch or AutoAttack "
-            "chunk", sys.stderr)
+        say("stopped: the same command, without --force, goes on from the last epoch or AutoAttack "
+            "chunk that was saved", sys.stderr)
         code = 128 + e.args[0]
     except RuntimeError as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -26,12 +26,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, argv=None, namespace=None):
+        """As argparse's, with underscores in flags read as hyphens."""
         words = [word.partition("=") for word in (sys.argv[1:] if argv is None else map(str, argv))]
         return super().parse_known_args([
             (name.replace("_", "-") if name.startswith("--") else name) + equals + value
             for name, equals, value in words], namespace)
 
     def parse_args(self, argv=None, namespace=None):
+        """As argparse's. UserError for unknown flags, with the nearest one."""
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], self.flags())}")
@@ -42,6 +44,7 @@ class Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
     def error(self, message):
+        """Raises UserError where argparse would exit."""
         raise UserError(f"{message} (python {self.prog} --help lists what is valid)")
 
 

@@ -359,7 +359,7 @@ def test_a_ranking_of_ones_own_is_named_by_its_order():
 def test_a_finished_run_of_data_that_have_changed_is_not_printed(main, argv):
     main(argv)
     main(argv)
-    parts = torch.load("data/few.pt")
+    parts = runs.load("data/few.pt")
     parts["train"]["y"] = parts["train"]["y"].flip(0)
     torch.save(parts, "data/few.pt")
     with pytest.raises(UserError, match="belongs to other data .labels: .*--force"):

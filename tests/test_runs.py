@@ -280,7 +280,7 @@ def test_a_signal_ends_a_run_in_one_line(name, code, capsys, monkeypatch):
     monkeypatch.setenv("WITH", name)
     done = run_stage(Path("parts"), "rank", RANK, "epoch", 4)
     assert done.returncode == code
-    assert done.stderr.startswith("stopped: the same command, without --force, goes on from the last whole")
+    assert done.stderr.startswith("stopped: the same command, without --force, goes on from the last epoch")
     assert done.stderr.count("\n") == 1
     rank.main([*RANK, "--results", "parts"])
     assert "going on after epoch 1 of" in capsys.readouterr().out

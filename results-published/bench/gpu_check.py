@@ -30,10 +30,12 @@ N, ARCH = (640, "preactresnet8") if CPU else (50_000, "preactresnet18")
 
 
 def tell(**values):
+    """Prints a result as a line of JSON."""
     print(json.dumps(values), flush=True)
 
 
 def synchronize():
+    """Waits for the GPU, if there is one."""
     if not CPU:
         torch.cuda.synchronize()
 
@@ -50,10 +52,12 @@ def setting(*flags, n=N):
 
 
 def subset(share, n=N):
+    """A random A, bool (n,), with |A|/N near `share`."""
     return torch.rand(n, generator=torch.Generator().manual_seed(1)) < share
 
 
 def time_training(shares, flags):
+    """ms a step of train() in each of three epochs, for each |A|/N; compilation is in the first."""
     for share in shares:
         args, split, model = setting(*flags)
         rows = [state["row"] for state in train.train(model, split, subset(share), 1.0, args, DEVICE)]
@@ -63,6 +67,7 @@ def time_training(shares, flags):
 
 
 def environment():
+    """Microseconds to launch a kernel, and a node of a CUDA graph."""
     x = torch.zeros(1, device=DEVICE)
     synchronize()
     start = time.perf_counter()
