@@ -88,16 +88,16 @@ def test_classes_without_examples():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("truth,training,test,least,most", [
-    (0.0, 0.03, 0.0, 0, 25), (0.0, 0.003, 0.4, 0, 25), (0.1, 0.01, 0.1, 400, 500)])
+    (0.0, 0.03, 0.0, 0, 11), (0.0, 0.003, 0.4, 0, 11), (0.1, 0.01, 0.1, 160, 200)])
 def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, training, test, least, most):
-    """How many of 500 draws of nine settings with three seeds "hold". `training`: the deviation between
+    """How many of 200 draws of nine settings with three seeds "hold". `training`: the deviation between
     seeds, `test`: that of how often a setting gets a single example right. Each of the two decides once."""
     def setting(A, shift):
         chances = easy + shift + rng.normal(0, test, n)
         return [run("esat", rng.random(n) < chances + rng.normal(0, training), n=n, seed=seed, A=A)
                 for seed in range(3)]
     rng, holds, n = np.random.default_rng(1), 0, 500
-    for draw in range(500):
+    for draw in range(200):
         easy = rng.uniform(0.2, 0.8, n)  # of a new test set, the same for all settings
         one, other = setting(1, truth), setting(2, 0.0)
         if draw % 5 == 0:  # new ones for every draw would take long

@@ -69,7 +69,7 @@ def run_stage(folder, stage, argv, phase="none", moment=0):
 
 SERVER = """
 import json, os, sys
-import attacks, common, evaluate, rank, sat, transfer  # once, not in each of the processes
+import torch._dynamo, attacks, common, evaluate, rank, sat, transfer  # once, not in each of the processes
 for line in sys.stdin:
     folder, *words = json.loads(line)
     if os.fork() == 0:
