@@ -230,8 +230,7 @@ def has_zero_gradient(model, x, y):
     """Where the gradient of the cross-entropy with respect to the image is exactly 0: bool (N,)."""
     x = x.clone().requires_grad_()
     with torch.enable_grad():
-        loss = F.cross_entropy(model(x).float(), y, reduction="sum")
-    grad, = torch.autograd.grad(loss, x)
+        grad, = torch.autograd.grad(F.cross_entropy(model(x).float(), y, reduction="sum"), x)
     return grad.flatten(1).abs().amax(1) == 0
 
 
@@ -265,7 +264,8 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.
     return clean, clean & right
 
 
-def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0, **precision):
+def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250, seed=0,
+               precision=contextlib.nullcontext):
     """AutoAttack (Croce and Hein 2020): which examples are right, and stay right, bool (N,) each on the CPU.
 
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
@@ -285,8 +285,9 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
                 batch = slice(i, i + batch_size)
                 # Contiguous: the package takes no image in channels_last, as permuted numpy arrays are.
                 images, labels = x[batch].to(device, torch.float32).contiguous(), y[batch].to(device)
-                clean[batch], robust[batch] = attack_batch(model, images, labels, eps=eps, norm=norm,
-                                                           attacks=attacks, seed=seed + b, **precision)
+                clean[batch], robust[batch] = attack_batch(
+                    model, images, labels, eps=eps, norm=norm, attacks=attacks, seed=seed + b,
+                    precision=precision)
                 if set(attacks) == {"apgd-ce"}:
                     masked[batch] = has_zero_gradient(model, images, labels).cpu() & clean[batch]
         finally:
@@ -294,7 +295,6 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
                 p.requires_grad_()
     if masked.sum() > 0.01 * clean.sum():
         logging.getLogger("auto-attack").warning(
-            "gradient masking: the gradient of the cross-entropy is 0, since the softmax is saturated, at "
-            f"{int(masked.sum())} of the {int(clean.sum())} examples that are right. apgd-ce alone then "
-            "overestimates robust accuracy: use standard AutoAttack")
+            f"gradient masking: the gradient of the cross-entropy is 0 at {int(masked.sum())} of the "
+            f"{int(clean.sum())} right examples. apgd-ce alone then overestimates: use standard AutoAttack")
     return clean, robust

@@ -34,8 +34,8 @@ def barrier():
             dist.barrier()
 
 
-def all_sum(tensor, op="SUM"):
-    """Sums a tensor over the processes (or op="MIN"), in place, and returns it."""
+def all_reduce(tensor, op="SUM"):
+    """The sum of a tensor over the processes, or with op="MIN" the minimum, in place. Returns it."""
     if process_count() > 1:
         import torch.distributed as dist
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op))

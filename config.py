@@ -25,7 +25,7 @@ def from_yaml(path):
     line. UserError, with the file's name, for anything else."""
     parser, values = Parser(add_help=False), {}
     add_flags(parser, FLAGS)
-    flag_types = {flag[2:]: kind for group in FLAGS.values() for flag, _, kind, _ in group}
+    flag_types = {flag[2:]: value_type for group in FLAGS.values() for flag, _, value_type, _ in group}
     try:  # Nodes hold scalars as text: YAML itself reads 010 as 8, 1:30 as 90 and 5e-4 as a string.
         document = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
         if not isinstance(document, yaml.MappingNode):
@@ -97,15 +97,15 @@ def check_norm(args, from_config):
     norms = {args.norm, args.base["norm"]}
     if norms == {"l2"}:
         return
-    norm_set_by, set_there = f"{args.config}: norm", {*from_config, *args.typed}
+    source, flags_of_source = f"{args.config}: norm", {*from_config, *args.typed}
     if len(norms) > 1:
-        norm_set_by, set_there = "--norm", args.typed
+        source, flags_of_source = "--norm", args.typed
     needed = ["eps"]
     if "step_size" in args.base and args.attack != "fgsm-rs":  # whose step is always 1.25 eps
         needed.append("step_size")
-    missing = [f"--{name}".replace("_", "-") for name in needed if name not in set_there]
+    missing = [f"--{name}".replace("_", "-") for name in needed if name not in flags_of_source]
     if missing:
-        raise UserError(f"{norm_set_by} {args.norm} needs {' and '.join(missing)} of its own (linf: say "
+        raise UserError(f"{source} {args.norm} needs {' and '.join(missing)} of its own (linf: say "
                         "--eps 0.0314 --step-size 0.0078, that is 8/255 and 2/255; l2 on 32x32: 0.5, 0.1)")
 
 

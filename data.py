@@ -190,12 +190,12 @@ def augment(x, params):
         x = torch.where(params["flip"].view(-1, 1, 1, 1), x.flip(3), x)
     if "factor" in params:
         luma = (0.299, 0.587, 0.114) if channels == 3 else (1 / channels,) * channels
-        for kind in params["order"].T[:, :, None, None, None]:  # (N, 1, 1, 1)
-            f = params["factor"].gather(1, kind.view(-1, 1)).view_as(kind)
+        for jitter in params["order"].T[:, :, None, None, None]:  # (N, 1, 1, 1)
+            f = params["factor"].gather(1, jitter.view(-1, 1)).view_as(jitter)
             # A sum over the channels: a tensor of weights would make the GPU wait until it is copied there.
             grey = sum(weight * x[:, c:c + 1] for c, weight in enumerate(luma))
-            base = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), 0.0)
-            x = (f * x + (1 - f) * torch.where(kind == 2, grey, base)).clamp(0, 1)
+            base = torch.where(jitter == 1, grey.mean((2, 3), keepdim=True), 0.0)
+            x = (f * x + (1 - f) * torch.where(jitter == 2, grey, base)).clamp(0, 1)
         cos, sin, zero = params["angle"].cos(), params["angle"].sin(), torch.zeros_like(params["angle"])
         rotation = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(n, 2, 3)
         grid = F.affine_grid(rotation, x.shape, align_corners=False)

@@ -133,7 +133,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
     if device.type == "cuda":
         model = in_default_format(model)
-    precision = {"precision": tf32_convolutions} if settings.get("precision") == "tf32" else {}
+    precision = tf32_convolutions if settings.get("precision") == "tf32" else contextlib.nullcontext
     with Watch(settings["attacks"], sum(len(indices) for _, indices in chunks)) as watch:
         for c, indices in chunks:
             path, chunk = folder / f"chunk{c:05d}.pt", {}
@@ -145,14 +145,14 @@ def autoattack_accuracy(model, data, index, settings, folder):
                     chunk = {"right": torch.stack(attacks.autoattack(
                         model, data.test.pixels(indices, "cpu"), data.test.y[indices], eps=settings["eps"],
                         norm=settings["norm"], attacks=settings["attacks"], batch_size=len(indices),
-                        seed=settings["seed"] + c, **precision)), "warnings": watch.new_warnings()}
+                        seed=settings["seed"] + c, precision=precision)), "warnings": watch.new_warnings()}
                 except (ArithmeticError, ValueError) as e:
                     raise UserError(str(e)) from None
                 runs.save(path, chunk)
             first = c * settings["batch_size"]
             right[:, first:first + len(indices)] = chunk["right"].to(device)
             watch.count(chunk, is_new)
-    clean, robust = common.all_sum(right).bool().cpu()
+    clean, robust = common.all_reduce(right).bool().cpu()
     return clean, robust, common.all_texts(watch.warnings)
 
 
@@ -164,7 +164,7 @@ class Watch:
         self.bar = common.progress(None, total=total, unit="example",
                                    desc=f"AutoAttack ({' '.join(attack_names)})")
         self.total, self.examples, self.new_examples, self.robust = total, 0, 0, 0
-        self.warnings, self.kinds_shown, self.n_saved = [], set(), 0
+        self.warnings, self.warned_of, self.n_saved = [], set(), 0
         self.start_time, self.log = time.perf_counter(), logging.getLogger("auto-attack")
 
     def __enter__(self):
@@ -191,9 +191,9 @@ class Watch:
 
     def warn(self, text):
         """Shows and keeps a warning, the first of its kind: others of the kind differ in their numbers."""
-        kind = re.sub(r"\d", "", text)
-        if kind not in self.kinds_shown:
-            self.kinds_shown.add(kind)
+        without_numbers = re.sub(r"\d", "", text)
+        if without_numbers not in self.warned_of:
+            self.warned_of.add(without_numbers)
             self.warnings.append(text)
             say(f"AutoAttack warns: {text}")
 

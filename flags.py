@@ -54,18 +54,20 @@ def nearest(name, valid):
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def number(kind, low, high=1e30, above=False):
-    """A type for argparse: an int or a float in [low, high], or in (low, high] if it must lie above `low`. A
-    float may be a fraction, as 8/255. float32 can hold the default of `high`."""
-    name, bound = {int: "a whole", float: "a finite"}[kind], "above" if above else "of at least"
+def number(cls, low, high=1e30, low_excluded=False):
+    """A type for argparse: an int or a float in [low, high], or in (low, high] with `low_excluded`. A float
+    may be a fraction, as 8/255. float32 can hold the default of `high`."""
+    adjective = {int: "a whole", float: "a finite"}[cls]
+    bound = "above" if low_excluded else "of at least"
 
     def convert(text):
         numerator, slash, denominator = text.partition("/")
         with contextlib.suppress(ValueError, ZeroDivisionError):
-            value = float(numerator) / float(denominator) if slash and kind is float else kind(text)
-            if low <= value <= high and not (above and value == low):
+            value = float(numerator) / float(denominator) if slash and cls is float else cls(text)
+            if low <= value <= high and not (low_excluded and value == low):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name} number {bound} {low} and at most {high}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {adjective} number {bound} {low} and at most {high}")
     return convert
 
 
@@ -98,11 +100,11 @@ def attack_name(text):
     return text
 
 
-count, positive = number(int, 1, 10**9), number(float, 0, above=True)
+count, positive = number(int, 1, 10**9), number(float, 0, low_excluded=True)
 not_negative, whole = number(float, 0), number(int, 0, 10**9)
 
-# {group: [(flag, default, kind, help)]}. kind: a type, a tuple of choices, or bool for a switch; a tuple that
-# ends in "+" or "*" takes a list, of a type or of choices.
+# {group: [(flag, default, value_type, help)]}. value_type: a type, a tuple of choices, or bool for a switch;
+# a tuple that ends in "+" or "*" takes a list, of a type or of choices.
 FLAGS = {
     "network": [("--arch", "preactresnet8", ARCHS, "network (README, Deviations: preactresnet18-authors)")],
     "data": [
@@ -113,7 +115,7 @@ FLAGS = {
     ],
     "subset A (Sec. 3)": [
         ("--split", "esat", ("none", "csat", "esat", "full"), "A: nothing, classes, examples, everything"),
-        ("--frac", None, number(float, 0, 1, above=True), "|A| as a fraction (0.5 if no amount is given)"),
+        ("--frac", None, number(float, 0, 1, low_excluded=True), "|A| as a fraction (0.5 if none is given)"),
         ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
         ("--order", "hardest", ORDERS, "which are in A; random: by --seed; redrawn: others every epoch"),
@@ -215,18 +217,18 @@ def add_flags(parser, groups, defaults=DEFAULTS):
     defaults; parse_args returns what is typed, and no more."""
     for title in groups:
         group = parser.add_argument_group(title)
-        for flag, _, kind, help_text in FLAGS[title]:
+        for flag, _, value_type, help_text in FLAGS[title]:
             value = defaults.get(dest(flag))
             if value not in (None, False, []):
                 default = " ".join(map(str, value)) if isinstance(value, list) else value
                 help_text += f" (default: {default})".replace("%", "%%")  # argparse formats it
             options = {"default": argparse.SUPPRESS, "help": help_text}
-            if isinstance(kind, tuple) and kind[-1] in ("+", "*"):
-                kind, options["nargs"] = kind
-            if kind is bool:
+            if isinstance(value_type, tuple) and value_type[-1] in ("+", "*"):
+                value_type, options["nargs"] = value_type
+            if value_type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
-                options["choices" if isinstance(kind, tuple) else "type"] = kind
+                options["choices" if isinstance(value_type, tuple) else "type"] = value_type
             group.add_argument(flag, **options)
 
 

@@ -110,10 +110,10 @@ def note_ignored(root, ignored):
     suffixes = ", ".join(SUFFIXES)
     descriptions = {"hidden": "hidden files and folders",
                     "other": f"entries other than images ({suffixes}) in class folders"}
-    for kind, description in descriptions.items():
-        if ignored[kind]:
-            say(f"note: {description} are ignored: {len(ignored[kind]):,} under {root}, for example "
-                f"{os.path.relpath(min(ignored[kind]), root)!r}")
+    for reason, description in descriptions.items():
+        if ignored[reason]:
+            say(f"note: {description} are ignored: {len(ignored[reason]):,} under {root}, for example "
+                f"{os.path.relpath(min(ignored[reason]), root)!r}")
 
 
 def image_folder(root, classes=None, side=None):

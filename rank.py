@@ -61,7 +61,7 @@ class Vog:
         """Puts a tensor of this process's examples together with those of the others, on the CPU."""
         whole = torch.zeros(self.n, *tensor.shape[1:], device=tensor.device)
         whole[self.part.to(tensor.device)] = tensor
-        return common.all_sum(whole).cpu()
+        return common.all_reduce(whole).cpu()
 
     def state(self):
         """Epochs, means and sums of squares of all examples, from which a stopped run goes on."""
@@ -89,7 +89,7 @@ def score(model, split, device, metrics, vog=None):
                 vog.add(torch.autograd.grad(logits.gather(1, y[:, None]).sum(), x)[0], index)
         for m in scores:
             scores[m][index] = functions[m](logits.detach(), y).double().cpu()
-    return {m: common.all_sum(s.to(device)).cpu() for m, s in scores.items()}
+    return {m: common.all_reduce(s.to(device)).cpu() for m, s in scores.items()}
 
 
 def tables_of(scores, model, data, device):
@@ -199,8 +199,8 @@ def ranking_folder(args):
     names = [name, earlier, f"rank-{args.arch}-{short_hash}-seed{args.seed}"]
     stored = {name: stored_flags(parent / name) for name in names}
     for name in names:
-        same_metrics = argparse.Namespace(**{**vars(args), "metrics": stored[name].get("metrics")})
-        if stored[name] and not runs.flag_differences(stored[name], same_metrics):
+        with_its_metrics = argparse.Namespace(**{**vars(args), "metrics": stored[name].get("metrics")})
+        if stored[name] and not runs.flag_differences(stored[name], with_its_metrics):
             return parent / name
     return parent / (names[0] if not stored[names[0]] else names[2])
 

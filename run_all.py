@@ -214,7 +214,7 @@ def stage_environments(n, values):
 
 def command_line(argv):
     """Parses the words of the command line and EXTRA. Returns args with the lists `sections` and `figures`,
-    with `extra`, the words of EXTRA, and `values`, what these give, {dest: value}."""
+    with `extra`, the words of EXTRA, and `extra_flags`, what these give, {dest: value}."""
     parser = flags.Parser(prog="run_all.py", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD", help="a section, or a figure of the sections")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
@@ -234,10 +234,10 @@ def command_line(argv):
             raise UserError(f"{' '.join(args.sections)} has no {figure}; it is in: {' '.join(its_sections)}")
     try:
         args.extra = shlex.split(os.environ.get("EXTRA", ""))
-        args.values = vars(flags.script_parser("sat.py", "", flags.DEFAULTS).parse_args(args.extra))
+        args.extra_flags = vars(flags.script_parser("sat.py", "", flags.DEFAULTS).parse_args(args.extra))
     except ValueError as e:  # UserError too
         raise UserError(f"EXTRA: {e}") from None
-    if forbidden := [flag for flag in OWN if flags.dest(flag) in args.values]:
+    if forbidden := [flag for flag in OWN if flags.dest(flag) in args.extra_flags]:
         raise UserError(f"EXTRA: {forbidden[0]} differs between the runs, so run_all.sh sets it")
     return args
 
@@ -269,7 +269,7 @@ def main(argv=None):
         if n_jobs != "1":
             raise UserError(f"JOBS={n_jobs} and NPROC={nproc}: give one of them (JOBS: several runs at once, "
                             "NPROC: several processes for one run)")
-    all_stages = list(stages(args.sections, args.figures, results, args.values))
+    all_stages = list(stages(args.sections, args.figures, results, args.extra_flags))
     todo = stages_to_make(args, all_stages, results, launcher)
     report = [python, str(HERE / "report.py"), "--results", results]
     if args.dry_run:
@@ -282,7 +282,7 @@ def main(argv=None):
         raise UserError(f"{e} (RESULTS=FOLDER names another folder for the results)") from None
     # By training seed, so that a list that is cut short has one seed of everything.
     todo = dict(sorted(todo.items(), key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0]).name)[1])))
-    make_all(todo, results, stage_environments(int(n_jobs), args.values))
+    make_all(todo, results, stage_environments(int(n_jobs), args.extra_flags))
     code = subprocess.run(report).returncode
     missing = [folder for folder, (stage, _) in todo.items() if not is_finished(stage)]
     if missing:

@@ -42,7 +42,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
     if runs.start_run(folder, args):
         return evaluate.finished(folder, args)
     chunk_folder = folder / "chunks"
-    selected = selection_and_final(len(data.test))[0][:args.select_n or None]
+    select_index = selection_and_final(len(data.test))[0][:args.select_n or None]
     candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
     hash_of_A = hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16]
     state, log, best = resume(folder, args, data, hash_of_A)
@@ -52,10 +52,11 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} "
             "attacked, {seconds:.1f} s".format(**row))
         if epoch in candidates:
-            *right, _ = evaluate.autoattack_accuracy(model, data, selected, settings["select"], chunk_folder)
-            clean, robust = (r.float().mean().item() for r in right)
-            row["selection"] = {"n": len(selected), "clean": clean, "robust": robust}
-            say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(selected)} examples")
+            clean_right, robust_right, _ = evaluate.autoattack_accuracy(model, data, select_index,
+                                                                  settings["select"], chunk_folder)
+            clean, robust = clean_right.float().mean().item(), robust_right.float().mean().item()
+            row["selection"] = {"n": len(select_index), "clean": clean, "robust": robust}
+            say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select_index)} examples")
             best = max(best, Best(robust, clean, epoch))
         log = [*log, row]
         if process_index() == 0 and (epoch in candidates or saves.are_due()):
@@ -66,15 +67,15 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
                 runs.save(folder / "best.pt", ckpt)
     common.barrier()
     model.load_state_dict(runs.load(folder / "best.pt")["model"])
-    right, evaluation = evaluate.evaluate(model, data, settings["eval"], chunk_folder, A_classes)
+    per_example, evaluation = evaluate.evaluate(model, data, settings["eval"], chunk_folder, A_classes)
     result = {"args": runs.identity(args), "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A,
-              "epoch": best.epoch, "selection": {**settings["select"], "n": len(selected)},
+              "epoch": best.epoch, "selection": {**settings["select"], "n": len(select_index)},
               "device": common.device_name(device), "processes": process_count(),
               "precision": "+".join(sorted({row.get("precision", "float32") for row in log})),
               "compile": "+".join(sorted({row.get("compile", "off") for row in log})),
               "cost": {k: sum(row[k] for row in log) for k in COUNTED}, **more, **evaluation}
     if process_index() == 0:
-        runs.save(folder / "robust.pt", right)
+        runs.save(folder / "robust.pt", per_example)
         runs.write_json(folder / "result.json", result)
     runs.end_run(folder)
     say(f"{evaluate.accuracy_lines(result)}\nwrote {folder}/result.json")
@@ -277,7 +278,7 @@ def main(argv=None):
         if is_finished and not is_outdated(folder, args):
             return evaluate.finished(folder, args)
     args.force |= is_finished  # of an outdated run
-    settings = {kind: evaluate.eval_settings(args, data.classes, kind) for kind in ("select", "eval")}
+    settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}
     A, info = choose(args, data, own, device)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes, names_of_A = None, ""

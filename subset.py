@@ -10,7 +10,7 @@ from common import UserError, say
 
 REBUILD = numpy.zeros(0).__reduce__()[0]  # by which arrays are unpickled; numpy 1 had another name for it
 ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray, numpy.dtype,
-         *(type(numpy.dtype(kind)) for kind in ("?", "u1", "i2", "i4", "i8", "f2", "f4", "f8"))]
+         *(type(numpy.dtype(code)) for code in ("?", "u1", "i2", "i4", "i8", "f2", "f4", "f8"))]
 
 
 def subset_size(amount, n, unit):
@@ -96,11 +96,11 @@ def class_means(scores, y, n_classes):
     return total / torch.bincount(y, minlength=n_classes)
 
 
-def weight_A(kind, n_A, n):
+def weight_A(weight, n_A, n):
     """w_A of Eq. 2, with w_B = 1, for |A| = n_A of N = n examples (Sec. 3.2 and 4.3).
 
-    kind: "vanilla" (1), "balanced" (|B|/|A|), "emphasis" ((1 + 10 |A|/N) |B|/|A|, which is 2 |B|/|A| at 10 %
-    and 10 |B|/|A| at 90 %), or w_A as a number. 1 if A or B is empty.
+    weight: "vanilla" (1), "balanced" (|B|/|A|), "emphasis" ((1 + 10 |A|/N) |B|/|A|, which is 2 |B|/|A| at
+    10 % and 10 |B|/|A| at 90 %), or w_A as a number. 1 if A or B is empty.
     """
     if not 0 <= n_A <= n:
         raise ValueError(f"|A| = {n_A} of {n} examples")
@@ -108,9 +108,9 @@ def weight_A(kind, n_A, n):
         return 1.0
     balanced = (n - n_A) / n_A
     named = {"vanilla": 1.0, "balanced": balanced, "emphasis": (1 + 10 * n_A / n) * balanced}
-    if isinstance(kind, str) and kind not in named:
-        raise ValueError(f"weight {kind!r}: {', '.join(named)}, or a number")
-    return named.get(kind, kind)
+    if isinstance(weight, str) and weight not in named:
+        raise ValueError(f"weight {weight!r}: {', '.join(named)}, or a number")
+    return named.get(weight, weight)
 
 
 def ordering(scores, metric, split, y):

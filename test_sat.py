@@ -277,12 +277,12 @@ def test_random_A_is_drawn_by_its_seed_and_spread_over_the_batches():
         assert 0.25 < shares.min() <= shares.max() < 0.75
 
 
-@pytest.mark.parametrize("kind,n_A,expected", [
+@pytest.mark.parametrize("weight,n_A,expected", [
     ("vanilla", 10, 1), ("balanced", 20, 4), (3.5, 10, 3.5),
     ("emphasis", 10, 2 * 90 / 10), ("emphasis", 90, 10 * 10 / 90),  # 2 |B|/|A| and 10 |B|/|A| (Sec. 4.3)
-    *((kind, n_A, 1) for kind in ("balanced", "emphasis", 7.0) for n_A in (0, 100))])
-def test_weights_of_the_paper(kind, n_A, expected):
-    assert subset.weight_A(kind, n_A, 100) == pytest.approx(expected)
+    *((weight, n_A, 1) for weight in ("balanced", "emphasis", 7.0) for n_A in (0, 100))])
+def test_weights_of_the_paper(weight, n_A, expected):
+    assert subset.weight_A(weight, n_A, 100) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -752,7 +752,7 @@ def test_a_saturated_softmax_is_named_once_if_cross_entropy_is_the_only_loss(fac
     assert clean.all()
     texts = [text for text in caplog.messages if "gradient masking" in text]
     assert len(texts) == warnings
-    assert not warnings or "is saturated, at 12 of the 12 examples that are right" in texts[0]
+    assert not warnings or "is 0 at 12 of the 12 right examples" in texts[0]
 
 
 def test_an_eps_too_large_for_the_images_is_a_users_error(tmp_path):
@@ -905,12 +905,12 @@ def test_an_evaluation_attacks_as_its_settings_say(tmp_path, monkeypatch):
     monkeypatch.setattr(attacks, "attack_batch", attack_batch)
     evaluate.autoattack_accuracy(net(), load_dataset("digits", "data"), torch.arange(4),
                                  {**settings, "n": 4, "batch_size": 4}, tmp_path)
-    assert seen == [settings]
+    assert seen == [{**settings, "precision": contextlib.nullcontext}]
 
 
 def test_selection_and_evaluation_have_settings_of_their_own():
     args = arguments("--select-attacks", "square", "--select-n", "5", "--eval-n", "6")
-    select, final = (evaluate.eval_settings(args, ["a", "b"], kind) for kind in ("select", "eval"))
+    select, final = (evaluate.eval_settings(args, ["a", "b"], prefix) for prefix in ("select", "eval"))
     assert (select["attacks"], select["n"]) == (["square"], 5)
     assert (final["attacks"], final["n"]) == (["apgd-ce"], 6)
 
@@ -929,9 +929,9 @@ def test_a_resumed_evaluation_keeps_its_warnings_and_estimates_by_its_new_exampl
 
 
 def test_a_step_of_another_process_that_is_not_finite_stops_all(monkeypatch):
-    def all_sum(tensor, op="SUM"):  # as if it were step 3 there
+    def all_reduce(tensor, op="SUM"):  # as if it were step 3 there
         return tensor.clamp_max(2) if op == "MIN" else tensor
-    monkeypatch.setattr(train, "all_sum", all_sum)
+    monkeypatch.setattr(train, "all_reduce", all_reduce)
     sums = train.EpochSums(CPU)
     sums.reset()
     with pytest.raises(UserError, match="not finite in epoch 1, step 3"):
@@ -1013,7 +1013,7 @@ def test_tf32_is_a_setting_of_its_own_on_gpus_alone(monkeypatch, capsys):
 
 @pytest.mark.parametrize("precision", [None, "tf32"])
 def test_tf32_is_on_during_the_attack_alone(precision, tmp_path, monkeypatch):
-    def attack_batch(model, x, y, precision=contextlib.nullcontext, **settings):
+    def attack_batch(model, x, y, precision, **settings):
         with precision():
             seen.append(torch.backends.cudnn.allow_tf32)
         seen.append(torch.backends.cudnn.allow_tf32)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import attacks
 import models
-from common import UserError, all_sum, process_count, process_index, progress
+from common import UserError, all_reduce, process_count, process_index, progress
 from data import epoch_order, process_part, training_batches
 
 
@@ -121,13 +121,13 @@ def epoch_batches(split, A, w_A, args, epoch, device, mode="off"):
 def training_attack(model, A, w_A, args, device, mode="off"):
     """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
     entry = attacks.ATTACKS[args.attack]
-    settings = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
-                "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
-                "check_input": False}
+    kwargs = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
+              "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
+              "check_input": False}
     if mode != "off" and entry.step_function:
-        settings["step_function"] = models.compiled(entry.step_function, device, mode)
+        kwargs["step_function"] = models.compiled(entry.step_function, device, mode)
     parameters = inspect.signature(entry.function).parameters
-    return functools.partial(entry.function, model, **{k: v for k, v in settings.items() if k in parameters})
+    return functools.partial(entry.function, model, **{k: v for k, v in kwargs.items() if k in parameters})
 
 
 class EpochSums:
@@ -155,14 +155,14 @@ class EpochSums:
         """The epoch's loss, training accuracy and cost, over all processes. An attack step counts 2 forward
         passes; a training step 3, or 1 on frozen features, whose head costs next to nothing."""
         steps = int(self.totals[2])
-        loss, right, _ = all_sum(self.totals).tolist()
-        first_bad = all_sum(self.first_bad, "MIN").item()
+        loss, right, _ = all_reduce(self.totals).tolist()
+        first_bad = all_reduce(self.first_bad, "MIN").item()
         if first_bad < torch.inf:
             raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step "
                             f"{first_bad + 1:.0f}: stopped, the last good checkpoint is kept. Lower --lr "
                             "(with --run NAME or --force)")
         attacked, examples = torch.tensor(self.attacked, device=self.totals.device), steps * args.batch_size
-        attacked = all_sum(attacked).item()
+        attacked = all_reduce(attacked).item()
         gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0
         updated = 0 if model.frozen else examples  # images by which the whole network is updated
         return {"loss": loss / steps, "train_accuracy": right / examples, "attacked": attacked,

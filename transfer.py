@@ -41,7 +41,7 @@ def main(argv=None):
         return evaluate.finished(folder, args)
     device = common.set_up(args)
     data = open_dataset(args, device)
-    settings = {kind: evaluate.eval_settings(args, data.classes, kind) for kind in ("select", "eval")}
+    settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}
     channels, expected = data.train.x.shape[1], ckpt["model"]["mean"].shape[1]
     if channels != expected:
         raise UserError(f"{path} takes images of {expected} channels, {data.name} has {channels}")

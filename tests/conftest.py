@@ -25,7 +25,7 @@ RANKING_1 = Path("results/few/rank-preactresnet8-batch-size=32-epochs=1-lr-decay
 AUTOATTACK, PGD = attacks.attack_batch, attacks.pgd
 
 
-def one_step(model, x, y, *, eps, norm, attacks, seed):
+def one_step(model, x, y, *, eps, norm, attacks, seed, precision):
     """In place of attacks.attack_batch: one step of PGD."""
     adversarial = PGD(model, x, y, eps=eps, norm=norm, step_size=eps, steps=1)
     clean = model(x).argmax(1) == y

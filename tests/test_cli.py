@@ -290,7 +290,7 @@ IMAGES = [  # what is no batch for an attack, message
         ({"split": "ESAT"}, "valid are"), ({"order": "hard"}, "valid are"), ({"amount": None}, "None of 4"),
         ({"amount": "2"}, "2 of 4"), ({"scores": None}, "one for"), ({"scores": torch.rand(5)}, "one for"),
         ({"scores": X[0, 0, 0, :4] / 0}, "one for each"), ({"scores": Y.double() + 2}, "are all 2: they")]),
-    (subset.weight_A, {"kind": "X", "n": 3}, [({"n_A": 5}, "5 of 3"), ({"n_A": 1}, "'X': vanilla, bala")]),
+    (subset.weight_A, {"weight": "X", "n": 3}, [({"n_A": 5}, "5 of 3"), ({"n_A": 1}, "'X': vanilla, bala")]),
     (subset.check_scores, {"n": 4}, [({"scores": torch.zeros(0)}, "0 finite numbers")]),
     (train.sat_loss, {"logits": torch.rand(4, 3), "y": Y}, [({"w": torch.ones(4, 1)}, "they must agree")])])
 def test_functions_refuse_what_they_would_misread(function, valid, invalid, monkeypatch):
