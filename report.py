@@ -10,7 +10,7 @@ from pathlib import Path
 
 import flags
 from common import UserError, say, script
-from paper import results, tables
+from paper import results, short, tables
 from runs import atomic
 
 
@@ -40,7 +40,8 @@ def main(argv=None):
     results.name_groups(runs)
     results.add_source_accuracies(runs)
     figure_folder = args.results / "figures"
-    sections = [tables.claims_section(runs), tables.matrix_section(runs, figure_folder),
+    sections = [short.section(runs, rankings, figure_folder),
+                tables.claims_section(runs), tables.matrix_section(runs, figure_folder),
                 tables.difficulty_section(rankings, figure_folder),
                 *(tables.curve_section(runs, figure_folder, figure, rankings) for figure in tables.CURVES),
                 tables.cost_section(runs, rankings, figure_folder), tables.evaluation_section(args.results)]

@@ -1,6 +1,7 @@
 """Tests the paper's claims against our runs. A claim "holds" if the 95 % interval of stats.contrast lies
-where the claim puts it, is "contradicted" if it lies outside, and is otherwise "open"; it is also open if any
-setting that it compares has only one training seed."""
+where the claim puts it, is "contradicted" if it lies outside, and is otherwise "open". "(one seed)" stands
+beside the verdict if any setting that it compares has only one training seed. Such a claim is open unless
+other settings of its group show the noise of training."""
 import collections
 import math
 
@@ -8,32 +9,39 @@ import numpy
 
 from paper.published import NAMES, comparable_data, fig2_accuracy, numbers, published_accuracy
 from paper.results import counted, grouped, pick
-from paper.stats import Noise, accuracy_on, contrast, interval_text, mean_sd, seed_count, spearman
+from paper.stats import (Noise, accuracy_on, contrast, difference, estimate, interval_text, mean_sd,
+                         seed_count, spearman)
 
 # {--weight: its name in tables} of Fig. 2: the authors' config has the first, the paper's text the second.
 FIG2 = {"balanced": "w_A = \\|B\\|/\\|A\\|", "vanilla": "w_A = 1"}
 MARGIN = 3  # points that count as no difference ("competitive", "as robust as"); set before the runs
 
 
-def verdict(rule, interval, *sides):
-    """The verdict on an interval (value, low, high) that should lie "above" 0, "within" -MARGIN to MARGIN, or
-    "not below" -MARGIN, as the rule says. sides: the runs on each side, each of which needs two seeds."""
+def verdict(rule, interval, sides, *pools):
+    """The verdict on an interval (value, low, high) that should lie "above" 0, "within" -MARGIN to MARGIN,
+    "not below" -MARGIN or "below" -MARGIN, as the rule says. sides: the runs on each side. pools: the runs
+    whose Noise is in the interval. Without a typical Noise, the interval covers the noise of the test set
+    alone, and sides with one seed decide nothing."""
     _, low, high = interval
-    least, most = {"above": (0, math.inf), "within": (-MARGIN, MARGIN),
-                   "not below": (-MARGIN, math.inf)}[rule]
-    if min(map(seed_count, sides)) < 2:
-        return "open (one seed)"
+    least, most = {"above": (0, math.inf), "within": (-MARGIN, MARGIN), "not below": (-MARGIN, math.inf),
+                   "below": (-math.inf, -MARGIN)}[rule]
     if least < low and high < most:
-        return "holds"
-    return "contradicted" if high < least or low > most else "open"
+        decision = "holds"
+    else:
+        decision = "contradicted" if high < least or low > most else "open"
+    if min(map(seed_count, sides)) > 1:
+        return decision
+    if not all(Noise(pool).is_typical for pool in pools):
+        decision = "open"
+    return f"{decision} (one seed)"
 
 
 def compare(claim, published, runs, reference, noise_runs, rule, kind="robust"):
     """The row of a claim on the accuracy of `runs` minus that of `reference`."""
-    difference = contrast([(1, runs, None), (-1, reference, None)], noise_runs, kind)
+    gain = contrast([(1, runs, None), (-1, reference, None)], noise_runs, kind)
     means = [mean_sd(side, "all", kind)[0] for side in (runs, reference)]
-    ours = f"{means[0]:.1f}, {means[1]:.1f}: {interval_text(difference)}"
-    return claim, published, ours, verdict(rule, difference, runs, reference)
+    ours = f"{means[0]:.1f}, {means[1]:.1f}: {interval_text(gain)}"
+    return claim, published, ours, verdict(rule, gain, (runs, reference), noise_runs)
 
 
 def published_text(figure, data, share, *lines, kind="robust"):
@@ -62,7 +70,7 @@ def single_class_claims(runs, no_at, weight):
     classes = [c for c, a in no_at[0].accuracy["classes"].items() if a["robust"]["n"]]
     others = {c: [k for k in classes if k != c] for c in single}
     gains = {c: contrast([(1, rs, others[c]), (-1, no_at, others[c])], runs) for c, rs in single.items()}
-    verdicts = collections.Counter(verdict("above", gains[c], rs, no_at) for c, rs in single.items())
+    verdicts = collections.Counter(verdict("above", gains[c], (rs, no_at), runs) for c, rs in single.items())
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes), "
            f"{FIG2[weight]}",
            extremes(numbers()["fig2"]["robust_B_val"]), extremes(gains, interval_text),
@@ -74,14 +82,14 @@ def single_class_claims(runs, no_at, weight):
     # the other's class, and the easiest class is easier to make robust than the hardest.
     in_neither = [c for c in classes if c not in ends]
     if all(ends) and in_neither:
-        difference = contrast([(1, single[hardest], in_neither), (-1, single[easiest], in_neither)], runs)
+        gain = contrast([(1, single[hardest], in_neither), (-1, single[easiest], in_neither)], runs)
         published = [numpy.mean([fig2_accuracy(a, c) for c in in_neither]) for a in ends]
         ours = [numpy.mean([accuracy_on(r, in_neither) for r in single[a]]) for a in ends]
         yield (f"(b) the hardest class ({hardest}) gives the {len(in_neither)} classes that are in "
                f"neither A more than the easiest ({easiest}), {FIG2[weight]}",
                f"{published[0]:.1f}, {published[1]:.1f}: {published[0] - published[1]:+.1f}",
-               f"{ours[0]:.1f}, {ours[1]:.1f}: {interval_text(difference)}",
-               verdict("above", difference, single[hardest], single[easiest]))
+               f"{ours[0]:.1f}, {ours[1]:.1f}: {interval_text(gain)}",
+               verdict("above", gain, [single[c] for c in ends], runs))
 
 
 def effects_of_A(cells):
@@ -136,25 +144,33 @@ def recovery_claim(runs, no_at, half, at, data):
         recovered = (mean_sd(half)[0] - mean_sd(no_at)[0]) / gain
         _, low, high = contrast([(1, half, None), (-recovered, at, None), (recovered - 1, no_at, None)], runs)
         ends = f"[{100 * (recovered + low / gain):.0f}, {100 * (recovered + high / gain):.0f}]"
-        ours = f"{mean_sd(half)[0]:.1f}, {mean_sd(at)[0]:.1f}: {100 * recovered:.0f} % {ends}"
+        behind_at = contrast([(1, half, None), (-1, at, None)], runs)
+        ours = (f"{mean_sd(half)[0]:.1f}, {mean_sd(at)[0]:.1f}: {100 * recovered:.0f} % {ends}; "
+                f"half minus AT {interval_text(behind_at)}")
         above_90 = contrast([(1, half, None), (-0.9, at, None), (-0.1, no_at, None)], runs)
-        decision = verdict("above", above_90, half, no_at, at)
+        decision = verdict("above", above_90, (half, no_at, at), runs)
     return ("(c) ESAT on the hardest half recovers at least 90 % of what AT gains in robustness",
             published, ours, decision)
 
 
-def esat_claims(runs, no_at, at, data):
-    """Claims (c), (d), (e) and (h), on ESAT and on AT, the end at which everything is attacked."""
+def esat_by_share(runs):
+    """{|A|/N: {order: ESAT runs by entropy or without a ranking}}, |A|/N ascending."""
     by_share = {}
     for r in sorted(pick(runs, split="esat", metric="entropy"), key=lambda r: r.share):
         by_share.setdefault(round(r.share, 3), {}).setdefault(r.order, []).append(r)
+    return by_share
+
+
+def esat_claims(runs, no_at, at, data):
+    """Claims (c), (d), (e) and (h), on ESAT and on AT, the end at which everything is attacked."""
+    by_share = esat_by_share(runs)
     half = by_share.get(0.5, {}).get("hardest")
     if half and no_at and at:
         yield recovery_claim(runs, no_at, half, at, data)
     for share, orders in list(by_share.items())[:1]:
         for line, reference, rule, text in (("hardest", "easiest", "above", "hardest beats easiest"),
-                                            ("random", "hardest", "within", "random is competitive: within "
-                                             f"{MARGIN} points of hardest")):
+                                            ("random", "hardest", "not below", "random is competitive: at "
+                                             f"most {MARGIN} points below hardest")):
             if line in orders and reference in orders:
                 yield compare(f"(d) at \\|A\\|/N = {share:g} {text}",
                               published_text("fig6", data, share, line, reference),
@@ -162,19 +178,71 @@ def esat_claims(runs, no_at, at, data):
     both = [orders for orders in by_share.values() if {"hardest", "easiest"} <= set(orders)]
     if len(both) > 1:
         sides = [orders[order] for orders in (both[0], both[-1]) for order in ("hardest", "easiest")]
-        difference = contrast([(weight, side, None) for weight, side in zip((1, -1, -1, 1), sides)], runs)
+        shrinkage = contrast([(weight, side, None) for weight, side in zip((1, -1, -1, 1), sides)], runs)
         ours = [mean_sd(side)[0] for side in sides]
         values = [published_accuracy("fig6", data, r.order, r.share, "robust") for r, *_ in sides]
         yield ("(h) the gain of hard over easy shrinks as \\|A\\| grows "
                f"({sides[0][0].share:.1f} against {sides[2][0].share:.1f})",
                f"{values[0] - values[1]:+.1f}, {values[2] - values[3]:+.1f}" if all(values) else "-",
-               f"{ours[0] - ours[1]:+.1f}, {ours[2] - ours[3]:+.1f}: {interval_text(difference)}",
-               verdict("above", difference, *sides))
-    if no_at and at:
+               f"{ours[0] - ours[1]:+.1f}, {ours[2] - ours[3]:+.1f}: {interval_text(shrinkage)}",
+               verdict("above", shrinkage, sides, runs))
+    if no_at and at and not unlike_selection([*no_at, *at]):
         low, high = (published_text("fig6", data, share, "hardest", kind="clean") for share in (0.1, 0.9))
         yield compare("(e) AT costs clean accuracy (no AT minus AT, clean)",
                       f"of ESAT hardest alone: {low} (10 %), {high} (90 %)",
                       no_at, at, runs, "above", "clean")
+
+
+def unlike_selection(runs):
+    """Why claim (e) is not decided on these runs of no AT and AT, as a sentence. Empty if it is: if all their
+    checkpoints were selected after the same number of learning-rate decays."""
+    runs_by_line, lines = grouped(runs, "split"), {"none": "no AT", "full": "AT"}
+    if len(runs_by_line) < 2 or len({r.decays for r in runs}) == 1:
+        return ""
+    epochs = [f"of {lines[split]} at epoch {', '.join(map(str, sorted({r.epoch for r in same})))}"
+              for (split,), same in runs_by_line.items()]
+    text = f"(e) has no row: the checkpoints were selected at different learning rates, {', '.join(epochs)}"
+    if not all(r.last_epoch for r in runs):
+        return f"{text}, and the accuracies after the last epoch are not known."
+    clean = [f"{100 * numpy.mean([r.last_epoch['clean'] for r in same]):.1f} % of {lines[split]}"
+             for (split,), same in runs_by_line.items()]
+    return (f"{text}. After the last epoch, clean accuracy on the {runs[0].last_epoch['n']} examples that "
+            f"select a checkpoint was {', '.join(clean)}.")
+
+
+def complexity_claims(runs, others):
+    """Claim (i), on CIFAR-10 (`runs`) and CIFAR-100 (`others`), which are independent test sets."""
+    orders, esat = ("hardest", "easiest"), [esat_by_share(pool) for pool in (runs, others)]
+    for share in (0.1, 0.5):
+        pairs = [[by_share.get(share, {}).get(order) for order in orders] for by_share in esat]
+        if not all(map(all, pairs)):
+            continue
+        gains = [estimate([(1, hard, None), (-1, easy, None)], pool)
+                 for (hard, easy), pool in zip(pairs, (runs, others))]
+        papers = [hard - easy for hard, easy in (
+            [published_accuracy("fig6", data, order, share, "robust") for order in orders]
+            for data in ("cifar10", "cifar100"))]
+        excess = difference(*gains)
+        yield ("(i) abstract, (ii): hard examples beat easy ones by less \"with increasing complexity of "
+               f"datasets\" (CIFAR-10 minus CIFAR-100), at \\|A\\|/N = {share:g}",
+               f"{papers[0]:+.1f}, {papers[1]:+.1f}: {papers[0] - papers[1]:+.1f}",
+               f"{gains[0][0]:+.1f}, {gains[1][0]:+.1f}: {interval_text(excess)}",
+               verdict("above", excess, [*pairs[0], *pairs[1]], runs, others))
+
+
+def authors_attack_claims(runs, authors):
+    """What was expected, before the runs, of the training attack of the authors' code in CSAT on a single
+    class, (j): that A_val falls towards the paper's on cat, where PGD's is far higher, and nowhere else."""
+    single, by_authors = (single_classes(pick(rs, weight="balanced")) for rs in (runs, authors))
+    for c, rule, text in (("cat", "below", f"lowers A_val of cat by more than {MARGIN} points"),
+                          ("automobile", "within", f"leaves A_val of automobile within {MARGIN} points")):
+        sides = by_authors.get(c), single.get(c)
+        if all(sides):
+            change = contrast([(1, sides[0], [c]), (-1, sides[1], [c])], runs)
+            means = [numpy.mean([accuracy_on(r, [c]) for r in side]) for side in sides]
+            yield (f"(j) the authors' training attack {text} (against PGD), {FIG2['balanced']}",
+                   f"{fig2_accuracy(c, c)} ({c})", f"{means[0]:.1f}, {means[1]:.1f}: {interval_text(change)}",
+                   verdict(rule, change, sides, runs))
 
 
 def transfer_claims(runs, data):
@@ -196,18 +264,26 @@ def transfer_claims(runs, data):
                       "not below")
 
 
+def with_pgd(runs):
+    """The runs that the claims are about, whose Noise is pooled: trained with PGD, by the paper's weights."""
+    return [r for r in pick(runs, attack="pgd")
+            if r.transfer or r.weight == "vanilla" or r.order == "named" and r.weight in FIG2]
+
+
 def claims(runs):
     """{(data, group): (rows (claim, paper, ours, verdict), Noise)}, on CIFAR-10 and on transfers to it."""
     tables, groups = {}, grouped(runs, "data", "group")
     for data, group in sorted(groups, key=lambda names: "->" in names[0]):
-        pool = [r for r in pick(groups[data, group], attack="pgd")
-                if r.transfer or r.weight == "vanilla" or r.order == "named" and r.weight in FIG2]
+        pool = with_pgd(groups[data, group])
         no_at, at, rows = pick(pool, split="none"), pick(pool, split="full"), []
         if data == "cifar100->cifar10":
             rows += transfer_claims(pool, data)
         elif data == "cifar10":
             rows += [row for weight in FIG2 for row in single_class_claims(pool, no_at, weight)]
             rows += esat_claims(pool, no_at, at, data)
+            rows += complexity_claims(pool, [r for r in with_pgd(pick(runs, data="cifar100"))
+                                             if r.conditions in [one.conditions for one in pool[:1]]])
+            rows += authors_attack_claims(pool, pick(groups[data, group], attack="pgd-authors"))
         if rows and not comparable_data(data, pool[0].setting):
             rows = [(claim, "-", ours, decision) for claim, _, ours, decision in rows]
         if rows:

@@ -24,7 +24,7 @@ LOOKS = {  # line: (colour, line style, marker)
     "CSAT": ("tab:green", "", "s"), "ESAT": ("tab:blue", "", "o"),
 }
 OTHERS = [("tab:brown", "-", "x"), ("tab:olive", "--", "^"), ("black", ":", "v"), ("tab:pink", "-.", "<")]
-BARS, PALE = "±1 deviation of seeds", "the paper's (pale)"  # the last entries of a legend
+BARS, PALE = "± standard deviation", "the paper's (pale)"  # the last entries of a legend
 
 
 @dataclass
@@ -64,10 +64,10 @@ def write(fig, path, title):
     if handles:
         labels = sorted(handles, key=lambda label: label in (BARS, PALE))
         fig.legend([handles[label] for label in labels], labels, loc="outside lower center", frameon=False,
-                   ncols=max(1, min(len(labels), round(fig.get_figwidth() / 1.15))))
+                   columnspacing=1.3, ncols=max(1, min(len(labels), round(fig.get_figwidth()))))
     fig.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic(f"{path}.png", lambda f: fig.savefig(f, format="png", dpi=120))
+    atomic(f"{path}.png", lambda f: fig.savefig(f, format="png", dpi=160))
     atomic(f"{path}.svg", lambda f: fig.savefig(f, format="svg", metadata={"Date": None}))
 
 
@@ -81,7 +81,7 @@ def curves(path, title, name, groups, panels):
     more than three. Those of all examples also show the baselines, as horizontal lines, and the paper's
     numbers, pale."""
     columns = len(panels) if len(panels) <= 3 else -(-len(panels) // 2)
-    fig, axes = canvas(len(groups) * len(panels), columns, 4 if columns == 2 else 3, 2.5)
+    fig, axes = canvas(len(groups) * len(panels), columns, 3.5 if columns == 2 else 2.6, 2.4)
     for i, axis in enumerate(axes):
         group, (part, kind) = groups[i // len(panels)], panels[i % len(panels)]
         if i % len(panels) == 0:
@@ -129,7 +129,7 @@ def matrix(path, title, data, group, classes, single, no_at, at):
     """Fig. 2 of a group. Left: robust accuracy on A_val and B_val, as bars. Right: robust accuracy class by
     class, as a heat map. single: {class A: runs}."""
     rows = [c for c in classes if c in single]
-    fig, (left, right) = canvas(2, 2, 4.6, 0.33 * max(3, len(rows)) + 1.4, width_ratios=(1, 1.3))
+    fig, (left, right) = canvas(2, 2, 4, 0.33 * max(3, len(rows)) + 1.4, width_ratios=(1, 1.3))
     for part, shift, colour in (("A_val", -0.2, "tab:blue"), ("B_val", 0.2, "tab:green")):
         means = {i: m[0] for i, c in enumerate(rows) if (m := mean_sd(single[c], part))}
         bars = left.barh([i + shift for i in means], list(means.values()), 0.4, color=colour, label=part)

@@ -47,6 +47,9 @@ class Run:
         self.cost = training["cost"]["forward_equivalents"]
         self.weights = training["weights"]  # hash of the network's
         self.ranking = ranking.get("scores", "")  # hash of the scores that chose A
+        self.epoch = result["epoch"]  # of the checkpoint that was selected
+        self.decays = sum(self.epoch > decay for decay in target["lr_decays"])  # of the learning rate, so far
+        self.last_epoch = last_epoch(path.parent, result)
         # {part: {kind: {"n", "accuracy", "low", "high"}}}, "classes": {class: {kind: the same and "right"}}
         self.accuracy = result["accuracy"]
         # What must agree for two runs to stand in one table; `group` is its text.
@@ -73,6 +76,11 @@ class Run:
         return len(self.A_classes) / self.n_classes if self.A_classes else self.A / self.N
 
     @property
+    def conditions(self):
+        """The setting without the data set: what must agree for runs on different ones to be compared."""
+        return {k: v for k, v in self.setting.items() if k != "labels"}
+
+    @property
     def kind(self):
         """Everything that identifies the run except its seeds. Runs of one kind are pooled."""
         names = self.A_classes if self.order == "named" else ()
@@ -84,6 +92,14 @@ class Run:
         a = self.accuracy["classes"][c][kind]
         packed = numpy.frombuffer(bytes.fromhex(a["right"]), numpy.uint8)
         return numpy.unpackbits(packed, count=a["n"]).astype(bool)
+
+
+def last_epoch(folder, result):
+    """A run's accuracies after the last epoch, {"n", "clean", "robust"}, on the examples that select a
+    checkpoint, from its log.jsonl. None if there is no log."""
+    log = folder / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return {row["epoch"]: row.get("selection") for row in rows}.get(result["args"]["epochs"])
 
 
 def result_files(folder, name):
@@ -198,7 +214,10 @@ def write_csv(path, runs):
                "seed": r.seed, "head_seed": r.head_seed if r.transfer else "",
                **{k: r.setting.get(k, "") for k in ("arch", "epochs", "norm", "eps", "n")},
                "eval_attacks": " ".join(r.setting["eval_attacks"]), "precision": r.precision,
-               "forward_passes": r.cost}
+               "forward_passes": r.cost, "selected_epoch": r.epoch,
+               **{f"last_epoch_{k}": "" for k in ("n", "robust", "clean")}}
+        if r.last_epoch:  # in percent, as all accuracies
+            row |= {f"last_epoch_{k}": v if k == "n" else round(100 * v, 4) for k, v in r.last_epoch.items()}
         for part, kind in itertools.product(("all", "A_val", "B_val"), ("robust", "clean")):
             accuracy = r.accuracy.get(part, {}).get(kind, {"accuracy": None})
             name = kind if part == "all" else f"{kind}_{part}"

@@ -75,7 +75,9 @@ class Noise:
             classes = [c for r in runs[:1] for c in r.accuracy["classes"]]
         by_kind = [[accuracy_on(r, classes, kind) for r in same] for same in grouped(runs, "kind").values()
                       if len(same) > 1]
-        self.by_kind = [v for v in by_kind if 5 <= statistics.fmean(v) <= 95] or by_kind
+        inside = [v for v in by_kind if 5 <= statistics.fmean(v) <= 95]
+        self.is_typical = bool(inside)  # so that it may stand for settings that have one seed
+        self.by_kind = inside or by_kind
         self.df = sum(len(v) - 1 for v in self.by_kind)  # degrees of freedom
         self.variance = sum((len(v) - 1) * statistics.variance(v) for v in self.by_kind) / max(1, self.df)
 
@@ -91,20 +93,22 @@ class Noise:
         return f"{text}."
 
 
-def contrast(terms, noise_runs, kind="robust"):
-    """The sum of weight * accuracy over terms with its 95 % interval: (value, low, high).
+def estimate(terms, noise_runs, kind="robust"):
+    """The sum of weight * accuracy over terms: (value, its variance, degrees of freedom of the variance).
 
     terms: [(weight, runs, classes)], where accuracy is the mean over runs (the seeds of a kind) on the test
-    examples of `classes` (None: all). noise_runs: the runs whose Noise is that of training.
+    examples of `classes` (None: all). No run may be in two terms. noise_runs: the runs whose Noise is that of
+    training.
 
     Two variances are added. Training: the pooled variance between seeds of the accuracy on the same classes,
     divided by the seeds of each term; 0 if no kind has several seeds. Test examples: all runs are tested on
     the same ones, so differences are paired, after the mean over seeds. Examples that change between seeds
-    count in both, so the interval is rather too wide. It is Student's, with Satterthwaite's (1946) degrees of
-    freedom; the noises on different classes count as one estimate.
+    count in both, so the variance is rather too large. The noises on different classes count as one estimate.
     """
-    from scipy.stats import t
-    sizes = {c: a[kind]["n"] for c, a in terms[0][1][0].accuracy["classes"].items() if a[kind]["n"]}
+    all_runs = [r for _, runs, _ in terms for r in runs]
+    if len(set(all_runs)) < len(all_runs):
+        raise ValueError("a run is given twice in one contrast, whose covariance with itself is not counted")
+    sizes = {c: a[kind]["n"] for c, a in all_runs[0].accuracy["classes"].items() if a[kind]["n"]}
     influence, n = {c: numpy.zeros(size) for c, size in sizes.items()}, sum(sizes.values())
     value, training, training_df = 0.0, 0.0, math.inf
     for weight, runs, classes in terms:
@@ -117,12 +121,33 @@ def contrast(terms, noise_runs, kind="robust"):
         for c in classes:
             right = 100 * numpy.mean([r.right(kind, c) for r in runs], axis=0)
             influence[c] += weight * (right - accuracy) * n / sum(sizes[k] for k in classes)
-    df = max(1, n - 1)
-    test = sum((z**2).sum() for z in influence.values()) / n / df
-    if training:
-        df = (test + training)**2 / (training**2 / training_df + test**2 / df)
-    half = float(t.ppf(0.975, df)) * math.sqrt(test + training)
+    test_df = max(1, n - 1)
+    test = sum((z**2).sum() for z in influence.values()) / n / test_df
+    return value, test + training, satterthwaite((test, test_df), (training, training_df))
+
+
+def satterthwaite(*variances):
+    """The degrees of freedom of a sum of independent variances, each (variance, df); Satterthwaite (1946)."""
+    inverse = sum(variance**2 / df for variance, df in variances if variance)
+    return sum(variance for variance, _ in variances)**2 / inverse if inverse else math.inf
+
+
+def interval(value, variance, df):
+    """A value with its 95 % interval by Student's distribution: (value, low, high)."""
+    from scipy.stats import t
+    half = float(t.ppf(0.975, df)) * math.sqrt(variance)
     return value, value - half, value + half
+
+
+def contrast(terms, noise_runs, kind="robust"):
+    """The sum of weight * accuracy over terms with its 95 % interval: (value, low, high). See estimate."""
+    return interval(*estimate(terms, noise_runs, kind))
+
+
+def difference(one, other):
+    """One estimate minus another with its 95 % interval: (value, low, high). They are independent: of other
+    runs on another test set. So their variances add."""
+    return interval(one[0] - other[0], one[1] + other[1], satterthwaite(one[1:], other[1:]))
 
 
 def interval_text(interval):

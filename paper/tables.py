@@ -63,7 +63,7 @@ def paper_cells(runs, part, kind, published):
 
 def curve_table(figure, group):
     """The table of one group: our accuracies, and the paper's where it has a number."""
-    rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items()]
+    rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items() if runs]
     rows += [(line, runs, runs[0].share) for line, sizes in group.lines.items() for runs in sizes.values()]
     published = functools.partial(published_accuracy, figure.name, group.published)
     kinds = [kind for kind in ("robust", "clean")
@@ -73,10 +73,8 @@ def curve_table(figure, group):
     with_b_val = B_VAL in figure.panels
     head += ["no AT on that B %"] if with_b_val else []
     for line, runs, share in rows:
-        row = [line, "no run yet", f"{share:.0f}", "-", "0"]
-        if runs:
-            size = counted(runs[0].size, "class") if runs[0].A_classes else f"{runs[0].size:,}"
-            row = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seed_count(runs))]
+        size = counted(runs[0].size, "class") if runs[0].A_classes else f"{runs[0].size:,}"
+        row = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seed_count(runs))]
         row += [cell(runs, *panel) for panel in figure.panels]
         row += [no_at_cell(group.baselines["no AT"], runs)] if with_b_val else []
         for kind in kinds:
@@ -116,25 +114,46 @@ def curve_section(runs, figure_folder, figure, rankings):
 
 
 def matrix_table(group_runs, classes, single, comparable):
-    """Fig. 2's table, with a row for each class A; if `comparable`, the paper's numbers stand in brackets."""
+    """Fig. 2's table, with a row for each class A that has runs. If `comparable`, the paper's numbers stand
+    in brackets."""
     rows = []
-    for a in classes:
-        runs, cells = single.get(a, []), []
+    for a in (c for c in classes if c in single):
+        runs, cells = single[a], []
         for c in classes:
             values = [r.accuracy["classes"][c]["robust"]["accuracy"] for r in runs]
-            cells.append(f"{100 * statistics.fmean(values):.0f}" if values and None not in values else "-")
+            cells.append("-" if None in values else f"{100 * statistics.fmean(values):.0f}")
             if comparable:
                 cells[-1] += f" ({fig2_accuracy(a, c)})"
-        rows.append([a if runs else f"{a}: no run yet", str(len(runs)), cell(runs, "A_val"),
-                     cell(runs, "B_val"), no_at_cell(group_runs, runs),
+        rows.append([a, str(len(runs)), cell(runs, "A_val"), cell(runs, "B_val"),
+                     no_at_cell(group_runs, runs),
                      *paper_cells(runs, "B_val", "robust", fig2_accuracy(a, "B_val") if comparable else None),
                      cell(runs), *cells])
     for line, split in BASELINES.items():
-        baseline = pick(group_runs, split=split)
-        rows.append([line, str(len(baseline)), *["-"] * 5, cell(baseline), *["-"] * len(classes)])
+        if baseline := pick(group_runs, split=split):
+            rows.append([line, str(len(baseline)), *["-"] * 5, cell(baseline), *["-"] * len(classes)])
     head = ["A", "seeds", "robust A_val %", "robust B_val %", "no AT on that B %", "paper B_val %",
             "difference", "robust all %"]
     return markdown([*head, *(f"on {c} %" for c in classes)], rows)
+
+
+def authors_attack_table(authors, single):
+    """CSAT by the authors' training attack beside PGD, each {class A: runs}. The accuracies after the last
+    epoch, of runs with a log, stand beside those of the selected checkpoint."""
+    head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %", "clean %"]
+    rows_of_runs = [(a, attack, runs) for a in authors
+                    for attack, runs in (("pgd", single.get(a, [])), ("pgd-authors", authors[a])) if runs]
+    rows = [[a, attack, str(seed_count(runs)), *(cell(runs, part) for part in ("A_val", "B_val", "all")),
+             cell(runs, "all", "clean")] for a, attack, runs in rows_of_runs]
+    n = {r.last_epoch["n"] for _, _, runs in rows_of_runs for r in runs if r.last_epoch}
+    if n:
+        head += ["epochs selected"] + [f"{kind} % after the last epoch, on {max(n):,} selection examples"
+                                       for kind in ("robust", "clean")]
+        for row, (_, _, runs) in zip(rows, rows_of_runs):
+            row.append(" ".join(str(r.epoch) for r in runs))
+            for kind in ("robust", "clean"):
+                values = [f"{100 * r.last_epoch[kind]:.1f}" for r in runs if r.last_epoch]
+                row.append(" ".join(values) or "-")
+    return markdown(head, rows)
 
 
 def matrix_section(runs, figure_folder):
@@ -151,21 +170,20 @@ def matrix_section(runs, figure_folder):
             file = "fig2" if i == 1 else f"fig2-{i}"
             classes, setting = list(group[0].accuracy["classes"]), group[0].setting
             comparable = comparable_data(data, setting) == "cifar10"
+            missing = [f"A = {c}" for c in classes if c not in single]
+            missing += [f"the baseline {line}" for line, split in BASELINES.items()
+                        if not pick(group, split=split)]
             figures.matrix(figure_folder / file, f"{title}, {weight}", data, name, classes, single,
                            pick(group, split="none"), pick(group, split="full"))
             paragraphs += [f"![{title}](figures/{file}.png)", f"### {data}: {formula}; {name}",
                            "In brackets: the paper's." if comparable else "",
                            matrix_table(group, classes, single, comparable),
+                           f"Missing runs: {', '.join(missing)}." if missing else "",
                            claims.agreement_with_fig2(classes, single) if comparable else "",
                            differences_from_paper(data, setting)]
             if authors:
-                head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %"]
-                rows = [[a, attack, str(seed_count(rs)),
-                         *(cell(rs, part) for part in ("A_val", "B_val", "all"))]
-                        for a in authors
-                        for attack, rs in (("pgd", single.get(a, [])), ("pgd-authors", authors[a]))]
                 paragraphs += ["With the training attack of the authors' code, beside PGD:",
-                               markdown(head, rows)]
+                               authors_attack_table(authors, single)]
     return [f"## {title}", *(paragraphs or ["No runs yet."])]
 
 
@@ -205,8 +223,9 @@ def claims_section(runs):
     """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
     paragraphs = ["## The paper's claims"]
     for (data, group), (rows, noise) in claims.claims(runs).items():
+        baselines = [r for r in pick(runs, data=data, group=group) if r.split in BASELINES.values()]
         paragraphs += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows),
-                       str(noise)]
+                       str(noise), "" if "->" in data else claims.unlike_selection(baselines)]
     return paragraphs if len(paragraphs) > 1 else []
 
 
@@ -224,11 +243,16 @@ def evaluation_section(folder):
     return ["## Evaluations under other settings (evaluate.py)", markdown(head, rows)] if rows else []
 
 
+def costs_of_rankings(rankings):
+    """{hash of scores: cost of the ranking, in forward passes}."""
+    return {hash_of_scores: ranking["cost"] for ranking in rankings.values()
+            for hash_of_scores in ranking.get("scores", {}).values()}
+
+
 def cost_section(runs, rankings, figure_folder):
     """Robust accuracy against the cost of training, for all runs of a data set: what SAT saves."""
     title = "Robust accuracy against the cost of training"
-    ranking_costs = {hash_of_scores: ranking["cost"] for ranking in rankings.values()
-                     for hash_of_scores in ranking.get("scores", {}).values()}
+    ranking_costs = costs_of_rankings(rankings)
     groups = {k: group for k, group in grouped(pick(runs, transfer=False), "data", "group").items()
               if len({r.split for r in group}) > 1}
     if not groups:

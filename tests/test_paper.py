@@ -1,4 +1,5 @@
 """The paper's figures: their runs and what makes these; accuracies, contrasts, verdicts, tables, figures."""
+import csv
 import functools
 import itertools
 import json
@@ -18,7 +19,7 @@ import evaluate
 import report
 import sat
 from common import HERE, UserError
-from paper import claims, experiments, figures, published, results, stats, tables
+from paper import claims, experiments, figures, published, results, short, stats, tables
 from runs import load
 
 CLASSES = experiments.CIFAR10
@@ -104,7 +105,7 @@ def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, training, tes
             pool = [r for A in range(3, 10) for r in setting(A, 0.0)]
         classes = (CLASSES[1:], CLASSES[:-1]) if draw % 2 else (None, None)  # other classes pair less well
         interval = stats.contrast([(1, one, classes[0]), (-1, other, classes[1])], [*one, *other, *pool])
-        holds += claims.verdict("above", interval, one, other) == "holds"
+        holds += claims.verdict("above", interval, (one, other), one) == "holds"
     assert least <= holds <= most
 
 
@@ -112,11 +113,18 @@ def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, training, tes
     ("above", (1, 0.1, 2), "holds"), ("above", (0, -1, 1), "open"), ("above", (-1, -2, -0.1), "contradicted"),
     ("within", (0, -2.9, 2.9), "holds"), ("within", (2, 1, 3.1), "open"),
     ("within", (5, 3.1, 7), "contradicted"), ("within", (-5, -7, -3.1), "contradicted"),
-    ("not below", (9, -2.9, 20), "holds"), ("not below", (-4, -5, -3.1), "contradicted")])
+    ("not below", (9, -2.9, 20), "holds"), ("not below", (-4, -5, -3.1), "contradicted"),
+    ("below", (-9, -20, -3.1), "holds"), ("below", (-4, -5, -2.9), "open"),
+    ("below", (0, -2.9, 20), "contradicted")])
 def test_verdict_rules(rule, interval, expected):
-    runs = three("full", 0.5)
-    assert claims.verdict(rule, interval, runs, runs) == expected
-    assert claims.verdict(rule, interval, runs[:1], runs) == "open (one seed)"
+    """With one seed a claim is decided where other settings show the noise of training. No AT, near 0 %,
+    varies too little for that."""
+    runs, near_0 = three("full", 0.5), three("none", 0.02)
+    assert claims.verdict(rule, interval, (runs, runs), runs) == expected
+    assert claims.verdict(rule, interval, (runs[:1], runs), runs) == f"{expected} (one seed)"
+    for pool in (runs[:1], near_0):
+        assert claims.verdict(rule, interval, (runs[:1], runs), pool) == "open (one seed)"
+        assert claims.verdict(rule, interval, (runs, runs[:1]), runs, pool) == "open (one seed)"
 
 
 def everything():
@@ -164,8 +172,101 @@ def test_claims_get_the_verdict_of_their_interval():
     assert {row[3] for row in rows} == {"open (one seed)", "open (one seed): 2 classes"}
     assert noise.df == 0
     hardest, easiest = three("esat", 0.2), three("esat", 0.45, order="easiest")
-    (rows, _), = claims.claims([*hardest, *easiest, *three("esat", 0.45, order="random")]).values()
-    assert [row[3] for row in rows] == ["contradicted", "contradicted"], "random is far above hardest"
+    for random, decision in ((0.45, "holds"), (0.1, "contradicted")):  # far above or below the hardest
+        (rows, _), = claims.claims([*hardest, *easiest, *three("esat", random, order="random")]).values()
+        assert [row[3] for row in rows] == ["contradicted", decision]
+    (rows, _), = claims.claims([*hardest, easiest[0]]).values()
+    assert [row[3] for row in rows] == ["contradicted (one seed)"]
+
+
+def test_a_contrast_refuses_a_run_in_two_terms():
+    runs = three("full", 0.5)
+    with pytest.raises(ValueError, match="a run is given twice"):
+        stats.contrast([(1, runs, CLASSES[:5]), (-1, runs[:1], CLASSES[5:])], runs)
+
+
+def test_a_difference_of_two_test_sets_by_hand():
+    """Variances 4 and 1 with 10 and 5 degrees of freedom."""
+    value, low, high = stats.difference((5.0, 4.0, 10), (2.0, 1.0, 5))
+    assert value == 3
+    assert (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, 25 / (16 / 10 + 1 / 5)) * 5**0.5)
+
+
+def test_hard_and_easy_examples_on_two_data_sets():
+    """Claim (i): only for groups of the same conditions, and not without both orders on both."""
+    def rows(other):
+        return [row for row in claims.claims([*ours, *other])["cifar10", "g"][0] if row[0][:3] == "(i)"]
+    ours = [*three("esat", 0.45), *three("esat", 0.20, order="easiest")]
+    hard, easy = three("esat", 0.24, data="cifar100"), three("esat", 0.15, order="easiest", data="cifar100")
+    row, = rows([*hard, *easy])
+    assert '"with increasing complexity of datasets" (CIFAR-10 minus CIFAR-100), at \\|A\\|/N = 0.1' in row[0]
+    assert row[1] == "+27.9, +9.9: +18.0"
+    terms = [((1, one, None), (-1, other, None)) for one, other in ((ours[:3], ours[3:]), (hard, easy))]
+    (a, variance_a, _), (b, variance_b, _) = (stats.estimate(pair, pool) for pair, pool in
+                                              zip(terms, (ours, [*hard, *easy])))
+    assert row[2].startswith("+25.0, +9.0: +16.0 [")
+    low, high = (float(end) for end in row[2].split("[")[1].strip("]").split(", "))
+    least, most = (2 * q * (variance_a + variance_b)**0.5 for q in (1.96, 2.2))
+    assert a - b == pytest.approx(16)
+    assert least - 0.1 < high - low < most, "variances add"
+    assert row[3] == "holds"
+    assert rows(hard) == []
+    for r in hard:
+        r.setting = {**SETTING, "epochs": 3}
+    assert rows([*hard, *easy]) == []
+
+
+def test_the_authors_attack_gets_the_verdict_that_was_predicted():
+    """(j): A_val of cat falls, that of automobile stays."""
+    def csat(c, own, **values):
+        robust = np.where(np.array(CLASSES) == c, own, 0.3)
+        return three("csat", robust, A_classes=(c,), weight="balanced", **values)
+    pgd = [*csat("cat", 0.79), *csat("automobile", 0.92)]
+    for cat, car, decisions in ((0.5, 0.92, ["holds", "holds"]), (0.79, 0.5, ["contradicted"] * 2)):
+        authors = [*csat("cat", cat, attack="pgd-authors"), *csat("automobile", car, attack="pgd-authors")]
+        rows = list(claims.authors_attack_claims(pgd, authors))
+        assert [row[3] for row in rows] == decisions
+        assert [row[1] for row in rows] == ["50 (cat)", "94 (automobile)"]
+        assert rows[0][2].startswith(f"{100 * cat:.1f}, 79.0: {100 * cat - 79:+.1f} [")
+        assert rows[1][2].startswith(f"{100 * car:.1f}, 92.0: {100 * car - 92:+.1f} [")
+
+
+@pytest.mark.parametrize("last,text", [
+    (None, ", and the accuracies after the last epoch are not known."),
+    ([0.9, 0.8, 0.7], ". After the last epoch, clean accuracy on the 250 examples that select a checkpoint "
+                      "was 90.0 % of no AT, 75.0 % of AT.")])
+def test_clean_accuracies_at_different_learning_rates_are_not_compared(last, text):
+    """Claim (e): no AT was selected after one decay, one seed of AT after two."""
+    runs = [run("none", 0.0, 0.9, decays=1, epoch=9), run("full", 0.4, 0.8, decays=1, epoch=9),
+            run("full", 0.4, 0.8, decays=2, epoch=12, seed=1)]
+    for r, clean in zip(runs, last or [None] * 3):
+        r.last_epoch = clean and {"n": 250, "clean": clean, "robust": 0.1}
+    alike = runs[:2]
+    assert claims.unlike_selection(alike) == ""
+    assert [row[0][:3] for row in claims.claims(alike)["cifar10", "g"][0]] == ["(e)"]
+    start = "(e) has no row: the checkpoints were selected at different learning rates, of no AT at epoch 9, "
+    assert claims.unlike_selection(runs) == f"{start}of AT at epoch 9, 12{text}"
+    assert claims.claims(runs) == {}
+    esat = [run("esat", 0.4), run("esat", 0.3, order="easiest")]
+    assert tables.claims_section([*runs, *esat])[-1].startswith(start)
+
+
+def test_accuracies_after_the_last_epoch_are_those_of_the_log(tmp_path):
+    """A run of 12 epochs, the 9th of which was selected. A run without a log has none."""
+    result = load(HERE / "results-published/cifar10/cpu-esat-random-0.1-seed0/result.json")
+    log = [{"epoch": e} for e in range(1, 13)]
+    for row in (log[8], log[11]):
+        row["selection"] = {"n": 250, "clean": row["epoch"] / 20, "robust": row["epoch"] / 40}
+    one = results.Run(tmp_path / "result.json", result)
+    assert one.last_epoch is None
+    assert (one.epoch, one.decays) == (9, 1)
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in log))
+    two = results.Run(tmp_path / "result.json", result)
+    assert two.last_epoch == {"n": 250, "clean": 0.6, "robust": 0.3}
+    results.write_csv(tmp_path / "runs.csv", [one, two])
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    columns = ["selected_epoch", "last_epoch_n", "last_epoch_robust", "last_epoch_clean"]
+    assert [[row[c] for c in columns] for row in rows] == [["9", "", "", ""], ["9", "250", "30.0", "60.0"]]
 
 
 @pytest.mark.parametrize("least,some,most,expected", [(20, 40, 60, "contradicted"), (25, 56.5, 60, "open")])
@@ -177,7 +278,8 @@ def test_recovering_90_percent(least, some, most, expected):
     _, *ends = stats.contrast([(1, half, None), (-share, full, None), (share - 1, none, None)], pool)
     low, high = (100 * (share + end / (most - least)) for end in ends)
     row = claims.recovery_claim(pool, none, half, full, "cifar10")
-    assert f"{100 * share:.0f} % [{low:.0f}, {high:.0f}]" in row[2]
+    behind = stats.interval_text(stats.contrast([(1, half, None), (-1, full, None)], pool))
+    assert row[2].endswith(f": {100 * share:.0f} % [{low:.0f}, {high:.0f}]; half minus AT {behind}")
     assert row[3] == expected
 
 
@@ -276,11 +378,12 @@ def test_tables_of_curves(tmp_path):
     for line in ("| hardest | 25,000 | 0.50 | 1 | 1 | 60.0 [56.9, 63.0] | 100.0 [99.6, 100.0] "
                  "| 66.4 | -6.4 | 89.3 | +10.7 |",
                  "| random | 25,000 | 0.50 | 1 | 2 | 50.0 ± 14.1 | 100.0 ± 0.0 | 64.5 | -14.5 | 91.0 |",
-                 "| AT | 50,000 | 1.00 | 1 | 1 | 70.0 [67.1, 72.8] |", "| no AT | no run yet |",
+                 "| AT | 50,000 | 1.00 | 1 | 1 | 70.0 [67.1, 72.8] |",
                  "Missing runs of these lines: random at |A| = 5,000, the baseline no AT.",
                  "the runs by entropy used 2 different rankings"):
         assert line in text
     assert "Not the paper's setting" not in text
+    assert "| no AT |" not in text
     own = np.isin(CLASSES, ["cat", "dog"])
     runs = [run("none", 0.1 * ~own), run("csat", 0.2 + 0.3 * own, A_classes=("cat", "dog"), order="hardest")]
     text = "\n".join(tables.curve_section(runs, tmp_path, FIG5, {}))
@@ -288,17 +391,67 @@ def test_tables_of_curves(tmp_path):
 
 
 def test_the_authors_attack_stands_beside_pgd_and_in_no_other_table(tmp_path):
-    """Neither the claims nor the pooled noise nor Fig. 2's own table change."""
+    """Neither the other claims nor the pooled noise nor Fig. 2's own table change."""
     plain = [*three("none", 0.02), *three("csat", 0.38, A_classes=("cat",), weight="balanced")]
     more = three("csat", 0.8, A_classes=("cat",), weight="balanced", attack="pgd-authors")
     assert results.without_repeats(plain + more) == plain + more
-    assert tables.claims_section(plain + more) == tables.claims_section(plain)
+    lines, more_lines = ("\n".join(tables.claims_section(runs)).splitlines()
+                         for runs in (plain, plain + more))
+    assert [line for line in more_lines if not line.startswith("| (j)")] == lines
+    assert len(more_lines) == len(lines) + 1
     before, after = (tables.matrix_section(runs, tmp_path) for runs in (plain, plain + more))
     assert [text for text in after if text in before] == before
-    for line in ("| cat | pgd | 3 | 38.0 ± 1.0 | 38.0 ± 1.0 | 38.0 ± 1.0 |",
-                 "| cat | pgd-authors | 3 | 80.0 ± 1.0 | 80.0 ± 1.0 | 80.0 ± 1.0 |"):
+    for line in ("| cat | pgd | 3 | 38.0 ± 1.0 | 38.0 ± 1.0 | 38.0 ± 1.0 | 90.0 ± 1.0 |",
+                 "| cat | pgd-authors | 3 | 80.0 ± 1.0 | 80.0 ± 1.0 | 80.0 ± 1.0 | 90.0 ± 1.0 |"):
         assert line in after[-1]
+    assert "last epoch" not in after[-1]
+    more[0].last_epoch = {"n": 250, "robust": 0.42, "clean": 0.63}
+    table = tables.matrix_section(plain + more, tmp_path)[-1]
+    assert "| robust % after the last epoch, on 250 selection examples |" in table
+    assert "| 80.0 ± 1.0 | 90.0 ± 1.0 | 12 12 12 | 42.0 | 63.0 |" in table
+    assert "| 38.0 ± 1.0 | 90.0 ± 1.0 | 12 12 12 | - | - |" in table
     assert tables.matrix_section(more, tmp_path) == ["## Fig. 2: CSAT on a single class", "No runs yet."]
+
+
+def test_fig2_has_no_rows_without_runs(tmp_path):
+    runs = [*three("none", 0.02), *(run("csat", 0.3, A_classes=(c,)) for c in ("cat", "ship"))]
+    text = "\n".join(tables.matrix_section(runs, tmp_path))
+    assert re.findall(r"(?m)^\| (\S[^|]*) \| \d", text) == ["cat", "ship", "no AT"]
+    missing = ", ".join(f"A = {c}" for c in CLASSES if c not in ("cat", "ship"))
+    assert f"Missing runs: {missing}, the baseline AT." in text
+
+
+def test_in_short(tmp_path):
+    """Of the largest group on CIFAR-10: the rows that have runs. AT costs 100 or, before a transfer, 200."""
+    runs = [*three("full", 0.42, 0.65, cost=100), *three("esat", 0.20, 0.75, cost=26, ranking="x"),
+            run("esat", 0.4, A=25000, order="random", cost=59), run("esat", 0.9, A=25000, group="small"),
+            *three("csat", np.where(np.array(CLASSES) == "cat", 0.8, 0.2), A_classes=("cat",), w_A=9,
+                   weight="balanced", cost=26),
+            *three("csat", 0.9, A_classes=("cat",), weight="balanced", attack="pgd-authors")]
+    moved = {"transfer": True, "data": "cifar100->cifar10", "n_classes": 100}
+    runs += [*three("full", 0.3, A=50000, cost=200, **moved), *three(
+        "csat", 0.25, A_classes=tuple("abcdefghij"), w_A=18, weight="emphasis", cost=52, **moved)]
+    rankings = {"rank.json": {"fingerprint": {"name": "cifar10"}, "scores": {"entropy": "x"}, "cost": 24}}
+    heading, image, table, notes = short.section(runs, rankings, tmp_path)
+    assert heading == "## In short"
+    assert image.endswith("(figures/short.png)")
+    assert (tmp_path / "short.png").exists()
+    assert table.splitlines()[2:] == [
+        "| the hardest 10 % of the examples | 26 | 3 | 20.0 ± 1.0 | 75.0 ± 1.0 | 52.1 |",
+        "| random 50 % of the examples | 59 | 1 | 40.0 [37.0, 43.1] | 100.0 [99.6, 100.0] | 64.5 |",
+        "| everything (AT) | 100 | 3 | 42.0 ± 1.0 | 65.0 ± 1.0 | 69.0 |",
+        "| the class cat, with weight 9 | 26 | 3 | 26.0 ± 1.0; on the other classes 20.0 ± 1.0 | 90.0 ± 1.0 "
+        "| 37.8 on the other classes |",
+        "| transfer from CIFAR-100: the 10 hardest classes, with weight 18 | 26 | 3 | 25.0 ± 1.0 "
+        "| 90.0 ± 1.0 | - |",
+        "| transfer from CIFAR-100: everything (AT) | 100 | 3 | 30.0 ± 1.0 | 90.0 ± 1.0 | 42.8 |"]
+    assert notes.startswith("cifar10 and cifar100 to cifar10: g. The paper's: preactresnet18, 200 epochs, ")
+    assert "costs 24 % more" in notes
+    assert short.section(runs[-3:], {}, tmp_path) == []
+    (tmp_path / "page.md").write_text("<!-- table: In short -->\n<!-- end -->\n")
+    report.fill_in(tmp_path / "page.md", [[heading, image, table, notes]])
+    assert table in (tmp_path / "page.md").read_text()
+    assert "![" not in (tmp_path / "page.md").read_text()
 
 
 @pytest.mark.slow
