@@ -86,24 +86,24 @@ def check_logits(model, x, y):
 
 
 def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
-    """Raises ValueError for arguments that are not valid for an attack. Warns of steps hardly meant."""
+    """Raises ValueError for arguments that no attack takes. Warns of steps that are probably a mistake."""
     check_norm(norm)
     if torch.is_inference_mode_enabled():
-        raise ValueError("torch.inference_mode() keeps attacks from gradients: use torch.no_grad()")
+        raise ValueError("torch.inference_mode() forbids the gradients of an attack: use torch.no_grad()")
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each image, (N,) int64")
-    if len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false of nan too
+    if len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false for nan too
         raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
     largest = 1 if norm == "linf" else x.shape[1:].numel()**0.5  # the distance from black to white
     if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps <= largest:
-        raise ValueError(f"eps = {eps}: valid for {norm} are 0 to {largest:.4g}, since pixels are in [0, 1] "
+        raise ValueError(f"eps = {eps}: {norm} takes 0 to {largest:.4g}, since pixels are in [0, 1] "
                          "(divide an eps for pixels up to 255 by 255)")
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start is {tuple(start.shape)}, x {tuple(x.shape)}: a perturbation for each image")
     if not isinstance(steps, int) or steps < 0 or not 0 <= step_size < float("inf"):
-        raise ValueError(f"{steps} steps of {step_size}: 0 or more, of a finite size")
+        raise ValueError(f"{steps} steps of {step_size}: give a whole number, 0 or more, and a finite size")
     if steps and eps > 0 and step_size == 0:
         warnings.warn("step_size = 0: the steps of the attack change nothing", stacklevel=3)
     if steps and norm == "linf" and step_size > 2 * eps > 0:
@@ -163,7 +163,7 @@ def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step_function=pgd_step, 
 def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None,
                 step_function=pgd_step, check_input=True, limit=10.0):
     """PGD as in the code of the paper's authors. Returns for each example the iterate of the highest loss, of
-    the start (as in pgd) and the first steps - 1 iterates.
+    the start (as in pgd: 0 if it is None) and the first steps - 1 iterates.
 
     The attack ends for the whole batch at the first iterate whose mean cross-entropy exceeds `limit`, and
     leaves that iterate out (except the start). Their limit is 10 for the mean of the loss that they train
@@ -179,7 +179,7 @@ def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None,
     with eval_mode(model), torch.enable_grad():
         for _ in range(steps):
             next_delta, losses = step_function(model, x, y, delta.requires_grad_(), eps, step_size, norm)
-            if not losses.mean() <= limit:  # true of nan too
+            if not losses.mean() <= limit:  # true for nan too
                 break
             better = losses > highest_loss
             best_delta = torch.where(better.view(-1, 1, 1, 1), delta.detach(), best_delta)

@@ -124,7 +124,8 @@ def set_up(args):
 
 
 def device_name(device):
-    """The device's name, as results give it. On a CPU its vector instructions, on which rounding depends."""
+    """The device's name, as results give it. On a CPU its vector instructions and threads, on which rounding
+    depends."""
     import torch
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -144,10 +145,10 @@ def duration(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def progress(steps, **bar):
-    """A tqdm bar over `steps`, shown by process 0 when stderr is a terminal. `bar`: tqdm's own arguments."""
+def progress(iterable, **bar):
+    """A tqdm bar over an iterable, which process 0 shows on a terminal. `bar`: tqdm's own arguments."""
     from tqdm import tqdm
-    return tqdm(steps, disable=process_index() > 0 or None, leave=False, dynamic_ncols=True, **bar)
+    return tqdm(iterable, disable=process_index() > 0 or None, leave=False, dynamic_ncols=True, **bar)
 
 
 def process_prefix():

@@ -11,11 +11,11 @@ import yaml
 from common import HERE, UserError, say
 from flags import DEFAULTS, FLAGS, Parser, add_flags, dests, file_path, nearest, script_parser
 
-BOOLS = {"true": "--", "false": "--no-"}  # what stands before the name of a switch; YAML's True is true
+SWITCH_PREFIXES = {"true": "--", "false": "--no-"}  # YAML's True is true
 
 
-def configs(folder=""):
-    """The names of the configs in configs/ or in a folder of it, as text."""
+def config_paths(folder=""):
+    """The paths of the configs in configs/ or in a folder of it, as text."""
     files = sorted((HERE / "configs" / folder).glob("*.yaml"))
     return " ".join(str(path.relative_to(HERE)) for path in files)
 
@@ -39,23 +39,24 @@ def from_yaml(path):
                 raise UserError(f"{key} is given twice")
             values |= vars(parser.parse_args(words_of(key, node, flag_types[key])))
     except FileNotFoundError:
-        raise UserError(f"there is no config {path}; there are {configs()} {configs('transfer')}") from None
+        paths = f"{config_paths()} {config_paths('transfer')}"
+        raise UserError(f"there is no config {path}; there are {paths}") from None
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"cannot read the config {path}: {' '.join(str(e).split())}") from None
     return values
 
 
-def words_of(key, node, flag_type):
+def words_of(key, node, value_type):
     """A line of a config as words of a command line: lr: 0.1 -> --lr=0.1."""
     is_list = isinstance(node, yaml.SequenceNode)
     items = [item.value for item in (node.value if is_list else [node])]
     empty = any(not isinstance(item, str) or item in ("", "~", "null") for item in items)
-    if empty or is_list and not isinstance(flag_type, tuple):
+    if empty or is_list and not isinstance(value_type, tuple):
         raise UserError(f"{key}: not a value of this flag (python sat.py --help shows its type)")
-    if flag_type is bool:
-        if items[0].lower() not in BOOLS:
+    if value_type is bool:
+        if items[0].lower() not in SWITCH_PREFIXES:
             raise UserError(f"{key}: {items[0]!r} is not a value of this switch; valid: true, false")
-        return [BOOLS[items[0].lower()] + key]
+        return [SWITCH_PREFIXES[items[0].lower()] + key]
     return [f"--{key}", *items] if is_list else [f"--{key}={items[0]}"]
 
 
@@ -71,17 +72,18 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     path = finder.parse_known_args(argv)[0].config
     is_of_transfer = path.resolve().parent == HERE / "configs" / "transfer"
     if is_of_transfer and script != "transfer.py":
-        raise UserError(f"{path} is of transfer.py; {script} takes one of {configs()}")
+        raise UserError(f"{path} is a config of transfer.py; {script} takes one of {config_paths()}")
     from_config = from_yaml(path)
     parser = script_parser(script, doc, {**DEFAULTS, **from_config}, checkpoint_help, parents=[finder])
     typed = vars(parser.parse_args(argv))
     config = typed.pop("config")
     if script == "transfer.py" and config == finder.get_default("config") and "dataset" not in typed:
-        raise UserError(f"to which data set? Give --dataset, or --config with one of {configs('transfer')}")
+        raise UserError("to which data set? Give --dataset, or --config with one of "
+                        f"{config_paths('transfer')}")
     base = {k: from_config.get(k, DEFAULTS[k]) for k in dests(script)}
     args = argparse.Namespace(**{**base, **typed}, config=config, base=base, typed=set(typed))
     if "norm" in base:
-        check_norm(args, from_config)
+        check_norm_has_eps(args, from_config)
     if len(set(args.lr_decays)) < len(args.lr_decays):
         raise UserError(f"--lr-decays {' '.join(map(str, args.lr_decays))} has an epoch twice, after which "
                         "the learning rate would fall a hundredfold: give each once")
@@ -91,7 +93,7 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     return args
 
 
-def check_norm(args, from_config):
+def check_norm_has_eps(args, from_config):
     """UserError if a norm is chosen without an eps and a step size of its own: their values for another norm
     mean something else."""
     norms = {args.norm, args.base["norm"]}

@@ -150,7 +150,7 @@ def selection_and_final(n):
     """Indices of the 10 % of the n test examples that select checkpoints, and of the other 90 %, on which
     accuracies are reported (Sec. 4)."""
     if n < 2:
-        raise UserError(f"the test set has {n} image: at least 2 are needed, one selects a checkpoint")
+        raise UserError(f"the test set has {n} image: it takes 2 or more, one of them to select a checkpoint")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
     n_selection = max(1, round(0.1 * n))
     return order[:n_selection], order[n_selection:]

@@ -29,17 +29,17 @@ def read_dataset(name, root, side=None):
     cannot be used. A publisher's small images are saved as <name>.pt. `side`: as in image_folder()."""
     path, folder = root / f"{name}.pt", root / name
     # The paper's sets need train/: torchvision has a folder caltech256/ as well.
-    has_folder = (folder / "train" if name in TABLE_1 else folder).is_dir() and name != "imagenet200"
+    is_image_folder = (folder / "train" if name in TABLE_1 else folder).is_dir() and name != "imagenet200"
     if name in DIGITS:
         return digits(name)
     if path.exists():
         train, test, classes = tensor_file(path)
-    elif has_folder:
+    elif is_image_folder:
         train, test, classes = image_folder(folder, side=side)
     else:
         train, test, classes = publisher(name, root)
     check(name, root, train, test, classes)
-    if isinstance(train[0], torch.Tensor) and not path.exists() and not has_folder:
+    if isinstance(train[0], torch.Tensor) and not path.exists() and not is_image_folder:
         parts = {part: {"x": x, "y": y} for part, (x, y) in (("train", train), ("test", test))}
         try:
             save(path, {**parts, "classes": classes})
@@ -87,8 +87,8 @@ def warn_of_duplicates(title, x, y, x_test, y_test):
     else:
         keys, test_keys = file_keys(x, x_test)
         at_least = "at least "
-    train_keys, first_label, in_two_classes = set(keys), {}, set()
-    shared = sum(key in train_keys for key in test_keys)
+    first_label, in_two_classes, distinct_keys = {}, set(), set(keys)
+    shared = sum(key in distinct_keys for key in test_keys)
     if shared > len(y_test) / 1000:
         say(f"warning: {at_least}{shared:,} of the {len(y_test):,} test images of {title} are training "
             "images too: accuracies on them say little about new images")

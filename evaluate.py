@@ -190,7 +190,7 @@ class Watch:
         return False
 
     def warn(self, text):
-        """Shows and keeps a warning, the first of its kind: others of the kind differ in their numbers."""
+        """Shows and keeps a warning, unless one that differs in numbers alone has been shown."""
         without_numbers = re.sub(r"\d", "", text)
         if without_numbers not in self.warned_of:
             self.warned_of.add(without_numbers)
@@ -236,7 +236,7 @@ def accuracy_lines(result):
     return "\n".join(lines)
 
 
-def finished(folder, args):
+def result_of_finished_run(folder, args):
     """Prints the result of a finished run and returns it. With other flags of evaluation than the run's, its
     best.pt is evaluated again. UserError if it is of other data than the user's own as they are now."""
     result = runs.load(folder / "result.json", ("args", "settings", "accuracy", "fingerprint"))

@@ -72,8 +72,8 @@ def number(cls, low, high=1e30, low_excluded=False):
 
 
 def file_path(text):
-    """A type for argparse: a path. A ~ at its start is the home folder also where no shell sees it: in a
-    config, and in --results=~/x."""
+    """A type for argparse: a path. A ~ at its start means the home folder even where no shell expands
+    it: in a config, and in --results=~/x."""
     return Path(os.path.expanduser(text))
 
 
@@ -232,12 +232,12 @@ def add_flags(parser, groups, defaults=DEFAULTS):
             group.add_argument(flag, **options)
 
 
-def script_parser(script, doc, defaults, checkpoint=None, **options):
-    """The parser of a script: its flags, with `defaults` as their defaults. `checkpoint`: the help of its
-    argument CHECKPOINT, if it has one. `options`: of argparse."""
-    usage = "CHECKPOINT [--flag VALUE ...]" if checkpoint else "[--flag VALUE ...]"
+def script_parser(script, doc, defaults, checkpoint_help=None, **options):
+    """The parser of a script: its flags, with `defaults` as their defaults. `checkpoint_help`: of its
+    argument CHECKPOINT, if it has one. `options`: are passed on to argparse."""
+    usage = "CHECKPOINT [--flag VALUE ...]" if checkpoint_help else "[--flag VALUE ...]"
     parser = Parser(prog=script, usage=f"python {script} {usage}", description=doc, **options)
-    if checkpoint:
-        parser.add_argument("checkpoint", type=file_path, help=checkpoint)
+    if checkpoint_help:
+        parser.add_argument("checkpoint", type=file_path, help=checkpoint_help)
     add_flags(parser, SCRIPTS[script], defaults)
     return parser

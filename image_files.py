@@ -140,16 +140,16 @@ def image_folder(root, classes=None, side=None):
     return (train, y), (test, y_test), classes
 
 
-def choose_test_folder(root, classes):
-    """test/, or val/ if test/ is missing or holds no class, as in ImageNet, whose test images have no labels.
-    """
+def choose_test_folder(root, train_folders):
+    """test/; but val/, if there is one, where test/ is missing or holds none of the classes, as in ImageNet,
+    whose test images have no labels."""
     test, val = root / "test", root / "val"
     if not val.is_dir():
         return test
     if test.is_dir():
-        if not {unicode_name(name) for name in os.listdir(test)}.isdisjoint(classes):
+        if not {unicode_name(name) for name in os.listdir(test)}.isdisjoint(train_folders):
             return test
-        say(f"note: {test} has no class folders: {val} is the test set")
+        say(f"note: {test} has none of the class folders of train/: {val} is the test set")
     return val
 
 
@@ -169,7 +169,7 @@ def evenly(values, n=200):
     return values[::max(1, len(values) // n)]
 
 
-def read_headers(paths):
+def sizes_of_sample(paths):
     """The sizes (W, H) of a sample of images. Notes that transparent pixels become white, if some can be."""
     from PIL import Image
     sizes, with_alpha = [], []
@@ -184,10 +184,11 @@ def read_headers(paths):
 
 
 def small_images(paths, side):
-    """The images of `paths` as a uint8 tensor (N, 3, H, W); None if they are to be streamed: they are larger
-    than SMALL, or not all of one size or not square, and a `side` was given. UserError if none was."""
-    sizes = sorted(read_headers(paths), key=max)
-    usual = sizes[(len(sizes) - 1) // 2] if sizes else (0, 0)  # that of most images, if they are small
+    """The images of `paths` as a uint8 tensor (N, 3, H, W), or None if they are to be streamed: most are
+    larger than SMALL, or they are not square, or not of one size, and a `side` is given. Without a `side`,
+    small images that are not square, or not of one size, are a UserError."""
+    sizes = sorted(sizes_of_sample(paths), key=max)
+    usual = sizes[(len(sizes) - 1) // 2] if sizes else (0, 0)  # the median of the sample
     if max(usual) > SMALL or (side and usual[0] != usual[1]):
         return None
     advice = f"or give --side {max(32, *usual)}: all are then resized to it and augmented as photographs are"

@@ -11,13 +11,13 @@ from common import can_compile, process_count
 
 class PreActBlock(nn.Module):
     """Pre-activation residual block (He et al. 2016): (N, C_in, H, W) -> (N, C_out, H / stride, W / stride).
-    `always`: put a 1x1 convolution into the shortcut even where the shapes agree."""
+    `always_project`: put a 1x1 convolution into the shortcut even where the shapes agree."""
 
-    def __init__(self, c_in, c_out, stride, always=False):
+    def __init__(self, c_in, c_out, stride, always_project=False):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        needs_convolution = always or c_in != c_out or stride != 1
+        needs_convolution = always_project or c_in != c_out or stride != 1
         self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if needs_convolution else None
 
     def forward(self, x):
@@ -26,14 +26,14 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + shortcut
 
 
-def preactresnet(channels, widths, blocks, stem=None, always=False):
-    """A convolution to `stem` (or widths[0]) channels, then `blocks` blocks of each width, of which the first
-    halves the side from the second width on, then batch norm, ReLU and pooling."""
+def preactresnet(channels, widths, blocks, stem=None, always_project=False):
+    """A convolution to `stem` (or widths[0]) channels, then `blocks` PreActBlocks of each width, the first of
+    which, from the second width on, halves the side, then batch norm, ReLU and pooling."""
     c_in = stem or widths[0]
     layers = [nn.Conv2d(channels, c_in, 3, 1, 1, bias=False)]
     for stage, width in enumerate(widths):
         for block in range(blocks):
-            layers.append(PreActBlock(c_in, width, 2 if stage > 0 and block == 0 else 1, always))
+            layers.append(PreActBlock(c_in, width, 2 if stage > 0 and block == 0 else 1, always_project))
             c_in = width
     return nn.Sequential(*layers, nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1),
                          nn.Flatten())
@@ -71,7 +71,7 @@ def build(arch, n_classes, mean, std):
     if arch == "preactresnet18":
         features, k = preactresnet(len(mean), (64, 128, 256, 512), 2), 512
     elif arch == "preactresnet18-authors":  # as in the authors' released configs
-        features, k = preactresnet(len(mean), (128, 256, 512, 512), 2, stem=64, always=True), 512
+        features, k = preactresnet(len(mean), (128, 256, 512, 512), 2, stem=64, always_project=True), 512
     elif arch == "preactresnet8":
         features, k = preactresnet(len(mean), (16, 32, 64), 1), 64
     elif arch == "resnet50":
@@ -93,10 +93,10 @@ def sgd(model, lr, weight_decay, device, state=None):
     return optimizer
 
 
-def training_network(model, device, mode):
-    """`model`, compiled as `mode` says, and under torchrun with gradients averaged over the processes. It
-    shares its parameters with `model`, which the attacks use directly."""
-    net = model if mode == "off" else compiled(model, device, mode)
+def training_network(model, device, compilation):
+    """`model`, compiled as `compilation` (of choose_compilation) says, and under torchrun with gradients
+    averaged over the processes. It shares its parameters with `model`, which the attacks use directly."""
+    net = model if compilation == "off" else compiled(model, device, compilation)
     return net if process_count() == 1 else nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
 
 
@@ -118,27 +118,27 @@ def precision(amp, device):
     return "bf16" if amp == "bf16" or (amp == "auto" and has_bf16) else "float32"
 
 
-def compile_mode(mode, device, steps):
+def choose_compilation(flag, device, steps):
     """What --compile comes to: "off", "on" (torch.compile, on GPUs to CUDA graphs) or "step" (on a GPU one
     CUDA graph of the whole training step, in one process). "auto" is "on" on a GPU where a compiler is there
     and the training is so many steps long that compiling, a minute or two, pays; else "off"."""
-    if mode == "auto":
+    if flag == "auto":
         return "on" if device.type == "cuda" and steps >= 5000 and can_compile(device) else "off"
-    return "on" if mode == "step" and (device.type != "cuda" or process_count() > 1) else mode
+    return "on" if flag == "step" and (device.type != "cuda" or process_count() > 1) else flag
 
 
-def size_multiple(device, mode):
+def size_multiple(device, compilation):
     """A multiple of which the number of attacked examples is made, so that few sizes need CUDA graphs."""
-    return 16 if device.type == "cuda" and mode != "off" else 1
+    return 16 if device.type == "cuda" and compilation != "off" else 1
 
 
-def compiled(function, device, mode):
+def compiled(function, device, compilation):
     """A function or network, compiled; with "on" on GPUs to CUDA graphs. The output of a function is then
     copied, since the next call overwrites it; that of a network is used before then."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
-    use_cuda_graphs = mode == "on" and device.type == "cuda"
-    torch_mode = "reduce-overhead" if use_cuda_graphs else None
-    compiled_function = torch.compile(function, fullgraph=True, mode=torch_mode)
+    use_cuda_graphs = compilation == "on" and device.type == "cuda"
+    mode = "reduce-overhead" if use_cuda_graphs else None
+    compiled_function = torch.compile(function, fullgraph=True, mode=mode)
     if not use_cuda_graphs or isinstance(function, nn.Module):
         return compiled_function
     return lambda *args: torch.utils._pytree.tree_map(torch.clone, compiled_function(*args))

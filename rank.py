@@ -21,7 +21,7 @@ import models
 import runs
 from common import UserError, from_process_0, process_index, say
 from data import check_unchanged, open_dataset, plain_batches, process_part, selection_and_final
-from subset import check_scores, class_means, ordering, scores_hash
+from subset import check_scores, class_means, ordering_scores, tensor_hash
 from train import train
 
 
@@ -118,10 +118,10 @@ def table(folder):
     result = runs.load(folder / "rank.json", ("classes_hardest_first", "spearman_of_examples"))
     rows = result["classes_hardest_first"]
     metrics = [m for m in flags.METRICS if m in rows[0]]
-    lines = [f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'error %':>8}"]
+    lines = [f"{'class, hardest first':>20} {' '.join(f'{m:>9}' for m in metrics)} {'clean error %':>14}"]
     for r in rows:
         error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
-        lines.append(f"{r['class'][:20]:>20} {' '.join(f'{r[m]:9.4f}' for m in metrics)} {error:>8}")
+        lines.append(f"{r['class'][:20]:>20} {' '.join(f'{r[m]:9.4f}' for m in metrics)} {error:>14}")
     return "\n".join(lines + [f"Spearman of {pair}, over examples: {rho:.3f}"
                               for pair, rho in result["spearman_of_examples"].items()])
 
@@ -162,7 +162,7 @@ def rank_examples(folder, args, data, device):
     scoring_passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
     identity = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
     result = {**identity, "cost": sum(row["forward_equivalents"] for row in log) + scoring_passes,
-              "scores": {m: scores_hash(s) for m, s in scores.items()},
+              "scores": {m: tensor_hash(s) for m, s in scores.items()},
               **tables_of(scores, model, data, device)}
     if process_index() == 0:
         runs.save(folder / "scores.pt", {**scores, **identity})
@@ -173,7 +173,7 @@ def rank_examples(folder, args, data, device):
 
 
 def ranking_args(args):
-    """The flags of the ranking by which sat.py with the flags `args` chooses A: those of training, seed 0."""
+    """The flags of the ranking by which sat.py, run with `args`, chooses A: its flags of training, seed 0."""
     values = {dest: getattr(args, dest, None) for dest in flags.dests("rank.py")}
     return argparse.Namespace(**{**values, "seed": 0, "run": None, "force": False, "base": args.base})
 
@@ -220,8 +220,8 @@ def scores_for(args, data, device):
         raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force")
     scores = ranking[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
-    info = {"metric": args.metric, "epochs": ranking["epochs"], "scores": scores_hash(scores)}
-    return ordering(scores, args.metric, args.split, data.train.y), info
+    info = {"metric": args.metric, "epochs": ranking["epochs"], "scores": tensor_hash(scores)}
+    return ordering_scores(scores, args.metric, args.split, data.train.y), info
 
 
 def main(argv=None):

@@ -33,6 +33,7 @@ def main(argv=None):
     parser.add_argument("--into", type=flags.file_path, metavar="FILE", nargs="+", default=[],
                         help="also put tables into these Markdown files, at their <!-- table: TITLE -->")
     args = parser.parse_args(argv)
+    # [Run] and {path of a rank.json: its content}
     runs, rankings = results.read_runs(args.results), results.read_rankings(args.results)
     if not runs and not rankings:
         raise UserError(f"no results below {args.results}: first run sat.py, or ./run_all.sh digits")
@@ -47,9 +48,9 @@ def main(argv=None):
                 tables.cost_section(runs, rankings, figure_folder), tables.evaluation_section(args.results)]
     paragraphs = ["# Results",
                   "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± "
-                  "standard deviation over seeds. Robust: right, and still right under the attack that each "
-                  "table names, on test examples that were not used for selecting a checkpoint. Runs that "
-                  "differ in threat model, attack, n, network or epochs are in tables of their own.",
+                  "standard deviation over seeds. Robust: classified correctly, also under the attack that "
+                  "each table names, on test examples that were not used for selecting a checkpoint. Runs "
+                  "that differ in threat model, evaluation, network or epochs have tables of their own.",
                   *(t for section in sections for t in section if t)]
     atomic(args.results / "tables.md", lambda f: f.write(("\n\n".join(paragraphs) + "\n").encode()))
     results.write_csv(args.results / "runs.csv", runs)

@@ -82,12 +82,12 @@ class Display:
             print(f"\n> {shlex.join(job.command)}", flush=True)
 
     def ended(self, job, code):
-        """Counts a job that has ended with an exit code."""
+        """Counts a job that has ended, and says that it failed. code: its exit code."""
         if self.n_slots == 1:
             job.show()
         elif code:
-            start = "\r\x1b[K" if sys.stdout.isatty() else ""
-            print(f"{start}{job.stage.folder} failed (exit code {code}): see {job.log.name}", flush=True)
+            clear_line = "\r\x1b[K" if sys.stdout.isatty() else ""
+            print(f"{clear_line}{job.stage.folder} failed (exit code {code}): see {job.log.name}", flush=True)
         if code:
             self.n_failed += 1
         else:
@@ -95,7 +95,7 @@ class Display:
             self.own_seconds += job.seconds()
 
     def update(self, left, jobs):
-        """Shows how the jobs go on. left: the folders of the stages that are not started."""
+        """Shows how the jobs go on. left: the stages that are not started, by folder."""
         if self.n_slots == 1:
             for job in jobs:
                 job.show()

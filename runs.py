@@ -72,7 +72,7 @@ def flag_differences(stored, args):
 def check_flags(path, stored, args):
     """UserError if `path` was made with other flags: `stored` is the identity() of its run."""
     if differences := flag_differences(stored, args):
-        raise UserError(f"{path} was made with other flags ({'; '.join(differences)}): name this run with "
+        raise UserError(f"{path} was made with other flags ({'; '.join(differences)}): give another "
                         "--run, or --force")
 
 
@@ -215,6 +215,8 @@ def load(path, keys=()):
             value = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
+    except PermissionError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
     except Exception as e:  # torch raises many kinds on a truncated or foreign file
         raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__})") from None
     missing = [k for k in keys if not isinstance(value, dict) or k not in value]

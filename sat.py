@@ -25,8 +25,8 @@ import runs
 from attacks import ATTACKS
 from common import UserError, process_count, process_index, say
 from data import open_dataset, selection_and_final
-from subset import (choose_A, ordering, read_ranking, read_scores, read_subset, scores_hash, subset_size,
-                    weight_A)
+from subset import (choose_A, ordering_scores, read_ranking, read_scores, read_subset, subset_size,
+                    tensor_hash, weight_A)
 from train import train
 
 # A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: the most robust
@@ -40,7 +40,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
     the test set, one epoch after each decay and at the end (Sec. 4), evaluates it on the other 90 %, and
     prints the result. `more` is written into result.json too."""
     if runs.start_run(folder, args):
-        return evaluate.finished(folder, args)
+        return evaluate.result_of_finished_run(folder, args)
     chunk_folder = folder / "chunks"
     select_index = selection_and_final(len(data.test))[0][:args.select_n or None]
     candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
@@ -89,7 +89,7 @@ def resume(folder, args, data, hash_of_A):
     if state is None:
         return None, [], Best()
     if state["A"] != hash_of_A:
-        raise UserError(f"{folder}/last.pt was trained with another A: name this run with --run, or --force")
+        raise UserError(f"{folder}/last.pt was trained with another A: give another --run, or --force")
     log, best = state.pop("log"), Best(*(state.pop("best") or Best()))
     if 0 < best.epoch < state["epoch"] and not (folder / "best.pt").exists():
         raise UserError(f"{folder}/best.pt, of epoch {best.epoch}, is missing: --force repeats the run")
@@ -170,13 +170,13 @@ def reset_flags_without_effect(args):
 
 def read_own_file(args):
     """What --scores, --ranking or --subset holds: {"scores": (N,)} or {"subset": bool (N,) or indices}, with
-    "info", what result.json says of it, "path", and "fingerprint" of its data or None. {} without them. A
-    hash replaces the file in args: what the file holds identifies the run, not its path."""
+    "chosen_by", what result.json says of it, its "path" and, with --scores, the "fingerprint" of its data (a
+    dict, or None). {} without them. In args a hash replaces the file: what it holds identifies the run."""
     if args.scores:
         scores, fingerprint = read_scores(args.scores, args.metric)
         own = {"scores": scores, "fingerprint": fingerprint}
         if fingerprint is None and "metric" in args.typed:
-            say("note: --metric has no effect with a file of one kind of score")
+            say("note: --metric has no effect with a file that holds one set of scores")
         if fingerprint is None:
             args.metric = args.base["metric"]
     elif args.ranking:
@@ -187,11 +187,11 @@ def read_own_file(args):
         return {}
     name = next(name for name in ("scores", "ranking", "subset") if getattr(args, name))
     content = own.get("scores", own.get("subset"))
-    content_hash = scores_hash(content.nonzero()[:, 0] if content.dtype == torch.bool else content)
+    content_hash = tensor_hash(content.nonzero()[:, 0] if content.dtype == torch.bool else content)
     key = "subset" if args.subset else "scores"
-    own |= {"info": {key: content_hash, "file": getattr(args, name).name}, "path": getattr(args, name)}
+    own |= {"chosen_by": {key: content_hash, "file": getattr(args, name).name}, "path": getattr(args, name)}
     if own.get("fingerprint"):
-        own["info"]["metric"] = args.metric
+        own["chosen_by"]["metric"] = args.metric
     setattr(args, name, content_hash)
     return own
 
@@ -216,16 +216,17 @@ def run_folder(args):
                                                "scores", "ranking", "subset", "weight", "weight_factor"})
 
 
-def same_size_elsewhere(args, folder, n):
-    """The folder of an earlier run that differs from these flags only in how |A|, of n examples or classes,
-    is said, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets that run's amount."""
+def folder_of_same_size(args, folder, n):
+    """The folder of an earlier run with these flags and the same |A|, of n examples or classes, given in
+    another way, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets its amount."""
     size = subset_size(args.frac or args.size, n, "")
     for path in sorted(folder.parent.glob("[!.]*/args.json")):  # not .old-<run>, which --force put aside
         stored = runs.load(path, ("dataset",))
         amount = {name: stored.get(name) for name in ("frac", "size")}
         value = amount["frac"] or amount["size"]
         same_flags = argparse.Namespace(**{**vars(args), **amount})
-        if value and subset_size(value, n, "") == size and not runs.flag_differences(stored, same_flags):
+        is_alike = value and not runs.flag_differences(stored, same_flags)  # --split too, so the unit of n
+        if is_alike and subset_size(value, n, "") == size:
             vars(args).update(amount)
             return path.parent
     return folder
@@ -245,21 +246,22 @@ def is_outdated(folder, args):
     return True
 
 
-def choose(args, data, own, device):
-    """A, bool (N,), and what result.json says of the scores that chose it. `own`: of read_own_file."""
+def choose_subset(args, data, own, device):
+    """A, bool (N,), and "ranking" of result.json: the scores or the file that chose it, or None."""
     if own.get("fingerprint"):
         runs.check_fingerprint(data, own["fingerprint"], own["path"])
-    y, amount, scores, info = data.train.y, args.frac or args.size, own.get("scores"), own.get("info")
+    y, amount = data.train.y, args.frac or args.size
+    scores, chosen_by = own.get("scores"), own.get("chosen_by")
     if amount and args.order in ("hardest", "easiest"):
         n, unit = (len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")
         subset_size(amount, n, unit)  # an impossible amount is refused before a ranking is made
         if scores is None:
-            scores, info = rank.scores_for(args, data, device)
+            scores, chosen_by = rank.scores_for(args, data, device)
         else:
-            scores = ordering(scores, info.get("metric"), args.split, y)
+            scores = ordering_scores(scores, chosen_by.get("metric"), args.split, y)
     A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, subset=own.get("subset"),
                  order=args.order, scores=scores, seed=args.seed)
-    return A, info
+    return A, chosen_by
 
 
 def main(argv=None):
@@ -268,18 +270,18 @@ def main(argv=None):
     own = read_own_file(args)
     folder, is_finished = run_folder(args)
     if is_finished and not is_outdated(folder, args):
-        return evaluate.finished(folder, args)
+        return evaluate.result_of_finished_run(folder, args)
     device = common.set_up(args)
     data = open_dataset(args, device)
     if (args.frac or args.size) and not args.run and not folder.exists():
         n = len(data.classes) if args.split == "csat" else len(data.train)
-        folder = same_size_elsewhere(args, folder, n)
+        folder = folder_of_same_size(args, folder, n)
         is_finished = runs.is_finished(folder, args, "result.json")
         if is_finished and not is_outdated(folder, args):
-            return evaluate.finished(folder, args)
+            return evaluate.result_of_finished_run(folder, args)
     args.force |= is_finished  # of an outdated run
     settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}
-    A, info = choose(args, data, own, device)
+    A, chosen_by = choose_subset(args, data, own, device)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes, names_of_A = None, ""
     if args.split == "csat":
@@ -291,7 +293,7 @@ def main(argv=None):
         f"seed {args.seed} -> {folder}")
     torch.manual_seed(args.seed)  # after the ranking, which draws from it too
     model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    return fit(folder, model, data, A, w_A, args, device, settings, A_classes, ranking=info)
+    return fit(folder, model, data, A, w_A, args, device, settings, A_classes, ranking=chosen_by)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray
 
 
 def subset_size(amount, n, unit):
-    """|A| from a fraction (float) of n, or a number (int). Raises UserError outside 1..n."""
+    """|A|, counted in `unit`s, from a fraction (float) of n, or a number (int). UserError outside 1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
     if not isinstance(k, int) or not 1 <= k <= n:
-        raise UserError(f"|A| = {amount} of {n} {unit} comes to {k}: choose 1 to {n} with --size or --frac")
+        raise UserError(f"|A| = {amount} of {n} {unit} comes to {k}: give a --size of 1 to {n}, or "
+                        "a --frac that comes to one")
     return k
 
 
@@ -85,9 +86,9 @@ def check_scores(scores, n, what="the scores"):
         raise UserError(f"{what} are all {scores[0]:g}: they order nothing (vog needs two epochs or more)")
 
 
-def scores_hash(scores):
-    """The short hash by which a result.json names the scores (N,) that chose its A."""
-    return hashlib.sha256(scores.numpy().tobytes()).hexdigest()[:16]
+def tensor_hash(tensor):
+    """The short hash by which a result.json names the scores (N,), or the indices, that chose its A."""
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
 
 def class_means(scores, y, n_classes):
@@ -113,13 +114,14 @@ def weight_A(weight, n_A, n):
     return named.get(weight, weight)
 
 
-def ordering(scores, metric, split, y):
-    """The scores that order examples: those of vog are normalised within each class, as the gradients of
-    classes differ in size (Agarwal et al. 2022). Means of classes (csat) are of raw scores."""
-    return within_class(scores, y) if metric == "vog" and split == "esat" else scores
+def ordering_scores(scores, metric, split, y):
+    """The scores that order examples. Those of vog are normalised within each class, as the gradients of
+    classes differ in size (Agarwal et al. 2022). Means of classes (csat) are of raw scores. metric: None for
+    scores of a user's own."""
+    return normalised_within_classes(scores, y) if metric == "vog" and split == "esat" else scores
 
 
-def within_class(scores, y):
+def normalised_within_classes(scores, y):
     """Scores (N,) normalised to mean 0 and standard deviation 1 within each class of y."""
     mean = class_means(scores, y, int(y.max()) + 1)
     std = class_means((scores.double() - mean[y])**2, y, len(mean)).sqrt()
@@ -155,18 +157,18 @@ def read_array(flag, path, valid):
 
 
 def read_scores(path, metric):
-    """The scores of --scores FILE, higher = harder, as float64 (N,), and the fingerprint of their data, which
-    a scores.pt of rank.py has (None for others): it holds several, of which `metric` is taken."""
+    """The scores of --scores FILE, higher = harder, as float64 (N,), and the fingerprint of their data (None
+    unless the file is a scores.pt of rank.py, which holds several metrics, of which `metric` is taken)."""
     content = read_array("scores", path, "N numbers, or a scores.pt of rank.py,")
     if isinstance(content, dict):
         if metric not in content:
-            raise UserError(f"--scores {path} has no {metric}; --metric names one that it has")
+            raise UserError(f"--scores {path} has no {metric}: choose one that it has with --metric")
         return content[metric].double(), content["fingerprint"]
     if content.dtype.kind == "b":
         raise UserError(f"--scores {path} holds a mask: give it with --subset")
     if len(content) > 1 and numpy.array_equal(numpy.sort(content), numpy.arange(len(content))):
-        say(f"note: {path} holds each of 0 to {len(content) - 1:,} once, read as scores, higher = harder; an "
-            "order of the indices, hardest first, is given with --ranking")
+        say(f"note: {path} holds each of 0 to {len(content) - 1:,} once, read as scores, higher = harder; "
+            "for indices, hardest first, use --ranking")
     return torch.from_numpy(content.astype(numpy.float64)), None
 
 

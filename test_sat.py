@@ -532,7 +532,7 @@ def test_graphs_of_whole_steps_replay_the_plain_steps(flags, monkeypatch):
         return lambda: replayed.append(len(inputs[2])) or self.step(*inputs)
     weights, rows = trained_bits(*flags)
     recorded, replayed = [], []
-    monkeypatch.setattr(models, "compile_mode", lambda *a: "step")
+    monkeypatch.setattr(models, "choose_compilation", lambda *a: "step")
     monkeypatch.setattr(models, "compiled", lambda function, *a: function)
     monkeypatch.setattr(models, "size_multiple", lambda *a: 16)
     monkeypatch.setattr(models.GraphedStep, "record", record)
@@ -568,7 +568,7 @@ def test_a_step_of_a_graph_that_is_not_finite_is_named():
 def test_what_compile_comes_to(mode, device, steps, count, compiler, expected, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(count))
     monkeypatch.setattr(models, "can_compile", lambda device: compiler)
-    assert models.compile_mode(mode, torch.device(device), steps) == expected
+    assert models.choose_compilation(mode, torch.device(device), steps) == expected
 
 
 def short_training(device, compiled=False, amp="off", k=3, blocks=1):
@@ -664,7 +664,7 @@ def linear(weight=1.0, bias=0.0):
 @pytest.mark.parametrize("norm,eps,largest", [("linf", 8.0, "0 to 1"), ("l2", 128.0, "0 to 8")])
 def test_an_eps_that_no_two_images_reach_is_refused(attack, norm, eps, largest):
     x, y = images(n_classes=2)
-    with pytest.raises(ValueError, match=f"eps = {eps}: valid for {norm} are {largest}, .*divide .* by 255"):
+    with pytest.raises(ValueError, match=f"eps = {eps}: {norm} takes {largest}, .*divide .* by 255"):
         attack(linear(), x, y, eps=eps, norm=norm)
 
 
@@ -758,7 +758,7 @@ def test_a_saturated_softmax_is_named_once_if_cross_entropy_is_the_only_loss(fac
 def test_an_eps_too_large_for_the_images_is_a_users_error(tmp_path):
     model, data = net(), load_dataset("digits", "data")
     settings = {"norm": "l2", "eps": 30.0, "attacks": ["apgd-ce"], "n": 2, "batch_size": 2, "seed": 0}
-    with pytest.raises(UserError, match="eps = 30.0: valid for l2 are 0 to 8, "):
+    with pytest.raises(UserError, match="eps = 30.0: l2 takes 0 to 8, "):
         evaluate.autoattack_accuracy(model, data, torch.arange(2), settings, tmp_path)
 
 
@@ -952,8 +952,8 @@ def test_scores_pt_in_a_file_choose_what_the_ranking_chooses(results):
     data, (path,) = load_dataset("digits0-4", "data"), results.glob("digits0-4/rank-*/scores.pt")
     words = ["--dataset", "digits0-4", "--results", str(results), "--metric", "vog", "--size", "100"]
     args, by_file = arguments(*words), arguments(*words, "--scores", str(path))
-    A, _ = sat.choose(by_file, data, sat.read_own_file(by_file), CPU)
-    assert torch.equal(A, sat.choose(args, data, {}, CPU)[0])
+    A, _ = sat.choose_subset(by_file, data, sat.read_own_file(by_file), CPU)
+    assert torch.equal(A, sat.choose_subset(args, data, {}, CPU)[0])
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from data import epoch_order, process_part, training_batches
 
 def sat_loss(logits, y, w, w_sum=None):
     """Eq. 2 on a batch: the mean of the losses with the weights w (b,), w_A for examples of A and 1 for those
-    of B. `w_sum`: what is divided by in place of their sum (under torchrun, see epoch_batches)."""
+    of B. `w_sum`: the divisor, if it is not their sum (under torchrun, see epoch_batches)."""
     if w.shape != y.shape:
-        raise ValueError(f"the weights are {tuple(w.shape)}, the labels {tuple(y.shape)}: they must agree")
+        raise ValueError(f"weights of shape {tuple(w.shape)}, labels of {tuple(y.shape)}: they must agree")
     losses = F.cross_entropy(logits.float(), y, reduction="none")
     return (w * losses).sum() / (w.sum() if w_sum is None else w_sum)
 
@@ -29,9 +29,9 @@ def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
     """One SGD step on Eq. 2. Returns (loss, logits), detached.
 
     x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64,
-    perhaps none; w (b,) and w_sum: as sat_loss takes them. attack(x, y) returns adversarial examples, as
-    functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does; with `start` (|a|, C, H, W) it is
-    attack(x, y, start=start). It must leave nothing in .grad.
+    perhaps none, or one several times; w (b,) and w_sum: as sat_loss takes them. attack(x, y) returns
+    adversarial examples, as functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does; with `start`
+    (|a|, C, H, W) it is attack(x, y, start=start). It must leave nothing in .grad.
     """
     optimizer.zero_grad(set_to_none=True)  # before the attack, so that it can use the memory
     if len(a):
@@ -54,9 +54,9 @@ def train(model, split, A, w_A, args, device, state=None):
     optimizer = models.sgd(model, args.lr, args.weight_decay, device, state and state["optimizer"])
     if state:
         model.load_state_dict(state["model"])
-    mode = models.compile_mode(args.compile, device, args.epochs * (len(split) // args.batch_size))
-    attack = training_attack(model, A, w_A, args, device, mode) if A.any() else None
-    net, sums = models.training_network(model, device, mode), EpochSums(device)
+    compilation = models.choose_compilation(args.compile, device, args.epochs * len(split) // args.batch_size)
+    attack = training_attack(model, A, w_A, args, device, compilation) if A.any() else None
+    net, sums = models.training_network(model, device, compilation), EpochSums(device)
     precision = models.precision(args.amp, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -64,7 +64,7 @@ def train(model, split, A, w_A, args, device, state=None):
         with autocast:
             loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start, w_sum)
         sums.add(loss, logits, y)
-    if mode == "step":  # one CUDA graph of it for each learning rate and each size of `a`
+    if compilation == "step":  # one CUDA graph of it for each learning rate and each size of `a`
         step = models.GraphedStep(step, get_lr=lambda: optimizer.param_groups[0]["lr"])
     for epoch in range(state["epoch"] if state else 0, args.epochs):
         start_time = time.perf_counter()
@@ -73,17 +73,17 @@ def train(model, split, A, w_A, args, device, state=None):
             group["lr"] = lr
         model.train()
         sums.reset()
-        for *batch, n_attacked in epoch_batches(split, A, w_A, args, epoch, device, mode):
+        for *batch, n_attacked in epoch_batches(split, A, w_A, args, epoch, device, compilation):
             step(*batch)
             sums.attacked += n_attacked
         models.share_batch_statistics(model)
-        row = {"epoch": epoch + 1, "precision": precision, "compile": mode, "lr": lr,
+        row = {"epoch": epoch + 1, "precision": precision, "compile": compilation, "lr": lr,
                **sums.row(epoch, model, args), "seconds": time.perf_counter() - start_time}
         yield {"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                "row": row}
 
 
-def epoch_batches(split, A, w_A, args, epoch, device, mode="off"):
+def epoch_batches(split, A, w_A, args, epoch, device, compilation="off"):
     """The batches of an epoch: (x, y, a, w, w_sum, start, n_attacked), this process's part. See sat_step.
 
     w_sum: the global batch's sum of weights / processes (DistributedDataParallel averages gradients). What
@@ -100,7 +100,7 @@ def epoch_batches(split, A, w_A, args, epoch, device, mode="off"):
     counts = in_A.sum(1).tolist()
     positions = in_A.nonzero()[:, 1].split(counts)
     if A.any() and args.attack != "pgd-authors":  # whose limit is of a mean over `a`
-        multiple = models.size_multiple(device, mode)
+        multiple = models.size_multiple(device, compilation)
         positions = [torch.cat([a, a[:1].expand(-len(a) % multiple)]) for a in positions]
     positions = torch.cat(positions).to(device).split([len(a) for a in positions])
     batches = training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
@@ -118,14 +118,14 @@ def epoch_batches(split, A, w_A, args, epoch, device, mode="off"):
         yield x, y, a, w, w_sum, start, n_attacked
 
 
-def training_attack(model, A, w_A, args, device, mode="off"):
+def training_attack(model, A, w_A, args, device, compilation="off"):
     """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
     entry = attacks.ATTACKS[args.attack]
     kwargs = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
               "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
               "check_input": False}
-    if mode != "off" and entry.step_function:
-        kwargs["step_function"] = models.compiled(entry.step_function, device, mode)
+    if compilation != "off" and entry.step_function:
+        kwargs["step_function"] = models.compiled(entry.step_function, device, compilation)
     parameters = inspect.signature(entry.function).parameters
     return functools.partial(entry.function, model, **{k: v for k, v in kwargs.items() if k in parameters})
 

@@ -30,7 +30,7 @@ def main(argv=None):
         raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")
     result = runs.load(result_path, SOURCE) if result_path.exists() else {}
     if result.get("weights") != evaluate.weights_hash(ckpt["model"]):
-        raise UserError(f"{result_path} is missing, or not of {path}: give the best.pt of a finished sat.py")
+        raise UserError(f"{result_path} is missing, or not of {path}: give the best.pt of a finished run")
     source = {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "ranking": result.get("ranking"),
               **{k: result[k] for k in SOURCE}}
     args.arch = args.base["arch"] = ckpt["arch"]
@@ -38,7 +38,7 @@ def main(argv=None):
     first_words = [*config.run_name_prefix(args), source["dataset"], source["run"]]
     folder, is_finished = runs.run_folder(args, first_words, {"source", "source_weights"})
     if is_finished:
-        return evaluate.finished(folder, args)
+        return evaluate.result_of_finished_run(folder, args)
     device = common.set_up(args)
     data = open_dataset(args, device)
     settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}

@@ -86,7 +86,7 @@ def test_a_run_whose_ranking_was_made_again_is_made_again(monkeypatch, capsys):
     content["entropy"] = content["entropy"].flip(0)
     runs.save(path, content)
     table = runs.load(path.with_name("rank.json"))
-    table["scores"]["entropy"] = subset.scores_hash(content["entropy"])
+    table["scores"]["entropy"] = subset.tensor_hash(content["entropy"])
     runs.write_json(path.with_name("rank.json"), table)
     report.main([])
     assert "Caution: 1 run used a ranking that is no longer there" in Path("results/tables.md").read_text()
@@ -204,7 +204,7 @@ def test_scores_pt_of_rank_py_with_a_metric(monkeypatch):
     ("ranking", np.array([0, 0, 1, 2]), "4 of int64, 3 different"),
     ("ranking", {"fingerprint": 1, "entropy": 2}, "give it with --scores"),
     ("scores", np.array([True, False]), "holds a mask: give it with --subset"),
-    ("scores", {"fingerprint": 1, "svar": 2}, "has no entropy; --metric names one"),
+    ("scores", {"fingerprint": 1, "svar": 2}, "has no entropy: choose one that it has with --metric"),
     ("subset", np.array([0.0, 1.0]), "2 numbers of float64; valid: a bool mask"),
     ("subset", np.array([0, 0, 1]), "3 numbers of int64; valid: a bool mask"),
     ("subset", np.array([96]), "valid: one or more of 0 to 95"),
@@ -250,7 +250,7 @@ def test_fractions_underscores_and_nearest_names(tmp_path):
     for words, message in (("--epoch 3", "--epoch 3; did you mean --epochs?"), ("--eps 1/0", "'1/0' is not"),
                            ("--weight 5", "a number is given as --weight-factor"), ("--epochs 1/2", "'1/2'"),
                            ("--config digit.yml", "there are configs/cifar10-cpu.yaml"),
-                           (f"--config {HERE}/configs/transfer/svhn.yaml", "svhn.yaml is of transfer.py")):
+                           (f"--config {HERE}/configs/transfer/svhn.yaml", "svhn.yaml is a config of tr")):
         with pytest.raises(UserError) as e:
             sat.command_line(words.split())
         assert message in str(e.value)

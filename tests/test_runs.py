@@ -148,7 +148,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(main, argv, capsys):
 
 
 @pytest.mark.parametrize("key,value,message", [
-    ("A", "b", "last.pt was trained with another A: name this run with --run, or --force"),
+    ("A", "b", "last.pt was trained with another A: give another --run, or --force"),
     ("args", {"seed": 1}, "seed: 1 there, 0 now"),
     ("args", {"flag_of_old": 3}, "flag_of_old: 3 there, None now"),
     ("fingerprint", {"train": 7}, "belongs to other data .train: 7 there, 1297 here"),
@@ -205,7 +205,7 @@ def test_other_flags_are_refused_and_force_keeps_the_old_run_until_the_new_one_i
     stop_in(sat.main, ONE_EPOCH, "save_epoch")
     words, before = [*ONE_EPOCH, "--lr", "0.2"], (R / "args.json").read_bytes()
     for function, *given in ((sat.main, words), (runs.start_run, R, sat.command_line(words))):
-        with pytest.raises(UserError, match=r"made with other flags \(lr: 0.1 there, 0.2 now\): name this"):
+        with pytest.raises(UserError, match=r"other flags \(lr: 0.1 there, 0.2 now\): give another --run"):
             function(*given)
     assert (R / "args.json").read_bytes() == before
     sat.main([*words, "--force"])
@@ -411,7 +411,7 @@ def test_a_run_does_not_go_on_with_the_A_of_another_ranking():
     stop_in(sat.main, argv, "save_epoch")
     ranking = runs.load(RANKING / "scores.pt")
     torch.save({**ranking, "entropy": -ranking["entropy"]}, RANKING / "scores.pt")
-    with pytest.raises(UserError, match="last.pt was trained with another A: name this run with --run"):
+    with pytest.raises(UserError, match="last.pt was trained with another A: give another --run"):
         sat.main(argv)
 
 
@@ -455,3 +455,5 @@ def test_a_run_goes_on_by_another_amount_and_not_as_the_one_put_aside(capsys):
     sat.main([*argv, "--size", "29"])
     assert "going on after epoch 1 of results/few/esat-random-0.3-" in capsys.readouterr().out
     assert len(list(Path("results/few").iterdir())) == 1
+    other, args = Path("results/few/x"), sat.command_line([*argv, "--split", "csat", "--frac", "0.4"])
+    assert sat.folder_of_same_size(args, other, 10) == other, "29 examples are no number of 10 classes"
