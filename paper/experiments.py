@@ -110,24 +110,24 @@ class Cost:
     hours: tuple   # of MACHINE; None where no rate was measured
 
 
-def cost(setting, dataset, passes, share=0.0, attack_steps=0, robust=None):
+def cost(setting, dataset, plain_passes, share=0.0, attack_steps=0, robust_share=None):
     """The Cost of training on a data set with the flag values `setting`, and of AutoAttack on the result.
-    passes: of an example and epoch, without attacks. share: |A|/N. robust: the share of robust examples, None
-    if nothing is evaluated."""
+    plain_passes: of an example and epoch, without attacks. share: |A|/N. robust_share: of the test examples,
+    None if nothing is evaluated."""
     (n, n_test, side), epochs, evaluation = IMAGES[dataset], setting["epochs"], 0
-    if robust is not None:  # 10 % of the test set select one of the candidates, 90 % are reported
+    if robust_share is not None:  # 10 % of the test set select one of the candidates, 90 % are reported
         candidates = {epochs} | {decay + 1 for decay in setting["lr_decays"] if decay < epochs}
-        for kind, part, times in (("select", 0.1, len(candidates)), ("eval", 0.9, 1)):
-            first, *others = (PASSES[attack] for attack in setting[f"{kind}_attacks"])
-            examples = min(setting[f"{kind}_n"] or n_test, round(part * n_test))
-            evaluation += times * examples * (first + robust * sum(others))
-    all_passes = (n * epochs * (passes + 2 * share * attack_steps), evaluation)
+        for prefix, test_share, times in (("select", 0.1, len(candidates)), ("eval", 0.9, 1)):
+            first, *others = (PASSES[attack] for attack in setting[f"{prefix}_attacks"])
+            examples = min(setting[f"{prefix}_n"] or n_test, round(test_share * n_test))
+            evaluation += times * examples * (first + robust_share * sum(others))
+    all_passes = (n * epochs * (plain_passes + 2 * share * attack_steps), evaluation)
     rates = RATES.get((setting["arch"], side, setting["batch_size"]))
     if rates is None or setting["device"] == "cpu" or setting["amp"] == "off":
         return Cost(all_passes, (None, None))
     step_ms, evaluation_rate = rates
     # A pass of a ranking or a transfer, which were not timed, counts as a third of a step without attacks.
-    ms = step_ms[0] * passes / 3 + (interpolate(step_ms, share) - step_ms[0]) * attack_steps / 7
+    ms = step_ms[0] * plain_passes / 3 + (interpolate(step_ms, share) - step_ms[0]) * attack_steps / 7
     return Cost(all_passes, (n * epochs / setting["batch_size"] * ms / 3.6e6,
                              evaluation / evaluation_rate / 3600))
 
@@ -210,15 +210,16 @@ def stages(sections, figures, results, extra_values):
             share = {"none": 0, "full": 1, "esat": run.get("frac"),
                      "csat": run.get("size", 1) / plan.n_classes}[run["split"]]
             steps = 1 if run.get("attack") == "fgsm-rs" else setting["steps"]
-            robust = ROBUST if share else 0
+            robust_share = ROBUST if share else 0
             needs = ranking if run.get("order") in ("hardest", "easiest") else ""
             yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder,
-                        "result.json", needs, cost(setting, plan.dataset, 3, share, steps, robust),
+                        "result.json", needs, cost(setting, plan.dataset, 3, share, steps, robust_share),
                         [*base_flags, *words, *more_flags])
             for path, target in target_settings.items():
                 target_name = f"{plan.dataset}-{name}-seed0"
+                its_cost = cost(target, target["dataset"], 1, robust_share=robust_share)
                 yield Stage(title, "transfer.py", f"{results}/{target['dataset']}/{target_name}",
-                            "result.json", folder, cost(target, target["dataset"], 1, robust=robust),
+                            "result.json", folder, its_cost,
                             [f"{folder}/best.pt", "--config", str(path), "--run", target_name, *more_flags])
 
 
@@ -239,7 +240,7 @@ def overview(all_stages):
              f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>5}" + " {:>8} {:>9}".format(
                  "passes", "GPU-hours") * 2]
     for title in [*sorted(folders.keys() - {"all"}), "all"]:
-        n_runs, n_transfers = (len(folders[title][kind]) for kind in ("runs", "transfers"))
+        n_runs, n_transfers = (len(folders[title][column]) for column in ("runs", "transfers"))
         line = f"# {title:<42} {n_runs:6d} {n_transfers:9d} {len(new_costs[title]):5d}"
         for part in (0, 1):
             hours = [cost.hours[part] for cost in new_costs[title]]

@@ -81,8 +81,8 @@ class Run:
         return {k: v for k, v in self.setting.items() if k != "labels"}
 
     @property
-    def kind(self):
-        """Everything that identifies the run except its seeds. Runs of one kind are pooled."""
+    def configuration(self):
+        """Everything that identifies the run except its seeds, over which results are averaged."""
         names = self.A_classes if self.order == "named" else ()
         return (self.data, self.group, self.transfer, self.split, self.order, self.metric, self.weight,
                 self.attack, self.size, names)
@@ -128,7 +128,8 @@ def without_repeats(runs):
     """The runs without those that have the flags and seed of another, which would count as several seeds. The
     float32 run is preferred; of several heads on one network, the one with the least seed."""
     runs_by_worth = sorted(runs, key=lambda r: (r.precision != "float32", r.head_seed))
-    repeats = {r: first for first, *others in grouped(runs_by_worth, "kind", "seed").values() for r in others}
+    equal_runs = grouped(runs_by_worth, "configuration", "seed").values()
+    repeats = {r: first for first, *others in equal_runs for r in others}
     if repeats:
         r, first = next(iter(repeats.items()))
         say(f"note: {len(repeats)} runs have the flags and seed of another and are left out; the first: "

@@ -73,21 +73,21 @@ class Noise:
     def __init__(self, runs, kind="robust", classes=None):
         if classes is None:
             classes = [c for r in runs[:1] for c in r.accuracy["classes"]]
-        by_kind = [[accuracy_on(r, classes, kind) for r in same] for same in grouped(runs, "kind").values()
-                      if len(same) > 1]
-        inside = [v for v in by_kind if 5 <= statistics.fmean(v) <= 95]
+        several = [[accuracy_on(r, classes, kind) for r in same]
+                   for same in grouped(runs, "configuration").values() if len(same) > 1]
+        inside = [v for v in several if 5 <= statistics.fmean(v) <= 95]
         self.is_typical = bool(inside)  # so that it may stand for settings that have one seed
-        self.by_kind = inside or by_kind
-        self.df = sum(len(v) - 1 for v in self.by_kind)  # degrees of freedom
-        self.variance = sum((len(v) - 1) * statistics.variance(v) for v in self.by_kind) / max(1, self.df)
+        self.accuracies = inside or several  # of each setting, those of its seeds
+        self.df = sum(len(v) - 1 for v in self.accuracies)  # degrees of freedom
+        self.variance = sum((len(v) - 1) * statistics.variance(v) for v in self.accuracies) / max(1, self.df)
 
     def __str__(self):
         if not self.df:
             return "No setting has several seeds: the intervals cover the noise of the test set alone."
         text = (f"Between seeds, the robust accuracy on all examples has a standard deviation of "
                 f"{self.variance**0.5:.2f} points, with {counted(self.df, 'degree')} of freedom")
-        if len(self.by_kind) > 1:
-            deviations = [statistics.stdev(v) for v in self.by_kind]
+        if len(self.accuracies) > 1:
+            deviations = [statistics.stdev(v) for v in self.accuracies]
             text += (f", pooled over {len(deviations)} settings "
                      f"({min(deviations):.2f} to {max(deviations):.2f})")
         return f"{text}."
@@ -96,14 +96,14 @@ class Noise:
 def estimate(terms, noise_runs, kind="robust"):
     """The sum of weight * accuracy over terms: (value, its variance, degrees of freedom of the variance).
 
-    terms: [(weight, runs, classes)], where accuracy is the mean over runs (the seeds of a kind) on the test
+    terms: [(weight, runs, classes)], where accuracy is the mean over runs (seeds of one setting) on the test
     examples of `classes` (None: all). No run may be in two terms. noise_runs: the runs whose Noise is that of
     training.
 
     Two variances are added. Training: the pooled variance between seeds of the accuracy on the same classes,
-    divided by the seeds of each term; 0 if no kind has several seeds. Test examples: all runs are tested on
-    the same ones, so differences are paired, after the mean over seeds. Examples that change between seeds
-    count in both, so the variance is rather too large. The noises on different classes count as one estimate.
+    divided by the seeds of each term; 0 if no setting has several seeds. Test examples: all runs are tested
+    on the same ones, so differences are paired, after the mean over seeds. Examples that change between
+    seeds count in both, so the variance is rather too large. Noises on different classes count as one estimate.
     """
     all_runs = [r for _, runs, _ in terms for r in runs]
     if len(set(all_runs)) < len(all_runs):
