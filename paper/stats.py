@@ -103,7 +103,8 @@ def estimate(terms, noise_runs, kind="robust"):
     Two variances are added. Training: the pooled variance between seeds of the accuracy on the same classes,
     divided by the seeds of each term; 0 if no setting has several seeds. Test examples: all runs are tested
     on the same ones, so differences are paired, after the mean over seeds. Examples that change between
-    seeds count in both, so the variance is rather too large. Noises on different classes count as one estimate.
+    seeds count in both, so the variance is rather too large. Noises on different classes count as one
+    estimate.
     """
     all_runs = [r for _, runs, _ in terms for r in runs]
     if len(set(all_runs)) < len(all_runs):
