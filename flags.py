@@ -106,7 +106,7 @@ not_negative, whole = number(float, 0), number(int, 0, 10**9)
 # {group: [(flag, default, value_type, help)]}. value_type: a type, a tuple of choices, or bool for a switch;
 # a tuple that ends in "+" or "*" takes a list, of a type or of choices.
 FLAGS = {
-    "network": [("--arch", "preactresnet8", ARCHS, "network (README, Deviations: preactresnet18-authors)")],
+    "network": [("--arch", "preactresnet8", ARCHS, "network (docs/DEVIATIONS.md: preactresnet18-authors)")],
     "data": [
         ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or your own"),
         ("--data-dir", Path("data"), file_path, "folder that holds (or receives) the data sets"),

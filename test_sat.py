@@ -309,7 +309,7 @@ def test_batches_of_an_epoch(processes, monkeypatch):
 
 @pytest.mark.parametrize("factor", [1, 100])
 def test_a_step_on_a_notebooks_own_tensors(factor):
-    """README's example. Larger weights are no other learning rate; channels_last, which is fast, stays."""
+    """Of docs/EXTEND.md. Larger weights are no other learning rate; channels_last, which is fast, stays."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
     last, (x, _), y, layouts = torch.channels_last, images(8, channels=3), torch.arange(8), []
     x, w = x.contiguous(memory_format=last), torch.tensor([1.0, 1, 3, 1, 1, 3, 1, 1])

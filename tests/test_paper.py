@@ -456,11 +456,15 @@ def test_in_short(tmp_path):
 
 @pytest.mark.slow
 def test_readme_is_made_from_the_published_results(tmp_path):
+    """So is docs/RESULTS.md."""
     shutil.copytree(HERE / "results-published", tmp_path / "r")
-    shutil.copy(HERE / "README.md", tmp_path / "README.md")
-    report.main(["--results", str(tmp_path / "r"), "--into", str(tmp_path / "README.md")])
-    assert (tmp_path / "README.md").read_text() == (HERE / "README.md").read_text(), \
-        "python report.py --results results-published --into README.md"
+    copies = {tmp_path / "README.md": HERE / "README.md", tmp_path / "RESULTS.md": HERE / "docs/RESULTS.md"}
+    for copy, document in copies.items():
+        shutil.copy(document, copy)
+    report.main(["--results", str(tmp_path / "r"), "--into", *map(str, copies)])
+    for copy, document in copies.items():
+        assert copy.read_text() == document.read_text(), \
+            "python report.py --results results-published --into README.md docs/RESULTS.md"
     assert (tmp_path / "r" / "tables.md").read_text() == (HERE / "results-published/tables.md").read_text()
     with pytest.raises(UserError, match="asks for the table .*; there are: U"):
         report.fill_in(tmp_path / "README.md", [["## U", "x"]])
