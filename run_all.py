@@ -205,7 +205,8 @@ def stage_environments(n, values):
         gpus = []
     own = {} if gpus else dict(KEEP_MEMORY)
     if n > 1:
-        own["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // n, 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        own["OMP_NUM_THREADS"] = str(max(cores // n, 1))
     environment = own | os.environ
     if not gpus or n == 1:
         return [environment] * n
