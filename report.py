@@ -41,7 +41,7 @@ def main(argv=None):
     results.name_groups(runs)
     results.add_source_accuracies(runs)
     figure_folder = args.results / "figures"
-    sections = [short.section(runs, rankings, figure_folder),
+    sections = [short.section(runs, figure_folder),
                 tables.claims_section(runs), tables.matrix_section(runs, figure_folder),
                 tables.difficulty_section(rankings, figure_folder),
                 *(tables.curve_section(runs, figure_folder, figure, rankings) for figure in tables.CURVES),

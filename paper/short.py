@@ -5,9 +5,11 @@ from paper import claims, figures
 from paper.published import comparable_data, fig2_accuracy, published_accuracy
 from paper.results import grouped, pick
 from paper.stats import cell
-from paper.tables import BASELINES, CLEAN, ROBUST, costs_of_rankings, lines_of, markdown
+from paper.tables import BASELINES, CLEAN, ROBUST, lines_of, markdown
 
 MOVED = "cifar100->cifar10"
+NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Passes: of AT's in training. "
+         "w_A: 1 where none is given. Transfer (S-SAT): from CIFAR-100 to CIFAR-10.")
 
 
 def largest_group(runs, data):
@@ -25,8 +27,8 @@ def rows_of_runs(group, data):
                    published_accuracy("fig6", data, order, share, "robust"))
     yield "everything (AT)", pick(group, split="full"), published_accuracy("fig6", data, "AT", 1, "robust")
     single = claims.single_classes(pick(group, weight="balanced"))
-    for c in ("cat", "automobile"):
-        yield f"class {c}", single.get(c, []), fig2_accuracy(c, "B_val") if data else None
+    for name, c in (("hardest", "cat"), ("easiest", "automobile")):
+        yield f"{name} class ({c})", single.get(c, []), fig2_accuracy(c, "B_val") if data else None
 
 
 def transfer_rows(moved, data):
@@ -47,26 +49,14 @@ def body_of_table(rows, at):
         if runs[0].w_A != 1:
             A += f", w_A {runs[0].w_A:.3g}"
         cost = f"{100 * statistics.fmean(r.cost for r in runs) / full_cost:.0f}" if at else "-"
-        cells = [cell(runs, "B_val") + " on B" if len(runs[0].A_classes) == 1 else cell(runs),
-                 cell(runs, *CLEAN), "-" if published is None else f"{published:.1f}"]
-        body.append([A, cost, *cells])
+        robust, papers = cell(runs), "-" if published is None else f"{published:.1f}"
+        if len(runs[0].A_classes) == 1:
+            robust, papers = f"{cell(runs, 'B_val')} on B", f"{papers} on B"
+        body.append([A, cost, robust, cell(runs, *CLEAN), papers])
     return body
 
 
-def notes(group, at, rankings):
-    """What one needs to know to read the table."""
-    costs = costs_of_rankings(rankings)
-    text = ["±: standard deviation of several seeds; brackets: 95 % interval of one.",
-            "Passes: of AT's forward passes in training."]
-    ranked = [costs[r.ranking] for r in group if r.ranking in costs]
-    if ranked and at:
-        share = 100 * ranked[0] / statistics.fmean(r.cost for r in at)
-        text.append(f"A ranking costs {share:.0f} % once.")
-    text.append("Transfer: from CIFAR-100.")
-    return " ".join(text)
-
-
-def section(runs, rankings, figure_folder):
+def section(runs, figure_folder):
     """The section, of the largest groups of runs on CIFAR-10 and of transfers to it. Empty without runs."""
     group, moved = largest_group(runs, "cifar10"), largest_group(runs, MOVED)
     if not group:
@@ -78,7 +68,7 @@ def section(runs, rankings, figure_folder):
         body += body_of_table(transfer_rows(moved, comparable_data(MOVED, moved[0].setting)),
                               pick(moved, split="full"))
     head = ["A", "passes %", "robust %", "clean %", "paper's robust %"]
-    paragraphs = ["## In short", markdown(head, body), notes(group, baselines["AT"], rankings)]
+    paragraphs = ["## In short", markdown(head, body), NOTES]
     lines = lines_of(pick(group, split="esat", metric="entropy", weight="vanilla"), "order")
     if lines:
         title = "ESAT: accuracy by the share of the examples that are attacked"

@@ -243,16 +243,11 @@ def evaluation_section(folder):
     return ["## Evaluations under other settings (evaluate.py)", markdown(head, rows)] if rows else []
 
 
-def costs_of_rankings(rankings):
-    """{hash of scores: cost of the ranking, in forward passes}."""
-    return {hash_of_scores: ranking["cost"] for ranking in rankings.values()
-            for hash_of_scores in ranking.get("scores", {}).values()}
-
-
 def cost_section(runs, rankings, figure_folder):
     """Robust accuracy against the cost of training, for all runs of a data set: what SAT saves."""
     title = "Robust accuracy against the cost of training"
-    ranking_costs = costs_of_rankings(rankings)
+    ranking_costs = {hash_of_scores: ranking["cost"] for ranking in rankings.values()
+                     for hash_of_scores in ranking.get("scores", {}).values()}
     groups = {k: group for k, group in grouped(pick(runs, transfer=False), "data", "group").items()
               if len({r.split for r in group}) > 1}
     if not groups:
