@@ -196,7 +196,7 @@ class Attack(NamedTuple):
     """
     function: Callable
     gradient_steps: Optional[int] = None      # on an example, by which costs are counted; None: --steps
-    random_start: bool = False                # it always starts at random
+    random_start: bool = False                # it takes `start`, and always gets a random one
     step_function: Optional[Callable] = None  # does one iteration; --compile compiles it
 
 

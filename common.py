@@ -171,7 +171,7 @@ def script(main):
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, stop)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by 2>&-: tqdm would fail, and a file get its number
+        if getattr(sys, name) is None:  # closed (2>&-): tqdm would fail, and a file get its descriptor
             setattr(sys, name, open(os.devnull, "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     code = 0

@@ -78,7 +78,7 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     typed = vars(parser.parse_args(argv))
     config = typed.pop("config")
     if script == "transfer.py" and config == finder.get_default("config") and "dataset" not in typed:
-        raise UserError("to which data set? Give --dataset, or --config with one of "
+        raise UserError("no target data set: give --dataset, or --config with one of "
                         f"{config_paths('transfer')}")
     base = {k: from_config.get(k, DEFAULTS[k]) for k in dests(script)}
     args = argparse.Namespace(**{**base, **typed}, config=config, base=base, typed=set(typed))

@@ -125,7 +125,7 @@ def given_side(args):
 
 def check_unchanged(args, fingerprint, path):
     """UserError if `fingerprint`, of the finished run in `path`, is not that of the user's own data set as it
-    is now. A data set of the paper does not change, and one that is gone cannot be compared."""
+    is now. The data sets of the paper are taken not to change, and one that is gone cannot be compared."""
     name, root = args.dataset, args.data_dir
     is_there = (root / f"{name}.pt").exists() or (root / name).is_dir()
     if is_there and name not in (*DIGITS, *TABLE_1):

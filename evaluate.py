@@ -124,8 +124,9 @@ def autoattack_accuracy(model, data, index, settings, folder):
     eval_settings. The examples are dealt to the processes in chunks of a batch, chunk c with the seed
     seed + c. Finished chunks are saved in `folder`, under a hash of all they depend on: a stopped evaluation
     goes on from there."""
-    labels = {k: v for k, v in data.fingerprint().items() if k != "images"}  # these were checked before
-    key = json.dumps([weights_hash(model.state_dict()), labels, index.tolist(), settings], sort_keys=True)
+    without_images = {k: v for k, v in data.fingerprint().items() if k != "images"}  # checked before
+    parts_of_key = [weights_hash(model.state_dict()), without_images, index.tolist(), settings]
+    key = json.dumps(parts_of_key, sort_keys=True)
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     chunks = list(enumerate(index.split(settings["batch_size"])))[process_index()::process_count()]
@@ -246,7 +247,7 @@ def result_of_finished_run(folder, args):
     if settings == result["settings"]:
         say(f"{folder} is finished (--force repeats it)\n{text}")
         return result
-    say(f"{folder} is finished (--force repeats it); its best.pt is evaluated by other flags")
+    say(f"{folder} is finished (--force repeats it); its best.pt is evaluated again by the new flags")
     path = folder / "best.pt"
     return evaluate_checkpoint(path, *load_model(path), args)
 

@@ -206,7 +206,7 @@ def only_flags_of(argv, script):
     selected, keep = [], True
     for word in argv:
         if word.startswith("--"):
-            keep = word.split("=")[0].replace("--no-", "--") in names
+            keep = word.split("=")[0].replace("_", "-").replace("--no-", "--") in names
         if keep:
             selected.append(word)
     return selected
@@ -219,7 +219,7 @@ def add_flags(parser, groups, defaults=DEFAULTS):
         group = parser.add_argument_group(title)
         for flag, _, value_type, help_text in FLAGS[title]:
             value = defaults.get(dest(flag))
-            if value not in (None, False, []):
+            if value not in (None, []) and value is not False:
                 default = " ".join(map(str, value)) if isinstance(value, list) else value
                 help_text += f" (default: {default})".replace("%", "%%")  # argparse formats it
             options = {"default": argparse.SUPPRESS, "help": help_text}

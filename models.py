@@ -133,8 +133,8 @@ def size_multiple(device, compilation):
 
 
 def compiled(function, device, compilation):
-    """A function or network, compiled; with "on" on GPUs to CUDA graphs. The output of a function is then
-    copied, since the next call overwrites it; that of a network is used before then."""
+    """A function or network, compiled; with "on", on GPUs, into CUDA graphs. The next call then overwrites
+    the output: that of a function is copied, that of a network is used before."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
     use_cuda_graphs = compilation == "on" and device.type == "cuda"
     mode = "reduce-overhead" if use_cuda_graphs else None

@@ -44,7 +44,7 @@ def main(argv=None):
     sections = [short.section(runs, figure_folder),
                 tables.claims_section(runs), tables.matrix_section(runs, figure_folder),
                 tables.difficulty_section(rankings, figure_folder),
-                *(tables.curve_section(runs, figure_folder, figure, rankings) for figure in tables.CURVES),
+                *(tables.curve_section(runs, figure_folder, f, rankings) for f in tables.CURVE_FIGURES),
                 tables.cost_section(runs, rankings, figure_folder), tables.evaluation_section(args.results)]
     paragraphs = ["# Results",
                   "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± "

@@ -184,8 +184,8 @@ def make_all(todo, results, environments):
 
 
 def stop(jobs):
-    """Ends the jobs, which can be resumed. Ctrl-C and a cluster's signals reach them too. SIGTERM goes to
-    those alone that still run after 5 seconds, as a second signal would interrupt a clean end."""
+    """Ends the jobs, which can be resumed. Ctrl-C and a cluster's signals reach them too. Only those
+    that still run after 5 seconds get SIGTERM, as a second signal would interrupt a clean end."""
     deadline = time.monotonic() + 5
     while any(job.process.poll() is None for job in jobs) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -196,12 +196,12 @@ def stop(jobs):
         job.process.wait()
 
 
-def stage_environments(n, values):
+def stage_environments(n, extra_values):
     """The environment variables of the stages, for each of the `n` that are made at once: a GPU of those that
-    are visible, or a part of the cores. The user's own values win. values: the flag values of EXTRA."""
+    are visible, or a part of the cores. The user's own values win. extra_values: the flag values of EXTRA."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(glob.glob(GPU_FILES))))))
     gpus = [gpu for gpu in gpus.split(",") if gpu not in ("", "-1")]
-    if not glob.glob(GPU_FILES) or values.get("device") == "cpu":
+    if not glob.glob(GPU_FILES) or extra_values.get("device") == "cpu":
         gpus = []
     own = {} if gpus else dict(KEEP_MEMORY)
     if n > 1:
@@ -215,7 +215,7 @@ def stage_environments(n, values):
 
 def command_line(argv):
     """Parses the words of the command line and EXTRA. Returns args with the lists `sections` and `figures`,
-    with `extra`, the words of EXTRA, and `extra_flags`, what these give, {dest: value}."""
+    with `extra_words`, those of EXTRA, and `extra_values`, what they give, {dest: value}."""
     parser = flags.Parser(prog="run_all.py", description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD", help="a section, or a figure of the sections")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
@@ -234,11 +234,12 @@ def command_line(argv):
         if not set(its_sections) & set(args.sections):
             raise UserError(f"{' '.join(args.sections)} has no {figure}; it is in: {' '.join(its_sections)}")
     try:
-        args.extra = shlex.split(os.environ.get("EXTRA", ""))
-        args.extra_flags = vars(flags.script_parser("sat.py", "", flags.DEFAULTS).parse_args(args.extra))
+        args.extra_words = shlex.split(os.environ.get("EXTRA", ""))
+        parser = flags.script_parser("sat.py", "", flags.DEFAULTS)
+        args.extra_values = vars(parser.parse_args(args.extra_words))
     except ValueError as e:  # UserError too
         raise UserError(f"EXTRA: {e}") from None
-    if forbidden := [flag for flag in OWN if flags.dest(flag) in args.extra_flags]:
+    if forbidden := [flag for flag in OWN if flags.dest(flag) in args.extra_values]:
         raise UserError(f"EXTRA: {forbidden[0]} differs between the runs, so run_all.sh sets it")
     return args
 
@@ -247,10 +248,10 @@ def stages_to_make(args, all_stages, results, launcher):
     """The stages as {folder: (stage, command)}, each once, in the order in which they are made."""
     todo = {}
     for stage in all_stages:
-        words = [*stage.arguments, *flags.only_flags_of(args.extra, stage.script)]
-        if args.extra and stage.script == "sat.py" and "--run" not in words:
+        words = [*stage.arguments, *flags.only_flags_of(args.extra_words, stage.script)]
+        if args.extra_words and stage.script == "sat.py" and "--run" not in words:
             words += ["--run", Path(stage.folder).name]  # sat.py would put the extra flags into the name
-        words += ["--results", results, "--data-dir", os.environ.get("DATA", "data")]
+        words += ["--results", results, "--data-dir", os.environ.get("DATA") or "data"]
         todo.setdefault(stage.folder, (stage, [*launcher, str(HERE / stage.script), *words]))
     return todo
 
@@ -258,11 +259,11 @@ def stages_to_make(args, all_stages, results, launcher):
 def main(argv=None):
     """Lists the stages, then either prints their commands or makes them and the report."""
     args = command_line(argv)
-    results = os.path.expanduser(os.environ.get("RESULTS", "results"))
-    python = os.environ.get("PYTHON", sys.executable)
-    launcher, nproc, n_jobs = [python], os.environ.get("NPROC", "1"), os.environ.get("JOBS", "1")
+    results = os.path.expanduser(os.environ.get("RESULTS") or "results")
+    python = os.environ.get("PYTHON") or sys.executable
+    launcher, nproc, n_jobs = [python], os.environ.get("NPROC") or "1", os.environ.get("JOBS") or "1"
     if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu", nproc):
-        raise UserError(f"NPROC={nproc}: give the number of processes, 1 or more")
+        raise UserError(f"NPROC={nproc}: give the number of processes, 1 or more, or auto, cpu or gpu")
     if not re.fullmatch("[1-9][0-9]{0,3}", n_jobs):
         raise UserError(f"JOBS={n_jobs}: give the number of runs at once, from 1 to 9999")
     if nproc != "1":
@@ -270,7 +271,7 @@ def main(argv=None):
         if n_jobs != "1":
             raise UserError(f"JOBS={n_jobs} and NPROC={nproc}: give one of them (JOBS: several runs at once, "
                             "NPROC: several processes for one run)")
-    all_stages = list(stages(args.sections, args.figures, results, args.extra_flags))
+    all_stages = list(stages(args.sections, args.figures, results, args.extra_values))
     todo = stages_to_make(args, all_stages, results, launcher)
     report = [python, str(HERE / "report.py"), "--results", results]
     if args.dry_run:
@@ -283,7 +284,7 @@ def main(argv=None):
         raise UserError(f"{e} (RESULTS=FOLDER names another folder for the results)") from None
     # By training seed, so that a list that is cut short has one seed of everything.
     todo = dict(sorted(todo.items(), key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0]).name)[1])))
-    make_all(todo, results, stage_environments(int(n_jobs), args.extra_flags))
+    make_all(todo, results, stage_environments(int(n_jobs), args.extra_values))
     code = subprocess.run(report).returncode
     missing = [folder for folder, (stage, _) in todo.items() if not is_finished(stage)]
     if missing:

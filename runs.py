@@ -165,7 +165,7 @@ def atomic(path, write):
     except (OSError, RuntimeError) as e:  # torch.save turns the first into the second
         reason = getattr(e, "strerror", None) or getattr(e.__context__, "strerror", None)
         raise UserError(f"cannot write {path}: {reason or ' '.join(str(e).split())[:100]} (finished work is "
-                        "kept: fix it and start again)") from None
+                        "kept: fix the cause and start again)") from None
     finally:
         temporary.unlink(missing_ok=True)  # it is there after a failure
 

@@ -102,6 +102,8 @@ def command_line(argv=None):
     """Parses the command line, and checks what needs more than one flag."""
     args = config.parse("sat.py", __doc__, argv)
     args.classes = sorted(set(args.classes or [])) or None
+    if "weight_factor" not in args.typed and "weight" in args.typed:  # it beats that of the config
+        args.weight_factor = None
     check_amount(args)
     reset_flags_without_effect(args)
     if args.order == "redrawn" and args.split == "csat":
@@ -149,12 +151,11 @@ def check_amount(args):
 
 
 def reset_flags_without_effect(args):
-    """Resets flags that have no effect beside others to the config's values, so that they make no separate
-    run, and names those that were typed. Steps and step size stay: runs that differ in them share no table.
-    """
+    """Resets flags that have no effect beside others, so that they make no separate run, and names those that
+    were typed. Steps and step size stay: runs that differ in them share no table."""
     for cause, applies, names in [
             (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
-            ("--split none", args.split == "none", "attack"),
+            ("--split none", args.split == "none", "attack random_start"),
             ("--classes", args.classes, "order metric"),
             ("--subset", args.subset, "order metric"),
             ("--ranking", args.ranking, "metric"),
@@ -165,7 +166,7 @@ def reset_flags_without_effect(args):
             if name in args.typed:
                 say(f"note: --{name.replace('_', '-')} has no effect with {cause}")
             if name not in ("steps", "step_size"):
-                setattr(args, name, args.base[name])
+                setattr(args, name, flags.DEFAULTS[name])
 
 
 def read_own_file(args):
@@ -219,14 +220,14 @@ def run_folder(args):
 def folder_of_same_size(args, folder, n):
     """The folder of an earlier run with these flags and the same |A|, of n examples or classes, given in
     another way, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets its amount."""
-    size = subset_size(args.frac or args.size, n, "")
+    size = subset_size(args.frac or args.size, n)
     for path in sorted(folder.parent.glob("[!.]*/args.json")):  # not .old-<run>, which --force put aside
         stored = runs.load(path, ("dataset",))
         amount = {name: stored.get(name) for name in ("frac", "size")}
         value = amount["frac"] or amount["size"]
         same_flags = argparse.Namespace(**{**vars(args), **amount})
         is_alike = value and not runs.flag_differences(stored, same_flags)  # --split too, so the unit of n
-        if is_alike and subset_size(value, n, "") == size:
+        if is_alike and subset_size(value, n) == size:
             vars(args).update(amount)
             return path.parent
     return folder
@@ -242,7 +243,7 @@ def is_outdated(folder, args):
     scores = runs.load(path).get("scores", {}).get(used["metric"])
     if scores in (None, used["scores"]):
         return False
-    say(f"{path} was made again since {folder} was finished: A is another now, so the run is repeated")
+    say(f"{path} was made again since {folder} was finished: A has changed, so the run is repeated")
     return True
 
 
@@ -253,8 +254,8 @@ def choose_subset(args, data, own, device):
     y, amount = data.train.y, args.frac or args.size
     scores, chosen_by = own.get("scores"), own.get("chosen_by")
     if amount and args.order in ("hardest", "easiest"):
-        n, unit = (len(data.classes), "classes") if args.split == "csat" else (len(y), "examples")
-        subset_size(amount, n, unit)  # an impossible amount is refused before a ranking is made
+        n = len(data.classes) if args.split == "csat" else len(y)
+        subset_size(amount, n)  # an impossible amount is refused before a ranking is made
         if scores is None:
             scores, chosen_by = rank.scores_for(args, data, device)
         else:
@@ -283,10 +284,8 @@ def main(argv=None):
     settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}
     A, chosen_by = choose_subset(args, data, own, device)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
-    A_classes, names_of_A = None, ""
-    if args.split == "csat":
-        A_classes = [data.classes[c] for c in data.train.y[A].unique()]
-        names_of_A = f" in {', '.join(A_classes)}" if len(A_classes) <= 10 else ""
+    A_classes = [data.classes[c] for c in data.train.y[A].unique()] if args.split == "csat" else None
+    names_of_A = f" in {', '.join(A_classes)}" if A_classes and len(A_classes) <= 10 else ""
     say(f"SAT on {data.name} ({len(A):,} training images, {len(data.classes)} classes): "
         f"|A| = {int(A.sum()):,} ({A.float().mean():.1%}){names_of_A}, w_A {w_A:.3g}; "
         f"{args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, "

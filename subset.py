@@ -13,12 +13,12 @@ ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray
          *(type(numpy.dtype(code)) for code in ("?", "u1", "i2", "i4", "i8", "f2", "f4", "f8"))]
 
 
-def subset_size(amount, n, unit):
-    """|A|, counted in `unit`s, from a fraction (float) of n, or a number (int). UserError outside 1..n."""
+def subset_size(amount, n):
+    """|A| from a fraction (float) of n classes or examples, or a number (int). UserError outside 1..n."""
     k = round(amount * n) if isinstance(amount, float) else amount
     if not isinstance(k, int) or not 1 <= k <= n:
-        raise UserError(f"|A| = {amount} of {n} {unit} comes to {k}: give a --size of 1 to {n}, or "
-                        "a --frac that comes to one")
+        raise UserError(f"|A| = {amount} comes to {k} of {n}: give a --size of 1 to {n}, or a "
+                        "--frac that comes to such a number")
     return k
 
 
@@ -45,7 +45,7 @@ def choose_A(split, y, classes, *, amount=None, names=None, subset=None, order="
     if subset is not None:
         return subset_mask(subset, len(y))
     n, unit = (len(classes), "classes") if split == "csat" else (len(y), "examples")
-    k = subset_size(amount, n, unit)
+    k = subset_size(amount, n)
     if order in ("random", "redrawn"):
         # A stream of its own: the batches of an epoch are dealt by a permutation drawn from the same seed.
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + 700_000))[:k]

@@ -87,8 +87,8 @@ def epoch_batches(split, A, w_A, args, epoch, device, compilation="off"):
     """The batches of an epoch: (x, y, a, w, w_sum, start, n_attacked), this process's part. See sat_step.
 
     w_sum: the global batch's sum of weights / processes (DistributedDataParallel averages gradients). What
-    depends only on A and the order is worked out once an epoch: a copy from the CPU makes a GPU wait. For
-    CUDA graphs, each of one size, the first of `a` is repeated up to a multiple of 16 (not in n_attacked).
+    depends only on A and the order is computed once per epoch: a copy from the CPU makes a GPU wait. A CUDA
+    graph has a fixed size: `a` is padded with its first element to a multiple of 16 (not in n_attacked).
     """
     order, generator = epoch_order(len(split), args.batch_size, args.seed, epoch)  # (steps, batch size)
     if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch

@@ -106,7 +106,7 @@ def agreement_with_fig2(classes, single):
     """How well our Fig. 2, {class A: runs}, agrees with the paper's, as sentences with Spearman's
     correlations. Empty if the paper does not have these classes, or fewer than three of them have runs."""
     bars = [(mean_sd(rs, "B_val")[0], fig2_accuracy(a, "B_val")) for a, rs in single.items()
-            if fig2_accuracy(a, "B_val") is not None]
+            if fig2_accuracy(a, "B_val") is not None and mean_sd(rs, "B_val")]
     if len(bars) < 3:
         return ""
     cells = [(a, c) for a, rs in single.items() for c in classes

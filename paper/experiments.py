@@ -62,7 +62,7 @@ MACHINE = "one NVIDIA H200 (PreActResNet-18, 32x32; bf16 and --compile in traini
 RATES = {("preactresnet18", 32, 128): ({0: 6.5, 0.1: 11.3, 0.5: 11.3, 1: 13.9}, 24400)}
 # Forward passes of an attack of AutoAttack on an example that stays robust. The first breaks most others.
 PASSES = {"apgd-ce": 202, "apgd-t": 1818, "fab-t": 2737, "square": 5000}
-ROBUST = 0.5  # the share of robust examples that is assumed; without AT it is 0
+ASSUMED_ROBUST_SHARE = 0.5  # of the test examples; without AT it is 0
 
 ORDERS = ["hardest", "easiest", "random"]
 FIGURES = {  # what the runs of a figure are: every combination of these values of flags, for each amount of A
@@ -210,7 +210,7 @@ def stages(sections, figures, results, extra_values):
             share = {"none": 0, "full": 1, "esat": run.get("frac"),
                      "csat": run.get("size", 1) / plan.n_classes}[run["split"]]
             steps = 1 if run.get("attack") == "fgsm-rs" else setting["steps"]
-            robust_share = ROBUST if share else 0
+            robust_share = ASSUMED_ROBUST_SHARE if share else 0
             needs = ranking if run.get("order") in ("hardest", "easiest") else ""
             yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder,
                         "result.json", needs, cost(setting, plan.dataset, 3, share, steps, robust_share),
@@ -235,7 +235,7 @@ def overview(all_stages):
         seen.add(stage.folder)
     lines = [f"# GPU-hours: by the rates of {MACHINE}.",
              "# -: none was measured for this network and these images.",
-             f"# AutoAttack: with {100 * ROBUST:.0f} % of the examples robust, without AT none.",
+             f"# AutoAttack: with {ASSUMED_ROBUST_SHARE:.0%} of the examples robust, without AT none.",
              f"# {'':<65} {'training':>18} {'evaluation':>18}",
              f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>5}" + " {:>8} {:>9}".format(
                  "passes", "GPU-hours") * 2]

@@ -184,7 +184,7 @@ def cost(path, title, groups, ranking_costs):
     for axis, ((data, group), runs) in zip(axes, groups.items()):
         for split, label in {"none": "no AT", "full": "AT", "csat": "CSAT", "esat": "ESAT"}.items():
             colour, _, marker = look(label)
-            plain = [(r.cost, mean_sd([r])[0], r.ranking) for r in runs if r.split == split]
+            plain = [(r.cost, mean_sd([r])[0], r.scores_hash) for r in runs if r.split == split]
             ranked = [(x + ranking_costs[h], y, h) for x, y, h in plain if h in ranking_costs]
             for points, face, name in ((plain, colour, label),
                                        (ranked, "none", f"{label}, with its ranking")):

@@ -45,8 +45,8 @@ class Run:
         self.A_classes = tuple(training["A_classes"] or ())
         self.n_classes = len(training["fingerprint"]["classes"])
         self.cost = training["cost"]["forward_equivalents"]
-        self.weights = training["weights"]  # hash of the network's
-        self.ranking = ranking.get("scores", "")  # hash of the scores that chose A
+        self.weights_hash = training["weights"]  # hash of the network's
+        self.scores_hash = ranking.get("scores", "")  # hash of the scores that chose A
         self.epoch = result["epoch"]  # of the checkpoint that was selected
         self.decays = sum(self.epoch > decay for decay in target["lr_decays"])  # of the learning rate, so far
         self.last_epoch = last_epoch(path.parent, result)
@@ -167,9 +167,10 @@ def setting_as_text(setting):
 
 def add_source_accuracies(runs):
     """Gives each transfer the accuracies of its source, as parts "source ..."."""
-    sources = {r.weights: r.accuracy for r in pick(runs, transfer=False)}
+    sources = {r.weights_hash: r.accuracy for r in pick(runs, transfer=False)}
     for r in pick(runs, transfer=True):
-        r.accuracy |= {f"source {part}": accuracy for part, accuracy in sources.get(r.weights, {}).items()}
+        of_source = sources.get(r.weights_hash, {})
+        r.accuracy |= {f"source {part}": accuracy for part, accuracy in of_source.items()}
 
 
 def grouped(runs, *keys):
@@ -188,15 +189,15 @@ def pick(runs, **values):
 def ranking_cautions(runs, rankings):
     """A sentence for each metric whose runs used different rankings, and one if runs used a ranking that is
     not among those of their data, if there are any. May be empty. rankings: of read_rankings."""
-    by_metric = grouped([r for r in runs if r.ranking], "metric")
-    n_rankings = {metric: len({r.ranking for r in same}) for (metric,), same in by_metric.items()}
+    by_metric = grouped([r for r in runs if r.scores_hash], "metric")
+    n_rankings = {metric: len({r.scores_hash for r in same}) for (metric,), same in by_metric.items()}
     cautions = [f"Caution: the runs by {metric} used {n} different rankings."
                 for metric, n in n_rankings.items() if n > 1]
     hashes = {}  # {data set: the hashes of its scores that are there}
     for ranking in rankings.values():
         hashes.setdefault(ranking["fingerprint"]["name"], set()).update(ranking.get("scores", {}).values())
-    outdated = [r for r in runs if r.ranking and not r.metric.startswith("own")
-                and r.ranking not in hashes.get(r.data.split("->")[0], {r.ranking})]
+    outdated = [r for r in runs if r.scores_hash and not r.metric.startswith("own")
+                and r.scores_hash not in hashes.get(r.data.split("->")[0], {r.scores_hash})]
     if outdated:
         cautions.append(f"Caution: {counted(len(outdated), 'run')} used a ranking that is no longer there "
                         f"(the first: {outdated[0].path}).")
@@ -209,7 +210,7 @@ def write_csv(path, runs):
     for r in runs:
         ordered = r.split in ("csat", "esat")
         row = {"run": r.path, "data": r.data, "split": r.split, "A": r.A, "N": r.N, "share": r.share,
-               "order": r.order if ordered else "", "classes": " ".join(r.A_classes),
+               "order": r.order if ordered else "", "classes": ";".join(r.A_classes),
                "metric": r.metric if ordered and r.order in ("hardest", "easiest") else "",
                "weight": r.weight if ordered else "", "w_A": r.w_A, "attack": r.attack if r.A else "",
                "seed": r.seed, "head_seed": r.head_seed if r.transfer else "",

@@ -28,7 +28,7 @@ class Curves:
     transfer: bool = False
 
 
-CURVES = [
+CURVE_FIGURES = [
     Curves("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", "csat", [ROBUST, B_VAL, CLEAN]),
     Curves("fig13", "Fig. 13: CSAT on all parts", "csat", PARTS),
     Curves("fig6", "Fig. 6: ESAT, A made of single examples", "esat", [ROBUST, CLEAN]),
@@ -122,7 +122,7 @@ def matrix_table(group_runs, classes, single, comparable):
         for c in classes:
             values = [r.accuracy["classes"][c]["robust"]["accuracy"] for r in runs]
             cells.append("-" if None in values else f"{100 * statistics.fmean(values):.0f}")
-            if comparable:
+            if comparable and fig2_accuracy(a, c) is not None:
                 cells[-1] += f" ({fig2_accuracy(a, c)})"
         rows.append([a, str(len(runs)), cell(runs, "A_val"), cell(runs, "B_val"),
                      no_at_cell(group_runs, runs),
@@ -191,6 +191,7 @@ def difficulty_section(rankings, figure_folder):
     """Fig. 3: mean score and clean error of each class, from every rank.json, for CIFAR-10 with the paper's
     numbers beside ours. A long table has its two ends only."""
     title, paragraphs, drawn, fig3 = "Fig. 3: class entropy and class error", [], {}, numbers()["fig3"]
+    fig3_by_class = dict(zip(fig3["classes"], zip(fig3["mean_entropy_nats"], fig3["error_fraction"])))
     for path, ranking in rankings.items():
         rows, data = ranking["classes_hardest_first"], ranking["fingerprint"]["name"]
         name = f"{data}: {ranking['args']['arch']}, {ranking['epochs']} epochs"
@@ -203,8 +204,8 @@ def difficulty_section(rankings, figure_folder):
             error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
             body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
             if data == "cifar10":
-                i = fig3["classes"].index(NAMES.get(r["class"], r["class"]))
-                body[-1] += [f"{fig3['mean_entropy_nats'][i]:.4f}", f"{100 * fig3['error_fraction'][i]:.1f}"]
+                published = fig3_by_class.get(NAMES.get(r["class"], r["class"]))
+                body[-1] += [f"{published[0]:.4f}", f"{100 * published[1]:.1f}"] if published else ["-", "-"]
         notes = [f"Spearman's correlation of {pair} over examples: {rho:.3f}."
                  for pair, rho in ranking["spearman_of_examples"].items()]
         for metric in metrics:
@@ -255,5 +256,5 @@ def cost_section(runs, rankings, figure_folder):
     figures.cost(figure_folder / "cost", title, groups, ranking_costs)
     return [f"## {title}",
             "In forward passes: an attack step counts 2, a training step 3. Evaluation is not counted. "
-            "Hollow marks: with the ranking that chose A, which is needed once a data set.",
+            "Hollow marks include the ranking that chose A, which is needed once per data set.",
             f"![{title}](figures/cost.png)"]

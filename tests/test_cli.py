@@ -45,7 +45,9 @@ def test_command_line_beats_yaml_beats_defaults(capsys):
     assert args.typed == {"split", "random_start", "lr_decays"}
     with pytest.raises(SystemExit, match="0"):
         sat.main([*words, "--help"])
-    assert "learning rate of SGD (momentum 0.9) (default: 0.05)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "learning rate of SGD (momentum 0.9) (default: 0.05)" in out
+    assert "random subsets (default: 0)" in " ".join(out.split()), "a default of 0 is one"
 
 
 @pytest.mark.parametrize("row", """
@@ -111,6 +113,17 @@ def test_a_typed_amount_replaces_that_of_a_config(words, amounts):
     assert [args.frac, args.size, args.classes] == amounts
 
 
+@pytest.mark.parametrize("words,expected", [
+    ("--subset A.npy", {"order": "hardest"}), ("--split csat --classes 3", {"order": "hardest"}),
+    ("--weight emphasis", {"weight": "emphasis", "weight_factor": None}),
+    ("--weight emphasis --weight-factor 2", {"weight": "vanilla", "weight_factor": 2}),
+    ("--split none --random-start", {"random_start": False, "weight_factor": None})])
+def test_what_is_typed_beats_what_a_config_says_of_another_flag(words, expected):
+    """order: redrawn would replace a --subset by random examples in each epoch."""
+    Path("c.yaml").write_text("dataset: digits\norder: redrawn\nweight-factor: 3\n")
+    assert vars(sat.command_line(["--config", "c.yaml", *words.split()])).items() >= expected.items()
+
+
 BAD = [  # words of sat.py, message
     ("--dataset mnist", "no data set 'mnist'"), ("--dataset ../x", "'../x' is not a plain name"),
     ("--run ..", "'..' is not a plain name"), ("--run 'a\nb'", "is not a plain name"),
@@ -120,8 +133,8 @@ BAD = [  # words of sat.py, message
     ("--eps nan", "'nan' is not a finite number of at"), ("--seed 2147483648", "at most 2147483647"),
     ("--epochs 0", "'0' is not a whole number of at least 1"), ("--threads 10000", "at least 0 and at most"),
     ("--frac 0", "above 0 and at most 1"), ("--frac 1.5", "'1.5' is not a finite number above 0"),
-    ("--split csat --frac 0.01", "comes to 0: give a --size of 1 to 10,"),
-    ("--size 1298", "comes to 1298: give a --size of 1 to 1297,"),
+    ("--split csat --frac 0.01", "comes to 0 of 10: give a --size of 1 to 10,"),
+    ("--size 1298", "comes to 1298 of 1297: give a --size of 1 to 1297,"),
     ("--split full --batch-size 1298", "give 2 to 1297"), ("--split none --scores x.npy", "no --scores"),
     ("--split csat --classes cat", "unknown class cat; valid: 0, 1, 2"), ("--classes 3", "takes no --class"),
     ("--split csat --classes 3 --size 1", "takes one of --frac, --size, --classes; given: size, classes"),

@@ -257,7 +257,7 @@ def test_fractions_underscores_and_nearest_names(tmp_path):
     Path("c.yaml").write_text("weightdecay: 1\n")
     with pytest.raises(UserError, match="'weightdecay'; did you mean weight-decay"):
         sat.command_line(["--config", "c.yaml"])
-    with pytest.raises(UserError, match="to which data set. Give --dataset, or --config with one of co"):
+    with pytest.raises(UserError, match="no target data set: give --dataset, or --config with one of co"):
         transfer.main(["best.pt"])
 
 
@@ -319,6 +319,7 @@ def test_runs_csv_is_tidy():
         expected = 100 * accuracy[part][kind][key]
         assert float(rows["csat"][column]) == pytest.approx(expected, abs=0.01)
     assert rows["csat"]["run"] == "results/few/b"
+    assert len(rows["csat"]["classes"].split(";")) == 2, "names may have spaces"
     assert [rows["full"][k] for k in ("order", "metric", "weight", "robust_A_val")] == ["", "", "", ""]
     assert rows["full"]["eval_attacks"] == "apgd-ce"
 

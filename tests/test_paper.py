@@ -23,7 +23,7 @@ from paper import claims, experiments, figures, published, results, short, stats
 from runs import load
 
 CLASSES = experiments.CIFAR10
-FIG5, _, FIG6, *_ = tables.CURVES
+FIG5, _, FIG6, *_ = tables.CURVE_FIGURES
 SETTING = {**published.published_setting("cifar10"), "n": 1000}
 
 
@@ -301,6 +301,19 @@ def test_fig2_is_compared_with_the_papers_by_rank(sign):
     assert claims.effects_of_A(cells) == pytest.approx({"a": -2, "b": 0, "c": 2})
 
 
+def test_a_cifar10_with_classes_of_other_names_has_no_numbers_of_the_paper(tmp_path):
+    rows = [{"class": str(c), "entropy": 0.1 * c, "clean_error": None, "n": 0} for c in range(3)]
+    ranking = {"fingerprint": {"name": "cifar10", "classes": list("012")}, "args": {"arch": "a"}, "epochs": 1,
+               "classes_hardest_first": rows, "spearman_of_examples": {}}
+    text = "\n".join(tables.difficulty_section({tmp_path / "rank.json": ranking}, tmp_path))
+    assert "| 2 | 0.2000 | - | 0 | - | - |" in text
+    single = {c: [run("csat", 0.5, A_classes=(c,))] for c in CLASSES[:3]}
+    assert claims.agreement_with_fig2(CLASSES, single)
+    for r in single[CLASSES[0]]:
+        r.accuracy["B_val"]["robust"]["n"] = 0
+    assert claims.agreement_with_fig2(CLASSES, single) == "", "two classes with a B_val are too few"
+
+
 def test_class_order_is_compared_with_the_papers():
     order = [{"plane": "airplane", "car": "automobile"}.get(c, c)
              for c in published.numbers()["class_order_hardest_first"]["cifar10"]]
@@ -372,8 +385,9 @@ def test_repeats_are_no_seeds_and_groups_are_named_by_what_differs(capsys):
 
 
 def test_tables_of_curves(tmp_path):
-    runs = [run("full", 0.7, A=50000), run("esat", 0.6, A=25000, ranking="x"), run("esat", 0.5, ranking="y"),
-            run("esat", 0.4, A=25000, order="random"), run("esat", 0.6, A=25000, order="random", seed=1)]
+    runs = [run("full", 0.7, A=50000), run("esat", 0.6, A=25000, scores_hash="x"),
+            run("esat", 0.5, scores_hash="y"), run("esat", 0.4, A=25000, order="random"),
+            run("esat", 0.6, A=25000, order="random", seed=1)]
     text = "\n".join(tables.curve_section(runs, tmp_path, FIG6, {}))
     for line in ("| hardest | 25,000 | 0.50 | 1 | 1 | 60.0 [56.9, 63.0] | 100.0 [99.6, 100.0] "
                  "| 66.4 | -6.4 | 89.3 | +10.7 |",
@@ -638,7 +652,7 @@ def test_claims_on_transfers_are_of_the_hardest_by_entropy(other):
 
 
 def test_the_ranking_of_a_transfer_is_sought_among_those_of_its_source():
-    moved = run("esat", 0.5, transfer=True, data="cifar100->cifar10", ranking="x")
+    moved = run("esat", 0.5, transfer=True, data="cifar100->cifar10", scores_hash="x")
     for data, scores, caution in (("cifar100", "y", True), ("cifar100", "x", False), ("cifar10", "y", False)):
         ranking = {"fingerprint": {"name": data}, "scores": {"entropy": scores}}
         text = results.ranking_cautions([moved], {"rank.json": ranking})

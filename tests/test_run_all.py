@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import flags
 import run_all
 import sat
 from common import HERE
@@ -49,6 +50,18 @@ def test_commands_with_extra_flags_on_several_processes(monkeypatch, capsys):
     parsed = [sat.command_line(words[8:]) for words in commands]
     assert [args.run for args in parsed[:3]] == ["none-seed0", "full-seed0", "csat-airplane-balanced-seed0"]
     assert {(args.epochs, args.steps) for args in parsed} == {(40, 3)}
+
+
+def test_flags_of_extra_may_have_underscores_and_an_empty_variable_is_none(monkeypatch, capsys):
+    words = ["--batch_size", "64", "--no_random_start", "--epochs", "2"]
+    assert flags.only_flags_of(words, "sat.py") == words
+    assert flags.only_flags_of(words, "transfer.py") == ["--batch_size", "64", "--epochs", "2"]
+    for name in ("RESULTS", "DATA", "NPROC", "JOBS", "PYTHON"):
+        monkeypatch.setenv(name, "")
+    run_all.main(["--dry-run", "digits", "fig3"])
+    command = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert command[0] == sys.executable
+    assert command[-4:] == ["--results", "results", "--data-dir", "data"]
 
 
 # In place of a Python: notes its call, fails or waits for some runs, and writes the result of a stage.
