@@ -1,5 +1,5 @@
 """Times a training step on this machine for several |A|/N, beside the cost model 3 + 2 steps |A|/N (17 for AT
-with PGD-7), in units of |A| = N.
+with PGD-7), relative to |A| = N.
 
     python bench.py --arch preactresnet18 --compile on
 

@@ -107,8 +107,9 @@ def check_norm_has_eps(args, from_config):
         needed.append("step_size")
     missing = [f"--{name}".replace("_", "-") for name in needed if name not in flags_of_source]
     if missing:
-        raise UserError(f"{source} {args.norm} needs {' and '.join(missing)} of its own (linf: say "
-                        "--eps 0.0314 --step-size 0.0078, that is 8/255 and 2/255; l2 on 32x32: 0.5, 0.1)")
+        usual = {"--eps": "8/255 in linf, 0.5 in l2 on 32x32", "--step-size": "2/255, 0.1"}
+        raise UserError(f"{source} {args.norm} needs {' and '.join(missing)} of its own (usual: "
+                        f"{'; '.join(f'{flag} {usual[flag]}' for flag in missing)})")
 
 
 def run_name_prefix(args):
