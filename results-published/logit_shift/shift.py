@@ -4,7 +4,6 @@ attacks the result as the run itself was evaluated.
     python results-published/logit_shift/shift.py RUN/best.pt --t 0 0.5 1 1.5 --json FILE
 """
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -42,7 +41,7 @@ def main():
     data = load_dataset(checkpoint["args"]["dataset"], args.data_dir)
     runs.check_fingerprint(data, checkpoint["fingerprint"], args.checkpoint)
     A_classes, rows = checkpoint["A_classes"], []
-    in_A = torch.isin(torch.arange(len(data.classes)), torch.tensor([data.classes.index(c) for c in A_classes]))
+    in_A = torch.tensor([c in A_classes for c in data.classes])
     for t in args.t:
         shifted = Shifted(model, -t * math.log(result["w_A"]) * in_A.float()).eval()
         _, evaluation = evaluate.evaluate(shifted, data, result["settings"], args.json.with_suffix(".chunks"),
