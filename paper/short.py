@@ -8,8 +8,8 @@ from paper.stats import cell
 from paper.tables import BASELINES, CLEAN, ROBUST, lines_of, markdown
 
 MOVED = "cifar100->cifar10"
-NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Passes: of training, in % of AT's. "
-         "w_A: 1 where none is given. Transfer (S-SAT): from CIFAR-100 to CIFAR-10.")
+NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Passes: of training, without rankings; "
+         "AT: 100. w_A: 1 where none is given. Transfer (S-SAT): from CIFAR-100 to CIFAR-10.")
 
 
 def largest_group(runs, data):
