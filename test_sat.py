@@ -164,6 +164,7 @@ def test_attacks_leave_the_model_as_it_was(attack):
     assert everything() == before
 
 
+@pytest.mark.slow
 def test_autoattack_agrees_with_the_package():
     model, data = trained()
     x, y = data.test.pixels(torch.arange(12), "cpu"), data.test.y[:12]
