@@ -8,8 +8,9 @@ from paper.stats import cell
 from paper.tables import BASELINES, CLEAN, ROBUST, lines_of, markdown
 
 MOVED = "cifar100->cifar10"
-NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Passes: of training, without rankings; "
-         "AT: 100. w_A: 1 where none is given. Transfer (S-SAT): from CIFAR-100 to CIFAR-10.")
+NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Cost: passes of training, without "
+         "rankings. w_A: 1 where none is given. Clean: all classes. Transfer (S-SAT): from CIFAR-100 to "
+         "CIFAR-10.")
 
 
 def largest_group(runs, data):
@@ -47,7 +48,7 @@ def body_of_table(rows, at):
         if not runs:
             continue
         if runs[0].w_A != 1:
-            A += f", w_A {runs[0].w_A:.3g}"
+            A += f", w_A {runs[0].w_A:.3g} ({runs[0].weight})"
         cost = f"{100 * statistics.fmean(r.cost for r in runs) / full_cost:.0f}" if at else "-"
         robust, papers = cell(runs), "-" if published is None else f"{published:.1f}"
         if len(runs[0].A_classes) == 1:
@@ -67,7 +68,7 @@ def section(runs, figure_folder):
     if moved:
         body += body_of_table(transfer_rows(moved, comparable_data(MOVED, moved[0].setting)),
                               pick(moved, split="full"))
-    head = ["A", "passes %", "robust %", "clean %", "paper's robust %"]
+    head = ["A", "cost, % of AT", "robust %", "clean %", "paper's robust %"]
     paragraphs = ["## In short", markdown(head, body), NOTES]
     lines = lines_of(pick(group, split="esat", metric="entropy", weight="vanilla"), "order")
     if lines:

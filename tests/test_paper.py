@@ -453,8 +453,8 @@ def test_in_short(tmp_path):
         "| hardest 10 % | 26 | 20.0 ± 1.0 | 75.0 ± 1.0 | 52.1 |",
         "| random 50 % | 59 | 40.0 [37.0, 43.1] | 100.0 [99.6, 100.0] | 64.5 |",
         "| everything (AT) | 100 | 42.0 ± 1.0 | 65.0 ± 1.0 | 69.0 |",
-        "| hardest class (cat), w_A 9 | 26 | 20.0 ± 1.0 on B | 90.0 ± 1.0 | 37.8 on B |",
-        "| transfer: hardest 30 %, w_A 9.33 | 42 | 25.0 ± 1.0 | 90.0 ± 1.0 | 41.8 |",
+        "| hardest class (cat), w_A 9 (balanced) | 26 | 20.0 ± 1.0 on B | 90.0 ± 1.0 | 37.8 on B |",
+        "| transfer: hardest 30 %, w_A 9.33 (emphasis) | 42 | 25.0 ± 1.0 | 90.0 ± 1.0 | 41.8 |",
         "| transfer: everything | 100 | 30.0 ± 1.0 | 90.0 ± 1.0 | 42.8 |"]
     assert short.section(runs[-3:], tmp_path) == []
     (tmp_path / "page.md").write_text("<!-- table: In short -->\n<!-- end -->\n")
