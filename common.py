@@ -167,6 +167,7 @@ def script(main):
     """Runs a script's main(). A user's mistake (exit code 2), a signal (128 + its number) and a lost process
     (1) end in one line on stderr."""
     def stop(signal_number, frame):
+        """Handles a signal."""
         raise KeyboardInterrupt(signal_number)
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, stop)

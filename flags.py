@@ -61,6 +61,7 @@ def number(cls, low, high=1e30, low_excluded=False):
     bound = "above" if low_excluded else "of at least"
 
     def convert(text):
+        """The number that a text is. ArgumentTypeError, which argparse shows, for another text."""
         numerator, slash, denominator = text.partition("/")
         with contextlib.suppress(ValueError, ZeroDivisionError):
             value = float(numerator) / float(denominator) if slash and cls is float else cls(text)
