@@ -455,5 +455,14 @@ def test_a_run_goes_on_by_another_amount_and_not_as_the_one_put_aside(capsys):
     sat.main([*argv, "--size", "29"])
     assert "going on after epoch 1 of results/few/esat-random-0.3-" in capsys.readouterr().out
     assert len(list(Path("results/few").iterdir())) == 1
-    other, args = Path("results/few/x"), sat.command_line([*argv, "--split", "csat", "--frac", "0.4"])
-    assert sat.folder_of_same_size(args, other, 10) == other, "29 examples are no number of 10 classes"
+
+
+def test_the_size_of_an_esat_run_beside_it_does_not_stop_a_csat_run():
+    """29 examples are no number of 10 classes."""
+    esat, csat = (sat.command_line([*SAT, "--order", "random", *words])
+                  for words in (["--size", "29"], ["--split", "csat", "--frac", "0.4"]))
+    Path("results/few/x").mkdir(parents=True)
+    runs.write_json("results/few/x/args.json", runs.identity(esat))
+    folder = Path("results/few/y")
+    assert sat.folder_of_same_size(csat, folder, 10) == folder
+    assert sat.folder_of_same_size(esat, folder, 96) == Path("results/few/x")
