@@ -6,11 +6,12 @@ import collections
 import math
 
 import numpy
+from scipy.stats import spearmanr
 
 from paper.published import NAMES, comparable_data, fig2_accuracy, numbers, published_accuracy
-from paper.results import counted, grouped, pick
+from paper.results import grouped, pick
 from paper.stats import (Noise, accuracy_on, contrast, difference, estimate, interval_text, mean_sd,
-                         seed_count, spearman)
+                         seed_count)
 
 # {--weight: its name in tables} of Fig. 2: the authors' config has the first, the paper's text the second.
 FIG2 = {"balanced": "w_A = \\|B\\|/\\|A\\|", "vanilla": "w_A = 1"}
@@ -36,10 +37,10 @@ def verdict(rule, interval, sides, *pools):
     return f"{decision} (one seed)"
 
 
-def compare(claim, published, runs, reference, noise_runs, rule, kind="robust"):
-    """The row of a claim on the accuracy of `runs` minus that of `reference`."""
-    gain = contrast([(1, runs, None), (-1, reference, None)], noise_runs, kind)
-    means = [mean_sd(side, "all", kind)[0] for side in (runs, reference)]
+def compare(claim, published, runs, reference, noise_runs, rule, kind="robust", classes=None):
+    """The row of a claim on the accuracy of `runs` minus that of `reference`, on `classes` (None: all)."""
+    gain = contrast([(1, runs, classes), (-1, reference, classes)], noise_runs, kind)
+    means = [estimate([(1, side, classes)], [], kind)[0] for side in (runs, reference)]
     ours = f"{means[0]:.1f}, {means[1]:.1f}: {interval_text(gain)}"
     return claim, published, ours, verdict(rule, gain, (runs, reference), noise_runs)
 
@@ -74,7 +75,7 @@ def single_class_claims(runs, no_at, weight):
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes), "
            f"{FIG2[weight]}",
            extremes(numbers()["fig2"]["robust_B_val"]), extremes(gains, interval_text),
-           ", ".join(f"{v}: {counted(n, 'class')}" for v, n in verdicts.items()))
+           ", ".join(f"{v}: {n} of {len(single)} classes" for v, n in verdicts.items()))
     papers_order = numbers()["class_order_hardest_first"]["cifar10"]
     our_names = {NAMES.get(c, c): c for c in single}
     hardest, easiest = ends = [our_names.get(papers_order[0]), our_names.get(papers_order[-1])]
@@ -82,14 +83,11 @@ def single_class_claims(runs, no_at, weight):
     # the other's class, and the easiest class is easier to make robust than the hardest.
     in_neither = [c for c in classes if c not in ends]
     if all(ends) and in_neither:
-        gain = contrast([(1, single[hardest], in_neither), (-1, single[easiest], in_neither)], runs)
         published = [numpy.mean([fig2_accuracy(a, c) for c in in_neither]) for a in ends]
-        ours = [numpy.mean([accuracy_on(r, in_neither) for r in single[a]]) for a in ends]
-        yield (f"(b) the hardest class ({hardest}) gives the {len(in_neither)} classes that are in "
-               f"neither A more than the easiest ({easiest}), {FIG2[weight]}",
-               f"{published[0]:.1f}, {published[1]:.1f}: {published[0] - published[1]:+.1f}",
-               f"{ours[0]:.1f}, {ours[1]:.1f}: {interval_text(gain)}",
-               verdict("above", gain, [single[c] for c in ends], runs))
+        yield compare(f"(b) the hardest class ({hardest}) gives the {len(in_neither)} classes that are in "
+                      f"neither A more than the easiest ({easiest}), {FIG2[weight]}",
+                      f"{published[0]:.1f}, {published[1]:.1f}: {published[0] - published[1]:+.1f}",
+                      single[hardest], single[easiest], runs, "above", classes=in_neither)
 
 
 def effects_of_A(cells):
@@ -113,11 +111,12 @@ def agreement_with_fig2(classes, single):
              if c != a and rs[0].accuracy["classes"][c]["robust"]["n"]]
     ours = effects_of_A({(a, c): numpy.mean([accuracy_on(r, [c]) for r in single[a]]) for a, c in cells})
     published = effects_of_A({(a, c): fig2_accuracy(a, c) for a, c in cells})
-    return (f"Spearman's correlation with the paper's numbers: of B_val {spearman(*zip(*bars)):.2f} "
-            f"({len(bars)} classes), of what A gives to any other class "
-            f"{spearman(list(ours.values()), list(published.values())):.2f}. The latter is the effect of A "
-            f"when the {len(cells)} cells off the diagonal are fitted by one of A and one of the tested "
-            f"class. It goes from {extremes(ours)} points, in the paper from {extremes(published)}.")
+    of_bars = spearmanr(*zip(*bars)).statistic
+    of_effects = spearmanr(list(ours.values()), list(published.values())).statistic
+    return (f"Spearman's correlation with the paper's numbers: of B_val {of_bars:.2f} ({len(bars)} classes), "
+            f"of what A gives to any other class {of_effects:.2f}. The latter is the effect of A when the "
+            f"{len(cells)} cells off the diagonal are fitted by one of A and one of the tested class. "
+            f"It goes from {extremes(ours)} points, in the paper from {extremes(published)}.")
 
 
 def class_order_correlation(ranking, metric):
@@ -128,7 +127,7 @@ def class_order_correlation(ranking, metric):
     rows = sorted(ranking["classes_hardest_first"], key=lambda r: (-r[metric], position(r["class"])))
     names = [NAMES.get(r["class"], r["class"]) for r in rows]
     ranks = [published.index(name) for name in names if name in published]
-    return (spearman(range(len(ranks)), ranks), len(ranks)) if len(ranks) > 2 else None
+    return (spearmanr(range(len(ranks)), ranks).statistic, len(ranks)) if len(ranks) > 2 else None
 
 
 def recovery_claim(runs, no_at, half, at, data):
@@ -238,11 +237,8 @@ def authors_attack_claims(runs, authors):
                           ("automobile", "within", f"leaves A_val of automobile within {MARGIN} points")):
         sides = by_authors.get(c), single.get(c)
         if all(sides):
-            change = contrast([(1, sides[0], [c]), (-1, sides[1], [c])], runs)
-            means = [numpy.mean([accuracy_on(r, [c]) for r in side]) for side in sides]
-            yield (f"(j) the authors' training attack {text} (against PGD), {FIG2['balanced']}",
-                   f"{fig2_accuracy(c, c)} ({c})", f"{means[0]:.1f}, {means[1]:.1f}: {interval_text(change)}",
-                   verdict(rule, change, sides, runs))
+            yield compare(f"(j) the authors' training attack {text} (against PGD), {FIG2['balanced']}",
+                          f"{fig2_accuracy(c, c)} ({c})", *sides, runs, rule, classes=[c])
 
 
 def transfer_claims(runs, data):

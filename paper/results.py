@@ -199,7 +199,7 @@ def ranking_cautions(runs, rankings):
     outdated = [r for r in runs if r.scores_hash and not r.metric.startswith("own")
                 and r.scores_hash not in hashes.get(r.data.split("->")[0], {r.scores_hash})]
     if outdated:
-        cautions.append(f"Caution: {counted(len(outdated), 'run')} used a ranking that is no longer there "
+        cautions.append(f"Caution: the ranking of {len(outdated)} of these runs is no longer there "
                         f"(the first: {outdated[0].path}).")
     return " ".join(cautions)
 
@@ -233,9 +233,3 @@ def write_csv(path, runs):
         writer.writeheader()
         writer.writerows(rows)
     atomic(path, lambda f: f.write(text.getvalue().encode()))
-
-
-def counted(n, noun):
-    """A number of things as text: 1 class, 2 classes."""
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{n:,} {noun if n == 1 else plural}"

@@ -6,16 +6,9 @@ import math
 import statistics
 
 import numpy
+import scipy.stats
 
-from paper.results import counted, grouped, pick
-
-
-def spearman(a, b):
-    """Spearman's rank correlation of two sequences; 0 if one is constant, where it is not defined."""
-    from scipy.stats import spearmanr
-    if min(len(set(map(float, a))), len(set(map(float, b)))) < 2:
-        return 0.0
-    return float(spearmanr(a, b).statistic)
+from paper.results import grouped, pick
 
 
 def seed_count(runs):
@@ -85,7 +78,7 @@ class Noise:
         if not self.df:
             return "No setting has several seeds: the intervals cover the noise of the test set alone."
         text = (f"Between seeds, the robust accuracy on all examples has a standard deviation of "
-                f"{self.variance**0.5:.2f} points, with {counted(self.df, 'degree')} of freedom")
+                f"{self.variance**0.5:.2f} points (degrees of freedom: {self.df})")
         if len(self.accuracies) > 1:
             deviations = [statistics.stdev(v) for v in self.accuracies]
             text += (f", pooled over {len(deviations)} settings "
@@ -135,8 +128,7 @@ def satterthwaite(*variances):
 
 def interval(value, variance, df):
     """A value with its 95 % interval by Student's distribution: (value, low, high)."""
-    from scipy.stats import t
-    half = float(t.ppf(0.975, df)) * math.sqrt(variance)
+    half = float(scipy.stats.t.ppf(0.975, df)) * math.sqrt(variance)
     return value, value - half, value + half
 
 

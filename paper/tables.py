@@ -8,11 +8,11 @@ import flags
 from paper import claims, figures
 from paper.published import (NAMES, comparable_data, differences_from_paper, fig2_accuracy,
                              numbers, published_accuracy)
-from paper.results import counted, grouped, pick, ranking_cautions, result_files
+from paper.results import grouped, pick, ranking_cautions, result_files
 from paper.stats import cell, mean_sd, no_at_cell, seed_count
 from runs import load
 
-ROBUST, CLEAN, B_VAL = ("all", "robust"), ("all", "clean"), ("B_val", "robust")
+ROBUST, CLEAN = ("all", "robust"), ("all", "clean")
 PARTS = [(part, kind) for kind in ("robust", "clean") for part in ("all", "A_val", "B_val")]
 BASELINES = {"no AT": "none", "AT": "full"}  # line: --split
 
@@ -29,8 +29,7 @@ class Curves:
 
 
 CURVE_FIGURES = [
-    Curves("fig5", "Fig. 4 and 5: CSAT, A made of whole classes", "csat", [ROBUST, B_VAL, CLEAN]),
-    Curves("fig13", "Fig. 13: CSAT on all parts", "csat", PARTS),
+    Curves("fig5", "Fig. 4, 5 and 13: CSAT, A made of whole classes", "csat", PARTS),
     Curves("fig6", "Fig. 6: ESAT, A made of single examples", "esat", [ROBUST, CLEAN]),
     Curves("fig12", "Fig. 12: ESAT by several difficulty metrics", "esat", [ROBUST, CLEAN], "metric"),
     Curves("fig7", "Fig. 7: three loss weights, S-CSAT", "csat",
@@ -70,10 +69,11 @@ def curve_table(figure, group):
              if any(published(line, share, kind) is not None for line, _, share in rows)]
     head, body = [figure.lines, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"], []
     head += [f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in figure.panels]
-    with_b_val = B_VAL in figure.panels
+    with_b_val = ("B_val", "robust") in figure.panels
     head += ["no AT on that B %"] if with_b_val else []
     for line, runs, share in rows:
-        size = counted(runs[0].size, "class") if runs[0].A_classes else f"{runs[0].size:,}"
+        n = runs[0].size
+        size = f"{n} class{'' if n == 1 else 'es'}" if runs[0].A_classes else f"{n:,}"
         row = [line, size, f"{share:.2f}", f"{runs[0].w_A:.3g}", str(seed_count(runs))]
         row += [cell(runs, *panel) for panel in figure.panels]
         row += [no_at_cell(group.baselines["no AT"], runs)] if with_b_val else []
