@@ -1,5 +1,4 @@
-"""PGD, FGSM-RS and AutoAttack for L2 and Linf. Copy this file: it needs only torch, and pyautoattack for
-AutoAttack.
+"""PGD, FGSM-RS, AutoAttack for L2 and Linf. Copy this file: it needs torch, for AutoAttack pyautoattack too.
 
 Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,); eps and step sizes have the unit of pixels.
 `model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), A.1 (PGD-7), A.5 (FGSM-RS).
@@ -7,6 +6,7 @@ Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,); eps and step siz
 import contextlib
 import functools
 import logging
+import numbers
 import warnings
 from typing import Callable, NamedTuple, Optional
 
@@ -19,8 +19,7 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # standard AutoAttack
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Puts the model into eval mode; at the end, modules that were in training mode go back to it. Raises
-    ValueError for a function, which has no modes."""
+    """The model is in eval mode within; then each module has its mode again. ValueError for a function."""
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     training = [m for m in model.modules() if m.training]
@@ -53,7 +52,7 @@ def project(delta, eps, norm):
 
 
 def ascent(grad, norm):
-    """The steepest ascent of length 1 in `norm`: g / ||g||_2, or sign(g). Zero for a zero gradient."""
+    """The steepest ascent in `norm`: g / ||g||_2, shorter than 1 if ||g||_2 < TINY, or sign(g); 0 for 0."""
     return grad.sign() if norm == "linf" else (grad / l2_norm(grad).clamp_min(TINY)).to(grad.dtype)
 
 
@@ -90,25 +89,24 @@ def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
     check_norm(norm)
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() forbids the gradients of an attack: use torch.no_grad()")
-    if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
+    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+        raise ValueError(f"x is a {type(x).__name__}, y a {type(y).__name__}: give images, labels as tensors")
+    if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise ValueError(f"y is {tuple(y.shape)}, {y.dtype}: give a label for each image, (N,) int64")
     if len(x) and not (x.amin() >= 0 and x.amax() <= 1):  # false for nan too
         raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
     largest = 1 if norm == "linf" else x.shape[1:].numel()**0.5  # the distance from black to white
-    if not isinstance(eps, (int, float, torch.Tensor)) or not 0 <= eps <= largest:
-        raise ValueError(f"eps = {eps}: {norm} takes 0 to {largest:.4g}, since pixels are in [0, 1] "
-                         "(divide an eps for pixels up to 255 by 255)")
-    if start is not None and start.shape != x.shape:
-        raise ValueError(f"start is {tuple(start.shape)}, x {tuple(x.shape)}: a perturbation for each image")
-    if not isinstance(steps, int) or steps < 0 or not 0 <= step_size < float("inf"):
+    if not isinstance(eps, (numbers.Real, torch.Tensor)) or not 0 <= eps <= largest:
+        raise ValueError(f"eps = {eps}: {norm} takes 0 to {largest:.4g}, as pixels are in [0, 1], not to 255")
+    if start is not None and (start.shape != x.shape or not start.isfinite().all()):
+        raise ValueError(f"start is {tuple(start.shape)}: give finite numbers in x's shape {tuple(x.shape)}")
+    if not isinstance(steps, numbers.Integral) or steps < 0 or not 0 <= step_size < float("inf"):
         raise ValueError(f"{steps} steps of {step_size}: give a whole number, 0 or more, and a finite size")
-    if steps and eps > 0 and step_size == 0:
-        warnings.warn("step_size = 0: the steps of the attack change nothing", stacklevel=3)
-    if steps and norm == "linf" and step_size > 2 * eps > 0:
-        warnings.warn(f"step_size = {step_size} is above 2 eps = {2 * eps}: each step of linf leads to a "
-                      "corner of the ball", stacklevel=3)
+    if steps and eps > 0 and (step_size == 0 or norm == "linf" and step_size > 2 * eps):
+        warnings.warn(f"step_size = {step_size}: steps of 0 change nothing, and steps of linf above 2 eps = "
+                      f"{2 * eps} lead to a corner of the ball", stacklevel=3)
     if len(x):
         check_logits(model, x, y)
 
@@ -126,7 +124,8 @@ def pgd_step(model, x, y, delta, eps, step_size, norm):
 
 def first_delta(x, start, eps, norm):
     """The delta from which an attack starts: `start`, moved into the ball and the box, or 0 for None."""
-    return torch.zeros_like(x) if start is None else (x + project(start, eps, norm)).clamp(0, 1) - x
+    delta = torch.zeros_like(x) if start is None else project(start.detach().to(x), eps, norm)
+    return (x + delta).clamp(0, 1) - x
 
 
 def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step_function=pgd_step,
@@ -134,9 +133,8 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step_fun
     """Projected gradient ascent on the cross-entropy (Madry et al. 2018; A.1). Returns the last x + delta.
 
     It starts at delta = `start`, for instance random_start(x, eps, norm), or at 0. The model is attacked in
-    eval mode; its mode, parameters and their .grad are left as they were. An empty batch, eps = 0 and zero
-    gradients are valid. `step_function` does one iteration, for instance a compiled pgd_step. Raises
-    ValueError as check() does, unless check_input is False, as in training: a look at x makes a GPU wait.
+    eval mode; its mode, parameters and their .grad are left as they were. `step_function` does one iteration,
+    say a compiled pgd_step. Raises ValueError as check() does; check_input=False skips this wait of a GPU.
     """
     if check_input:
         check(model, x, y, norm, eps, start, steps, step_size)
@@ -227,23 +225,23 @@ def finite_logits(model, x):
 
 
 def has_zero_gradient(model, x, y):
-    """Where the gradient of the cross-entropy with respect to the image is exactly 0: bool (N,)."""
+    """Where the gradient of the cross-entropy with respect to the image is 0, to within TINY: bool (N,)."""
     x = x.clone().requires_grad_()
     with torch.enable_grad():
         grad, = torch.autograd.grad(F.cross_entropy(model(x).float(), y, reduction="sum"), x)
-    return grad.flatten(1).abs().amax(1) == 0
+    return l2_norm(grad).flatten() < TINY
 
 
 def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.nullcontext):
     """AutoAttack on one batch. Returns (clean, robust), bool (N,) each. `precision` is as in autoattack.
 
-    Raises ValueError as check() does, FloatingPointError for logits that are not finite (robust, to the
-    package), and ArithmeticError for images outside ball or box, or more right images than before.
+    Raises ValueError as check() does, FloatingPointError for logits that are not finite, which the package
+    would count as robust, and ArithmeticError for images outside ball or box, or if more are right after it.
     """
     from pyautoattack import AutoAttack
     check(model, x, y, norm, eps)
     clean = finite_logits(model, x).argmax(1) == y
-    with precision():
+    with precision(), torch.random.fork_rng([x.device] if x.is_cuda else []):  # the package seeds torch
         logits = finite_logits(model, x)
         aa = AutoAttack(model, norm=norm.capitalize(), eps=eps, device=x.device, seed=seed)
         aa.attacks_to_run = usable_attacks(attacks, logits.shape[1])
@@ -257,9 +255,9 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.
     if right.sum() > n_clean:
         raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
                               f"{n_clean} that were right before: is the network random?")
-    again = clean & ~right & (finite_logits(model, x_adv).argmax(1) == y)  # not broken outside `precision`
-    if precision is not contextlib.nullcontext and again.any():
-        right[again] = attack_batch(model, x[again], y[again], eps=eps, norm=norm, attacks=attacks,
+    unbroken = clean & ~right & (finite_logits(model, x_adv).argmax(1) == y)  # not broken outside `precision`
+    if precision is not contextlib.nullcontext and unbroken.any():
+        right[unbroken] = attack_batch(model, x[unbroken], y[unbroken], eps=eps, norm=norm, attacks=attacks,
                                     seed=seed)[1]
     return clean, clean & right
 
@@ -269,13 +267,15 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     """AutoAttack (Croce and Hein 2020): which examples are right, and stay right, bool (N,) each on the CPU.
 
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
-    they change the result. The package logs its progress and warnings to the logger "auto-attack". So does
-    this function if apgd-ce is the only attack and the gradient of its loss is exactly 0 at more than 1 % of
-    the examples that are right: a saturated softmax masks it. Raises what attack_batch does. With precision=f
-    the attack runs in the context f(), as of TF32. Outside it clean accuracy is taken and each adversarial
-    image classified: an example whose image is right there is attacked again there.
+    they change the result. The package logs its progress and warnings to the logger "auto-attack". This
+    function warns there if apgd-ce is the only attack and its gradient is 0 for more than 1 % of the right
+    examples (a saturated softmax). With precision=f the attack runs in the context f(), as of TF32. Clean
+    accuracy is measured outside f(); an example whose adversarial image is right there is attacked again
+    there. Raises what attack_batch does.
     """
-    clean, robust, masked = torch.zeros(3, len(y), dtype=torch.bool)
+    if batch_size < 1 or len(x) != len(y):
+        raise ValueError(f"{len(x)} images, {len(y)} labels, batch_size {batch_size}: give a label for each")
+    clean, robust, zero_gradient = torch.zeros(3, len(y), dtype=torch.bool)
     with eval_mode(model):
         device = next(model.parameters(), x).device
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -289,12 +289,12 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
                     model, images, labels, eps=eps, norm=norm, attacks=attacks, seed=seed + b,
                     precision=precision)
                 if set(attacks) == {"apgd-ce"}:
-                    masked[batch] = has_zero_gradient(model, images, labels).cpu() & clean[batch]
+                    zero_gradient[batch] = has_zero_gradient(model, images, labels).cpu() & clean[batch]
         finally:
             for p in trainable:
                 p.requires_grad_()
-    if masked.sum() > 0.01 * clean.sum():
+    if zero_gradient.sum() > 0.01 * clean.sum():
         logging.getLogger("auto-attack").warning(
-            f"gradient masking: the gradient of the cross-entropy is 0 at {int(masked.sum())} of the "
-            f"{int(clean.sum())} right examples. apgd-ce alone then overestimates: use standard AutoAttack")
+            f"gradient masking: the gradient is 0 at {int(zero_gradient.sum())} of the {int(clean.sum())} "
+            "right examples. apgd-ce alone then overestimates: use standard AutoAttack")
     return clean, robust

@@ -62,8 +62,8 @@ def from_process_0(value):
 
 
 def check_environment():
-    """UserError unless torchrun's variables are all there, or say that there is one process: the variables of
-    a finished job, left behind in a shell, would let a script wait for processes that do not exist."""
+    """UserError if torchrun's variables are incomplete, unless they say that there is one process: those of a
+    finished job, left behind in a shell, would let a script wait for processes that do not exist."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = {name: os.environ[name] for name in names if name in os.environ}
     alone = values.get("RANK", "0") == "0" and values.get("WORLD_SIZE", "1") == "1"
@@ -101,7 +101,7 @@ def set_up(args):
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     device = torch.device("cpu")
     if on_gpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if process_count() > 1 else 0)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device.index + 1} processes on this machine and {torch.cuda.device_count()} "
                             "GPUs: start one per GPU, or give --device cpu")
@@ -117,7 +117,7 @@ def set_up(args):
         backend = {"backend": "nccl", "device_id": device} if on_gpu else {"backend": "gloo"}
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             say(f"waiting for {process_count()} processes (WORLD_SIZE is set in the environment)")
-        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python sees no Ctrl-C while it waits
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python handles none while it waits
         torch.distributed.init_process_group(**backend, timeout=datetime.timedelta(hours=12))
         signal.signal(signal.SIGINT, handler)
     return device
@@ -145,10 +145,10 @@ def duration(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def progress(iterable, **bar):
-    """A tqdm bar over an iterable, which process 0 shows on a terminal. `bar`: tqdm's own arguments."""
+def progress(iterable, **options):
+    """A tqdm bar over an iterable, which process 0 shows on a terminal. `options`: tqdm's own arguments."""
     from tqdm import tqdm
-    return tqdm(iterable, disable=process_index() > 0 or None, leave=False, dynamic_ncols=True, **bar)
+    return tqdm(iterable, disable=process_index() > 0 or None, leave=False, dynamic_ncols=True, **options)
 
 
 def process_prefix():

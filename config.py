@@ -50,9 +50,9 @@ def words_of(key, node, value_type):
     """A line of a config as words of a command line: lr: 0.1 -> --lr=0.1."""
     is_list = isinstance(node, yaml.SequenceNode)
     items = [item.value for item in (node.value if is_list else [node])]
-    empty = any(not isinstance(item, str) or item in ("", "~", "null") for item in items)
-    if empty or is_list and not isinstance(value_type, tuple):
-        raise UserError(f"{key}: not a value of this flag (python sat.py --help shows its type)")
+    unusable = any(not isinstance(item, str) or item in ("", "~", "null") for item in items)
+    if unusable or is_list and not isinstance(value_type, tuple):
+        raise UserError(f"{key}: not a value of this flag (--help shows its type)")
     if value_type is bool:
         if items[0].lower() not in SWITCH_PREFIXES:
             raise UserError(f"{key}: {items[0]!r} is not a value of this switch; valid: true, false")
@@ -99,15 +99,15 @@ def check_norm_has_eps(args, from_config):
     norms = {args.norm, args.base["norm"]}
     if norms == {"l2"}:
         return
-    source, flags_of_source = f"{args.config}: norm", {*from_config, *args.typed}
+    source, given = f"{args.config}: norm", {*from_config, *args.typed}
     if len(norms) > 1:
-        source, flags_of_source = "--norm", args.typed
+        source, given = "--norm", args.typed
     needed = ["eps"]
     if "step_size" in args.base and args.attack != "fgsm-rs":  # whose step is always 1.25 eps
         needed.append("step_size")
-    missing = [f"--{name}".replace("_", "-") for name in needed if name not in flags_of_source]
+    missing = [f"--{name}".replace("_", "-") for name in needed if name not in given]
     if missing:
-        usual = {"--eps": "8/255 in linf, 0.5 in l2 on 32x32", "--step-size": "2/255, 0.1"}
+        usual = {"--eps": "8/255 in linf, 0.5 in l2 on 32x32", "--step-size": "2/255 in linf, 0.1 in l2"}
         raise UserError(f"{source} {args.norm} needs {' and '.join(missing)} of its own (usual: "
                         f"{'; '.join(f'{flag} {usual[flag]}' for flag in missing)})")
 

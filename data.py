@@ -101,7 +101,8 @@ class DataSet:
 
 
 def open_dataset(args, device):
-    """The DataSet that the flags ask for. UserError if it is too small for a batch, or to be split."""
+    """The DataSet that the flags ask for. UserError unless it suits the batch size, an l2 eps and the split
+    of the test set."""
     data = load_dataset(args.dataset, args.data_dir, device, given_side(args), args.workers)
     selection_and_final(len(data.test))
     n, least = len(data.train), 2 * process_count()
@@ -119,7 +120,7 @@ def open_dataset(args, device):
 
 
 def given_side(args):
-    """The --side of streamed images, None if the user gave none."""
+    """The --side of streamed images, None if it has its default and was not typed."""
     return args.side if "side" in args.typed or args.side != DEFAULTS["side"] else None
 
 
@@ -190,12 +191,12 @@ def augment(x, params):
         x = torch.where(params["flip"].view(-1, 1, 1, 1), x.flip(3), x)
     if "factor" in params:
         luma = (0.299, 0.587, 0.114) if channels == 3 else (1 / channels,) * channels
-        for jitter in params["order"].T[:, :, None, None, None]:  # (N, 1, 1, 1)
-            f = params["factor"].gather(1, jitter.view(-1, 1)).view_as(jitter)
+        for kind in params["order"].T[:, :, None, None, None]:  # (N, 1, 1, 1)
+            f = params["factor"].gather(1, kind.view(-1, 1)).view_as(kind)
             # A sum over the channels: a tensor of weights would make the GPU wait until it is copied there.
             grey = sum(weight * x[:, c:c + 1] for c, weight in enumerate(luma))
-            base = torch.where(jitter == 1, grey.mean((2, 3), keepdim=True), 0.0)
-            x = (f * x + (1 - f) * torch.where(jitter == 2, grey, base)).clamp(0, 1)
+            base = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), 0.0)
+            x = (f * x + (1 - f) * torch.where(kind == 2, grey, base)).clamp(0, 1)
         cos, sin, zero = params["angle"].cos(), params["angle"].sin(), torch.zeros_like(params["angle"])
         rotation = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(n, 2, 3)
         grid = F.affine_grid(rotation, x.shape, align_corners=False)
@@ -217,7 +218,7 @@ def process_part(values, dim=1):
 
 
 def batches_together(split, device):
-    """How many batches are augmented at a time: 32 on a GPU, where to launch kernels takes longer than to run
+    """How many batches are augmented at a time: 32 on a GPU, which launches kernels more slowly than it runs
     them. Streamed images come one batch at a time."""
     return 1 if split.streamed or torch.device(device).type == "cpu" else 32
 

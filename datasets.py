@@ -87,8 +87,8 @@ def warn_of_duplicates(title, x, y, x_test, y_test):
     else:
         keys, test_keys = file_keys(x, x_test)
         at_least = "at least "
-    first_label, in_two_classes, distinct_keys = {}, set(), set(keys)
-    shared = sum(key in distinct_keys for key in test_keys)
+    first_label, in_two_classes, train_keys = {}, set(), set(keys)
+    shared = sum(key in train_keys for key in test_keys)
     if shared > len(y_test) / 1000:
         say(f"warning: {at_least}{shared:,} of the {len(y_test):,} test images of {title} are training "
             "images too: accuracies on them say little about new images")

@@ -3,7 +3,7 @@ not used for selecting a checkpoint (Sec. 4, "Training and evaluation details").
 
     python evaluate.py results/digits/esat-hardest-0.5-seed0/best.pt
 
-Files in: a checkpoint, the data. Files out: eval-<hash of the settings>.json beside the checkpoint.
+Files in: a checkpoint, the data. Files out: eval-<hash of weights and settings>.json beside the checkpoint.
 """
 import argparse
 import contextlib
@@ -122,8 +122,8 @@ def evaluate(model, data, settings, chunk_folder, A_classes=None):
 def autoattack_accuracy(model, data, index, settings, folder):
     """AutoAttack on the test examples `index`: clean and robust, bool (n,), and its warnings. settings: of
     eval_settings. The examples are dealt to the processes in chunks of a batch, chunk c with the seed
-    seed + c. Finished chunks are saved in `folder`, under a hash of all they depend on: a stopped evaluation
-    goes on from there."""
+    seed + c. Finished chunks are saved in `folder`, under a hash of weights, examples and settings, and
+    of the data, whose pixels the callers have checked: a stopped evaluation goes on from there."""
     without_images = {k: v for k, v in data.fingerprint().items() if k != "images"}  # checked before
     parts_of_key = [weights_hash(model.state_dict()), without_images, index.tolist(), settings]
     key = json.dumps(parts_of_key, sort_keys=True)
@@ -164,9 +164,10 @@ class Watch:
     def __init__(self, attack_names, total):
         self.bar = common.progress(None, total=total, unit="example",
                                    desc=f"AutoAttack ({' '.join(attack_names)})")
-        self.total, self.examples, self.new_examples, self.robust = total, 0, 0, 0
-        self.warnings, self.warned_of, self.n_saved = [], set(), 0
+        self.total, self.examples, self.attacked_now, self.robust = total, 0, 0, 0
+        self.warnings, self.warned_of, self.n_warnings_saved = [], set(), 0
         self.start_time, self.log = time.perf_counter(), logging.getLogger("auto-attack")
+        self.level = self.log.level
 
     def __enter__(self):
         self.log.setLevel(logging.DEBUG)
@@ -175,17 +176,18 @@ class Watch:
 
     def __exit__(self, *error):
         self.log.removeFilter(self.show)
+        self.log.setLevel(self.level)
         self.bar.close()
 
     def show(self, record):
-        """Shows a record of the package. Returns False, so that logging does not."""
+        """Shows a log record of the package. Returns False, so that logging does not print it as well."""
         text = record.getMessage()
-        after = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
+        match = re.match(r"robust accuracy after ([^:]+): ([\d.]+)%", text)
         if record.levelno < logging.WARNING:
             self.bar.set_postfix_str(text[:60])
-            if self.bar.disable and after:
+            if self.bar.disable and match:
                 say(f"  AutoAttack, examples {self.examples + 1:,} and on of {self.total:,}: "
-                    f"{float(after[2]):.1f} % robust after {after[1]}")
+                    f"{float(match[2]):.1f} % robust after {match[1]}")
         else:
             self.warn(text)
         return False
@@ -200,7 +202,7 @@ class Watch:
 
     def new_warnings(self):
         """The warnings since the last call."""
-        new, self.n_saved = self.warnings[self.n_saved:], len(self.warnings)
+        new, self.n_warnings_saved = self.warnings[self.n_warnings_saved:], len(self.warnings)
         return new
 
     def count(self, chunk, is_new):
@@ -208,16 +210,17 @@ class Watch:
         n = chunk["right"].shape[1]
         self.examples, self.robust = self.examples + n, self.robust + int(chunk["right"][1].sum())
         if is_new:
-            self.new_examples += n
+            self.attacked_now += n
         else:
             for text in chunk["warnings"]:
                 self.warn(text)
-            self.n_saved = len(self.warnings)
+            self.n_warnings_saved = len(self.warnings)
         self.bar.update(n)
-        if self.bar.disable and self.new_examples:
-            seconds = (time.perf_counter() - self.start_time) / self.new_examples
+        if self.bar.disable and self.attacked_now:
+            seconds = (time.perf_counter() - self.start_time) / self.attacked_now
             remaining = common.duration(seconds * (self.total - self.examples))
-            say(f"  AutoAttack: {self.examples:,} of {self.total:,} examples done, "
+            whose = " of process 0" if process_count() > 1 else ""
+            say(f"  AutoAttack: {self.examples:,} of {self.total:,} examples{whose} done, "
                 f"{self.robust / self.examples:.1%} robust; {remaining} left")
 
 
@@ -229,7 +232,7 @@ def accuracy_lines(result):
         name = "standard AutoAttack"
     if "precision" in settings:
         name += " in TF32, checked in float32"
-    lines = [f"{name}, {settings['norm']} eps {settings['eps']}; 95 % Wilson intervals"]
+    lines = [f"{name}, {settings['norm']} eps {settings['eps']:g}; 95 % Wilson intervals"]
     for part in [part for part in ("all", "A_val", "B_val") if part in result["accuracy"]]:
         texts = [f"{kind} {100 * a['accuracy']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
                  if a["n"] else f"{kind} -" for kind, a in result["accuracy"][part].items()]
@@ -239,22 +242,23 @@ def accuracy_lines(result):
 
 def result_of_finished_run(folder, args):
     """Prints the result of a finished run and returns it. With other flags of evaluation than the run's, its
-    best.pt is evaluated again. UserError if it is of other data than the user's own as they are now."""
+    best.pt is evaluated again. UserError if the user's own data set has changed since the run."""
     result = runs.load(folder / "result.json", ("args", "settings", "accuracy", "fingerprint"))
     check_unchanged(args, result["fingerprint"], folder / "result.json")
-    text = accuracy_lines(result)
-    settings = eval_settings(args, result["fingerprint"]["classes"])
-    if settings == result["settings"]:
-        say(f"{folder} is finished (--force repeats it)\n{text}")
+    settings, stored = eval_settings(args, result["fingerprint"]["classes"]), result["settings"]
+    # Of the precision the flags are compared, since the setting depends on whether there is a GPU.
+    settings["precision"] = args.eval_precision or "float32"
+    if settings == {**stored, "precision": result["args"].get("eval_precision") or "float32"}:
+        say(f"{folder} is finished (--force repeats it)\n{accuracy_lines(result)}")
         return result
     say(f"{folder} is finished (--force repeats it); its best.pt is evaluated again by the new flags")
     path = folder / "best.pt"
-    return evaluate_checkpoint(path, *load_model(path), args)
+    return {**result, **evaluate_checkpoint(path, *load_model(path), args)}
 
 
 def evaluate_checkpoint(path, model, ckpt, args, force=False):
     """Attacks the network of a checkpoint, writes the result beside it, prints it and returns it. `model`,
-    `ckpt`: of load_model. `force`: also if that has been done before."""
+    `ckpt`: of load_model. `force`: repeat an evaluation that is already there."""
     device = common.set_up(args)
     data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
     runs.check_fingerprint(data, ckpt["fingerprint"], path)
@@ -276,18 +280,18 @@ def evaluate_checkpoint(path, model, ckpt, args, force=False):
 
 
 def main(argv=None):
-    """Evaluates the checkpoint. Flags that the command line leaves out have the values of its run."""
+    """Evaluates the checkpoint. Flags that are not given have the values of its run, or their defaults."""
     parser = flags.script_parser("evaluate.py", __doc__, flags.DEFAULTS, "best.pt or last.pt of a run")
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=flags.file_path, default=Path("data"),
                         help="folder that holds the data sets")
-    typed = vars(parser.parse_args(argv))
-    model, ckpt = load_model(typed["checkpoint"])
+    given = vars(parser.parse_args(argv))
+    model, ckpt = load_model(given["checkpoint"])
     base = {**flags.DEFAULTS, **ckpt["args"]}
-    if typed.get("norm", base["norm"]) != base["norm"] and "eps" not in typed:
-        raise UserError(f"--norm {typed['norm']} needs an --eps of its own: the checkpoint's {base['eps']} "
+    if given.get("norm", base["norm"]) != base["norm"] and "eps" not in given:
+        raise UserError(f"--norm {given['norm']} needs an --eps of its own: the checkpoint's {base['eps']} "
                         f"is in {base['norm']} (linf: 0.0314 is 8/255)")
-    args = argparse.Namespace(**{**base, **typed})
+    args = argparse.Namespace(**{**base, **given})
     return evaluate_checkpoint(args.checkpoint, model, ckpt, args, args.force)
 
 

@@ -109,7 +109,7 @@ def note_ignored(root, ignored):
     """Notes how many entries under `root` were left out, with an example."""
     suffixes = ", ".join(SUFFIXES)
     descriptions = {"hidden": "hidden files and folders",
-                    "other": f"entries other than images ({suffixes}) in class folders"}
+                    "other": f"entries that are not images ({suffixes}) in a class folder"}
     for reason, description in descriptions.items():
         if ignored[reason]:
             say(f"note: {description} are ignored: {len(ignored[reason]):,} under {root}, for example "
@@ -141,8 +141,8 @@ def image_folder(root, classes=None, side=None):
 
 
 def choose_test_folder(root, train_folders):
-    """test/; but val/, if there is one, where test/ is missing or holds none of the classes, as in ImageNet,
-    whose test images have no labels."""
+    """The folder test/. If there is val/, and test/ is missing or has none of the classes (as in ImageNet,
+    whose test images have no labels), val/."""
     test, val = root / "test", root / "val"
     if not val.is_dir():
         return test
@@ -184,25 +184,25 @@ def sizes_of_sample(paths):
 
 
 def small_images(paths, side):
-    """The images of `paths` as a uint8 tensor (N, 3, H, W), or None if they are to be streamed: most are
-    larger than SMALL, or they are not square, or not of one size, and a `side` is given. Without a `side`,
-    small images that are not square, or not of one size, are a UserError."""
+    """The images of `paths` as a uint8 tensor (N, 3, H, W). None if they are to be streamed: if most are
+    larger than SMALL, or if a `side` is given and they are not all square and of one size. Without a `side`,
+    small images that are not all square and of one size are a UserError."""
     sizes = sorted(sizes_of_sample(paths), key=max)
-    usual = sizes[(len(sizes) - 1) // 2] if sizes else (0, 0)  # the median of the sample
-    if max(usual) > SMALL or (side and usual[0] != usual[1]):
+    median = sizes[(len(sizes) - 1) // 2] if sizes else (0, 0)  # of the sample, by the longer side
+    if max(median) > SMALL or (side and median[0] != median[1]):
         return None
-    advice = f"or give --side {max(32, *usual)}: all are then resized to it and augmented as photographs are"
-    if usual[0] != usual[1]:
-        raise UserError(f"{paths[0].parents[2]} has images of {usual[0]}x{usual[1]} pixels; small images "
+    advice = f"or give --side {max(32, *median)}: all are then resized to it and augmented as photographs are"
+    if median[0] != median[1]:
+        raise UserError(f"{paths[0].parents[2]} has images of {median[0]}x{median[1]} pixels; small images "
                         f"must be square: crop or pad them, {advice}")
     images = []
     for path in progress(paths, desc=f"reading {paths[0].parents[2]}", unit="image"):
         image = open_image(path)
-        if image.size != usual:
+        if image.size != median:
             if side:
                 return None
-            raise UserError(f"{path} is {image.width}x{image.height} pixels, most are {usual[0]}x{usual[1]}; "
-                            f"small images must have one size: fix this file, {advice}")
+            raise UserError(f"{path} is {image.width}x{image.height} pixels, others are {median[0]}x"
+                            f"{median[1]}; small images must have one size: fix this file, {advice}")
         images.append(np.asarray(image))  # (H, W, 3)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import can_compile, process_count
+from common import UserError, can_compile, process_count
 
 
 class PreActBlock(nn.Module):
@@ -75,6 +75,8 @@ def build(arch, n_classes, mean, std):
     elif arch == "preactresnet8":
         features, k = preactresnet(len(mean), (16, 32, 64), 1), 64
     elif arch == "resnet50":
+        if len(mean) != 3:
+            raise UserError(f"resnet50 takes images of 3 channels, not of {len(mean)}: give another --arch")
         from torchvision.models import resnet50  # slow to import
         features, k = resnet50(weights=None), 2048
         features.fc = nn.Identity()

@@ -64,7 +64,7 @@ class Vog:
         return common.all_reduce(whole).cpu()
 
     def state(self):
-        """Epochs, means and sums of squares of all examples, from which a stopped run goes on."""
+        """Epochs, means and sums of squared deviations of all examples, from which a stopped run goes on."""
         return self.epochs, self.of_all_processes(self.mean), self.of_all_processes(self.m2)
 
     def scores(self):
@@ -126,12 +126,18 @@ def table(folder):
                               for pair, rho in result["spearman_of_examples"].items()])
 
 
+def check_metrics(metrics, data):
+    """UserError for vog on streamed images."""
+    if "vog" in metrics and data.train.streamed:
+        raise UserError(f"the metric vog takes 8 bytes a pixel, too much for {data.name}; valid: entropy, "
+                        "svar")
+
+
 def rank_examples(folder, args, data, device):
     """Makes the ranking in `folder`, going on from last.pt if there is one: trains without attacks, averages
     the scores of all epochs (Eq. 3), writes scores.pt and rank.json. args: rank.py's flags."""
     metrics = args.metrics or [m for m in flags.METRICS if m != "vog" or not data.train.streamed]
-    if "vog" in metrics and data.train.streamed:
-        raise UserError(f"--metrics vog takes 8 bytes a pixel, too much for {data.name}; valid: entropy svar")
+    check_metrics(metrics, data)
     say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by "
         f"{', '.join(metrics)} over {args.epochs} epochs of non-robust training; {args.arch} on "
         f"{common.device_name(device)} -> {folder}")
@@ -178,15 +184,6 @@ def ranking_args(args):
     return argparse.Namespace(**{**values, "seed": 0, "run": None, "force": False, "base": args.base})
 
 
-def stored_flags(folder):
-    """The flags of the ranking in a folder, {} if there is none."""
-    for name, keys in (("args.json", ()), ("rank.json", ("args",))):
-        if (folder / name).exists():
-            content = runs.load(folder / name, keys)
-            return content["args"] if keys else content
-    return {}
-
-
 def ranking_folder(args):
     """The folder of the ranking that these flags describe, named as a run is: results/<dataset>/rank-<arch>,
     the flags that differ from the config, the seed. If another config's ranking has that name, a hash too."""
@@ -197,12 +194,17 @@ def ranking_folder(args):
     short_hash = hashlib.sha256(flags_text.encode()).hexdigest()[:8]
     earlier = f"rank-{args.arch}-seed{args.seed}"  # the name of an earlier version, whatever the flags
     names = [name, earlier, f"rank-{args.arch}-{short_hash}-seed{args.seed}"]
-    stored = {name: stored_flags(parent / name) for name in names}
+    stored = {name: runs.stored_flags(parent / name, "rank.json") for name in names}
     for name in names:
         with_its_metrics = argparse.Namespace(**{**vars(args), "metrics": stored[name].get("metrics")})
         if stored[name] and not runs.flag_differences(stored[name], with_its_metrics):
             return parent / name
     return parent / (names[0] if not stored[names[0]] else names[2])
+
+
+def metrics_of(folder):
+    """The --metrics with which the ranking in a folder was begun, or made; None for none."""
+    return runs.stored_flags(folder, "rank.json").get("metrics")
 
 
 def scores_for(args, data, device):
@@ -211,23 +213,29 @@ def scores_for(args, data, device):
     rank_args = ranking_args(args)
     folder = ranking_folder(rank_args)
     path = folder / "scores.pt"
+    check_metrics([args.metric], data)
     if not from_process_0(path.exists()):
         say(f"there is no {path}: ranking the examples first")
+        rank_args.metrics = metrics_of(folder)
         rank_examples(folder, rank_args, data, device)
+    if not path.exists():
+        raise UserError(f"{folder} has a rank.json, but no scores.pt: make it again with rank.py --force")
     ranking = runs.load(path, ("fingerprint", "args", "epochs"))
     runs.check_fingerprint(data, ranking["fingerprint"], path)
     if args.metric not in ranking:
         raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force")
     scores = ranking[args.metric]
     check_scores(scores, len(data.train), f"{path}: its {args.metric}")
-    info = {"metric": args.metric, "epochs": ranking["epochs"], "scores": tensor_hash(scores)}
-    return ordering_scores(scores, args.metric, args.split, data.train.y), info
+    chosen_by = {"metric": args.metric, "epochs": ranking["epochs"], "scores": tensor_hash(scores)}
+    return ordering_scores(scores, args.metric, args.split, data.train.y), chosen_by
 
 
 def main(argv=None):
     """Makes the ranking that the flags describe, unless it is finished."""
     args = config.parse("rank.py", __doc__, argv)
     folder = ranking_folder(args)
+    if not args.force:  # else a ranking begun with --metrics could not be finished without
+        args.metrics = args.metrics or metrics_of(folder)
     if runs.is_finished(folder, args, "rank.json"):
         check_unchanged(args, runs.load(folder / "rank.json", ("fingerprint",))["fingerprint"], folder)
         return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")

@@ -32,7 +32,8 @@ from runs import lock_exclusively
 
 # The flags by which the runs differ, and those with a variable of their own: EXTRA may not have them.
 OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--scores",
-       "--weight", "--weight-factor", "--attack", "--seed", "--run", "--results", "--data-dir")
+       "--ranking", "--subset", "--weight", "--weight-factor", "--attack", "--seed", "--run", "--results",
+       "--data-dir")
 # glibc keeps freed memory. Else it gives that of each large tensor back to the kernel, which has to zero it
 # page by page for the next one: a sixth of the time of a training step of PreActResNet-8 on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -198,16 +199,16 @@ def stop(jobs):
 
 def stage_environments(n, extra_values):
     """The environment variables of the stages, for each of the `n` that are made at once: a GPU of those that
-    are visible, or a part of the cores. The user's own values win. extra_values: the flag values of EXTRA."""
+    are visible, or a part of the cores. The user's values win. extra_values: the flag values of EXTRA."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(len(glob.glob(GPU_FILES))))))
     gpus = [gpu for gpu in gpus.split(",") if gpu not in ("", "-1")]
     if not glob.glob(GPU_FILES) or extra_values.get("device") == "cpu":
         gpus = []
-    own = {} if gpus else dict(KEEP_MEMORY)
+    defaults = {} if gpus else dict(KEEP_MEMORY)
     if n > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        own["OMP_NUM_THREADS"] = str(max(cores // n, 1))
-    environment = own | os.environ
+        defaults["OMP_NUM_THREADS"] = str(max(cores // n, 1))
+    environment = defaults | os.environ
     if not gpus or n == 1:
         return [environment] * n
     return [{**environment, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(n)]
@@ -249,8 +250,8 @@ def stages_to_make(args, all_stages, results, launcher):
     todo = {}
     for stage in all_stages:
         words = [*stage.arguments, *flags.only_flags_of(args.extra_words, stage.script)]
-        if args.extra_words and stage.script == "sat.py" and "--run" not in words:
-            words += ["--run", Path(stage.folder).name]  # sat.py would put the extra flags into the name
+        if stage.script == "sat.py" and "--run" not in words:  # else EXTRA would be in the name, and sat.py
+            words += ["--run", Path(stage.folder).name]  # would take another run with the same A
         words += ["--results", results, "--data-dir", os.environ.get("DATA") or "data"]
         todo.setdefault(stage.folder, (stage, [*launcher, str(HERE / stage.script), *words]))
     return todo

@@ -54,11 +54,23 @@ def run_folder(args, first_words, in_first_words, final_file="result.json"):
     return folder, is_finished(folder, args, final_file)
 
 
+def stored_flags(folder, final_file):
+    """The identity() of the run in a folder, {} if there is none. A published run has its `final_file` alone.
+    """
+    for name, keys in (("args.json", ("dataset",)), (final_file, ("args",))):
+        if (folder / name).exists():
+            content = load(folder / name, keys)
+            return content if name == "args.json" else content["args"]
+    return {}
+
+
 def is_finished(folder, args, final_file):
     """Whether the run has its `final_file` and is not to be repeated. UserError if it has other flags."""
-    if not args.force and (folder / "args.json").exists():
-        check_flags(folder, load(folder / "args.json", ("dataset",)), args)
-    return not args.force and (folder / final_file).exists()
+    if args.force:
+        return False
+    if stored := stored_flags(folder, final_file):
+        check_flags(folder, stored, args)
+    return (folder / final_file).exists()
 
 
 def flag_differences(stored, args):
@@ -98,8 +110,8 @@ def lock_exclusively(file, options=0):
 
 def start_run(folder, args, final_file="result.json"):
     """Locks the run's folder until end_run or the end of this process, and makes it, with args.json, in
-    process 0. Waits while another process makes the same run. Returns whether that process has finished it.
-    With --force an earlier run is kept as .old-<run> until end_run: a repeat that fails loses nothing."""
+    process 0. Waits while another process makes the same run. Returns whether the run is finished. With
+    --force a finished run is kept as .old-<run> until end_run: a repeat that fails loses nothing."""
     if process_index() > 0:
         return from_process_0(None)
     lock = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"  # --force moves the folder
@@ -167,7 +179,8 @@ def atomic(path, write):
         raise UserError(f"cannot write {path}: {reason or ' '.join(str(e).split())[:100]} (finished work is "
                         "kept: fix the cause and start again)") from None
     finally:
-        temporary.unlink(missing_ok=True)  # it is there after a failure
+        with contextlib.suppress(OSError):  # it is there after a failure; a read-only disk refuses even this
+            temporary.unlink()
 
 
 def write_json(path, value):
@@ -193,7 +206,7 @@ class Saves:
         self.time = time.monotonic()
 
     def are_due(self):
-        """Whether a minute has passed since."""
+        """Whether SAVE_SECONDS have passed since the last save."""
         return time.monotonic() - self.time >= SAVE_SECONDS
 
 

@@ -9,7 +9,6 @@ or --scores, --ranking or --subset.
 Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
 import argparse
-import hashlib
 import inspect
 from collections import namedtuple
 
@@ -37,14 +36,14 @@ COUNTED = ("attacked", "forward", "backward", "forward_equivalents", "seconds") 
 
 def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **more):
     """Makes the run in `folder`, or goes on with it: trains, selects a checkpoint by AutoAttack on 10 % of
-    the test set, one epoch after each decay and at the end (Sec. 4), evaluates it on the other 90 %, and
-    prints the result. `more` is written into result.json too."""
+    the test set (Sec. 4), evaluates it on the other 90 %, and prints the result, to which `more` is added."""
     if runs.start_run(folder, args):
         return evaluate.result_of_finished_run(folder, args)
     chunk_folder = folder / "chunks"
     select_index = selection_and_final(len(data.test))[0][:args.select_n or None]
+    # One epoch after each decay, and at the end.
     candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
-    hash_of_A = hashlib.sha256(A.numpy().tobytes()).hexdigest()[:16]
+    hash_of_A = tensor_hash(A)
     state, log, best = resume(folder, args, data, hash_of_A)
     saves = runs.Saves()
     for state in train(model, data.train, A, w_A, args, device, state):
@@ -83,7 +82,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
 
 
 def resume(folder, args, data, hash_of_A):
-    """Where a stopped run goes on: (its last.pt, log, Best), or (None, [], Best()) if it has not begun.
+    """Where a stopped run goes on: (what last.pt holds, log, Best), (None, [], Best()) if it has not begun.
     UserError if it was made with another A, flags or data."""
     state = runs.resume(folder, args, data, ("A", "best"))
     if state is None:
@@ -119,9 +118,10 @@ def command_line(argv=None):
 
 def check_attack(args):
     """UserError, or a note, for flags of the training attack that do not go together."""
-    if args.random_start and "start" not in inspect.signature(ATTACKS[args.attack].function).parameters:
+    parameters = inspect.signature(ATTACKS[args.attack].function).parameters
+    if args.random_start and "start" not in parameters:
         raise UserError(f"--attack {args.attack} takes no start: it goes without --random-start")
-    if args.split == "none" or args.attack == "fgsm-rs":
+    if args.split == "none" or "step_size" not in parameters:
         return
     if args.steps * args.step_size < args.eps:
         say(f"note: {args.steps} steps of {args.step_size:g} cannot reach --eps {args.eps:g} from the start: "
@@ -151,11 +151,11 @@ def check_amount(args):
 
 
 def reset_flags_without_effect(args):
-    """Resets flags that have no effect beside others, so that they make no separate run, and names those that
-    were typed. Steps and step size stay: runs that differ in them share no table."""
+    """Resets flags that have no effect beside others, so that they do not make another run, and names those
+    that were typed. Steps, step size and random start are not reset: the report groups runs by them."""
     for cause, applies, names in [
             (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
-            ("--split none", args.split == "none", "attack random_start"),
+            ("--split none", args.split == "none", "attack steps step_size random_start"),
             ("--classes", args.classes, "order metric"),
             ("--subset", args.subset, "order metric"),
             ("--ranking", args.ranking, "metric"),
@@ -164,8 +164,9 @@ def reset_flags_without_effect(args):
             ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size random_start")]:
         for name in names.split() if applies else ():
             if name in args.typed:
+                args.typed.remove(name)  # so that one note names it
                 say(f"note: --{name.replace('_', '-')} has no effect with {cause}")
-            if name not in ("steps", "step_size"):
+            if name not in ("steps", "step_size", "random_start"):
                 setattr(args, name, flags.DEFAULTS[name])
 
 
@@ -176,9 +177,9 @@ def read_own_file(args):
     if args.scores:
         scores, fingerprint = read_scores(args.scores, args.metric)
         own = {"scores": scores, "fingerprint": fingerprint}
-        if fingerprint is None and "metric" in args.typed:
-            say("note: --metric has no effect with a file that holds one set of scores")
         if fingerprint is None:
+            if "metric" in args.typed:
+                say("note: --metric has no effect with a file that holds one set of scores")
             args.metric = args.base["metric"]
     elif args.ranking:
         own = {"scores": read_ranking(args.ranking)}
@@ -236,19 +237,19 @@ def folder_of_same_size(args, folder, n):
 def is_outdated(folder, args):
     """Whether the ranking by which the finished run in `folder` chose A has been made again, with other
     scores. Then the run is repeated, and a line says so."""
-    used = runs.load(folder / "result.json", ("args",)).get("ranking") or {}
+    ranking_used = runs.load(folder / "result.json", ("args",)).get("ranking") or {}
     path = rank.ranking_folder(rank.ranking_args(args)) / "rank.json"
-    if "metric" not in used or "file" in used or not path.exists():
+    if "metric" not in ranking_used or "file" in ranking_used or not path.exists():
         return False
-    scores = runs.load(path).get("scores", {}).get(used["metric"])
-    if scores in (None, used["scores"]):
+    scores_hash = runs.load(path).get("scores", {}).get(ranking_used["metric"])
+    if scores_hash in (None, ranking_used["scores"]):
         return False
-    say(f"{path} was made again since {folder} was finished: A has changed, so the run is repeated")
+    say(f"{path} was made again since {folder} was finished: its scores have changed, so the run is repeated")
     return True
 
 
 def choose_subset(args, data, own, device):
-    """A, bool (N,), and "ranking" of result.json: the scores or the file that chose it, or None."""
+    """A, bool (N,), and "ranking" of result.json: which scores or file chose A. `own`: of read_own_file."""
     if own.get("fingerprint"):
         runs.check_fingerprint(data, own["fingerprint"], own["path"])
     y, amount = data.train.y, args.frac or args.size

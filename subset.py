@@ -67,9 +67,14 @@ def subset_mask(subset, n):
     if subset.dtype == torch.bool and len(subset) != n:
         raise UserError(f"--subset is a mask of {len(subset):,}; it must have one for each of {n:,} examples")
     if subset.dtype != torch.bool:
+        if subset.is_floating_point() or len(subset.unique()) < len(subset):
+            dtype = str(subset.dtype).removeprefix("torch.")
+            raise UserError(f"--subset has {len(subset):,} numbers of {dtype}; valid: a bool mask, or whole "
+                            "indices from 0, each once")
         if len(subset) == 0 or not 0 <= subset.min() <= subset.max() < n:
-            raise UserError(f"--subset has {len(subset):,} indices, {subset.tolist()[:1]} to "
-                            f"{subset.tolist()[-1:]}; valid: one or more of 0 to {n - 1:,}")
+            ends = f" {int(subset.min())} to {int(subset.max())}" if len(subset) else ""
+            raise UserError(f"--subset has {len(subset):,} indices{ends}; valid: one or more of 0 to "
+                            f"{n - 1:,}")
         subset = torch.isin(torch.arange(n), subset)
     if not subset.any():
         raise UserError("--subset is a mask without any example: --split none attacks nothing")
@@ -77,11 +82,13 @@ def subset_mask(subset, n):
 
 
 def check_scores(scores, n, what="the scores"):
-    """Raises UserError unless scores are n finite numbers that are not all equal."""
-    is_finite = scores.double().isfinite() if isinstance(scores, torch.Tensor) else torch.zeros(0)
-    if is_finite.shape != (n,) or not is_finite.all():
-        raise UserError(f"{what}: {int(is_finite.sum()):,} finite numbers in shape {tuple(is_finite.shape)}; "
-                        f"there must be one for each of the {n:,} training examples, higher = harder")
+    """Raises UserError unless scores are a tensor of n finite numbers that are not all equal."""
+    if not isinstance(scores, torch.Tensor):
+        raise UserError(f"{what} are a {type(scores).__name__}: give a tensor with one for each example")
+    finite = scores.double().isfinite()
+    if finite.shape != (n,) or not finite.all():
+        raise UserError(f"{what}: {int(finite.sum()):,} finite numbers in shape {tuple(finite.shape)}; there "
+                        f"must be one for each of the {n:,} training examples, higher = harder")
     if n > 1 and scores.min() == scores.max():
         raise UserError(f"{what} are all {scores[0]:g}: they order nothing (vog needs two epochs or more)")
 
@@ -117,7 +124,7 @@ def weight_A(weight, n_A, n):
 def ordering_scores(scores, metric, split, y):
     """The scores that order examples. Those of vog are normalised within each class, as the gradients of
     classes differ in size (Agarwal et al. 2022). Means of classes (csat) are of raw scores. metric: None for
-    scores of a user's own."""
+    the user's own scores."""
     return normalised_within_classes(scores, y) if metric == "vog" and split == "esat" else scores
 
 
@@ -161,7 +168,7 @@ def read_scores(path, metric):
     unless the file is a scores.pt of rank.py, which holds several metrics, of which `metric` is taken)."""
     content = read_array("scores", path, "N numbers, or a scores.pt of rank.py,")
     if isinstance(content, dict):
-        if metric not in content:
+        if not isinstance(content.get(metric), torch.Tensor):
             raise UserError(f"--scores {path} has no {metric}: choose one that it has with --metric")
         return content[metric].double(), content["fingerprint"]
     if content.dtype.kind == "b":
@@ -184,13 +191,10 @@ def read_ranking(path):
 
 
 def read_subset(path):
-    """A of --subset FILE: bool (N,), or the int64 indices of its examples, ascending."""
+    """What --subset FILE holds: bool (N,), or int64 indices, ascending. subset_mask() checks it."""
     content = read_array("subset", path, "a bool mask (N,), or indices,")
     if isinstance(content, dict):
         raise UserError(f"--subset {path} holds scores: give it with --scores")
-    if content.dtype.kind == "f" or len(set(content.tolist())) < len(content) and content.dtype.kind != "b":
-        raise UserError(f"--subset {path} holds {len(content):,} numbers of {content.dtype}; valid: a bool "
-                        "mask (N,), or whole indices from 0, each once")
-    if content.dtype.kind == "b":
-        return torch.from_numpy(content)
-    return torch.from_numpy(numpy.sort(content.astype(numpy.int64)))
+    if content.dtype.kind in "iu":
+        content = numpy.sort(content.astype(numpy.int64))
+    return torch.from_numpy(content)

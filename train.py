@@ -28,8 +28,8 @@ def sat_loss(logits, y, w, w_sum=None):
 def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
     """One SGD step on Eq. 2. Returns (loss, logits), detached.
 
-    x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64,
-    perhaps none, or one several times; w (b,) and w_sum: as sat_loss takes them. attack(x, y) returns
+    x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64: it
+    may be empty or repeat one; w (b,) and w_sum: as sat_loss takes them. attack(x, y) returns
     adversarial examples, as functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does; with `start`
     (|a|, C, H, W) it is attack(x, y, start=start). It must leave nothing in .grad.
     """
@@ -46,7 +46,7 @@ def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
 
 def train(model, split, A, w_A, args, device, state=None):
     """Minimises Eq. 2 by SGD. Yields after each epoch {"epoch": epochs done, "model", "optimizer", "row"},
-    where "row" is the epoch's line of the log.
+    where "row" is the epoch's line of the log. The next epoch changes its tensors: save or copy them.
 
     model: a models.Classifier. A: bool (N,). args: sat.py's flags. state: an earlier yield, from which
     training goes on. Raises UserError when the loss or the logits are not finite.
@@ -153,7 +153,7 @@ class EpochSums:
 
     def row(self, epoch, model, args):
         """The epoch's loss, training accuracy and cost, over all processes. An attack step counts 2 forward
-        passes; a training step 3, or 1 on frozen features, whose head costs next to nothing."""
+        passes; a training step 3, or 1 if the features are frozen, since a head costs next to nothing."""
         steps = int(self.totals[2])
         loss, right, _ = all_reduce(self.totals).tolist()
         first_bad = all_reduce(self.first_bad, "MIN").item()
@@ -164,7 +164,7 @@ class EpochSums:
         attacked, examples = torch.tensor(self.attacked, device=self.totals.device), steps * args.batch_size
         attacked = all_reduce(attacked).item()
         gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0
-        updated = 0 if model.frozen else examples  # images by which the whole network is updated
+        n_updated = 0 if model.frozen else examples  # whose gradients train all layers
         return {"loss": loss / steps, "train_accuracy": right / examples, "attacked": attacked,
-                "forward": examples + gradients, "backward": updated + gradients,
-                "forward_equivalents": examples + 2 * updated + 2 * gradients}
+                "forward": examples + gradients, "backward": n_updated + gradients,
+                "forward_equivalents": examples + 2 * n_updated + 2 * gradients}

@@ -18,11 +18,11 @@ FIG2 = {"balanced": "w_A = \\|B\\|/\\|A\\|", "vanilla": "w_A = 1"}
 MARGIN = 3  # points that count as no difference ("competitive", "as robust as"); set before the runs
 
 
-def verdict(rule, interval, sides, *pools):
+def verdict(rule, interval, sides, *pools, kind="robust", classes=None):
     """The verdict on an interval (value, low, high) that should lie "above" 0, "within" -MARGIN to MARGIN,
     "not below" -MARGIN or "below" -MARGIN, as the rule says. sides: the runs on each side. pools: the runs
-    whose Noise is in the interval. Without a typical Noise, the interval covers the noise of the test set
-    alone, and sides with one seed decide nothing."""
+    whose Noise, of this kind and on these classes, is in the interval. Without a typical Noise the interval
+    is too narrow, and sides with one seed decide nothing."""
     _, low, high = interval
     least, most = {"above": (0, math.inf), "within": (-MARGIN, MARGIN), "not below": (-MARGIN, math.inf),
                    "below": (-math.inf, -MARGIN)}[rule]
@@ -32,7 +32,7 @@ def verdict(rule, interval, sides, *pools):
         decision = "contradicted" if high < least or low > most else "open"
     if min(map(seed_count, sides)) > 1:
         return decision
-    if not all(Noise(pool).is_typical for pool in pools):
+    if not all(Noise(pool, kind, classes).is_typical for pool in pools):
         decision = "open"
     return f"{decision} (one seed)"
 
@@ -42,7 +42,8 @@ def compare(claim, published, runs, reference, noise_runs, rule, kind="robust", 
     gain = contrast([(1, runs, classes), (-1, reference, classes)], noise_runs, kind)
     means = [estimate([(1, side, classes)], [], kind)[0] for side in (runs, reference)]
     ours = f"{means[0]:.1f}, {means[1]:.1f}: {interval_text(gain)}"
-    return claim, published, ours, verdict(rule, gain, (runs, reference), noise_runs)
+    decision = verdict(rule, gain, (runs, reference), noise_runs, kind=kind, classes=classes)
+    return claim, published, ours, decision
 
 
 def published_text(figure, data, share, *lines, kind="robust"):
@@ -71,7 +72,8 @@ def single_class_claims(runs, no_at, weight):
     classes = [c for c, a in no_at[0].accuracy["classes"].items() if a["robust"]["n"]]
     others = {c: [k for k in classes if k != c] for c in single}
     gains = {c: contrast([(1, rs, others[c]), (-1, no_at, others[c])], runs) for c, rs in single.items()}
-    verdicts = collections.Counter(verdict("above", gains[c], (rs, no_at), runs) for c, rs in single.items())
+    verdicts = collections.Counter(verdict("above", gains[c], (rs, no_at), runs, classes=others[c])
+                                   for c, rs in single.items())
     yield ("(a) CSAT on a single class makes B_val robust (against no AT, on the same classes), "
            f"{FIG2[weight]}",
            extremes(numbers()["fig2"]["robust_B_val"]), extremes(gains, interval_text),
@@ -209,24 +211,24 @@ def unlike_selection(runs):
             f"select a checkpoint was {', '.join(clean)}.")
 
 
-def complexity_claims(runs, others):
-    """Claim (i), on CIFAR-10 (`runs`) and CIFAR-100 (`others`), which are independent test sets."""
-    orders, esat = ("hardest", "easiest"), [esat_by_share(pool) for pool in (runs, others)]
+def complexity_claims(cifar10, cifar100):
+    """Claim (i), on runs of CIFAR-10 and of CIFAR-100, which are independent test sets."""
+    orders, esat = ("hardest", "easiest"), [esat_by_share(pool) for pool in (cifar10, cifar100)]
     for share in (0.1, 0.5):
         pairs = [[by_share.get(share, {}).get(order) for order in orders] for by_share in esat]
         if not all(map(all, pairs)):
             continue
         gains = [estimate([(1, hard, None), (-1, easy, None)], pool)
-                 for (hard, easy), pool in zip(pairs, (runs, others))]
-        papers = [hard - easy for hard, easy in (
+                 for (hard, easy), pool in zip(pairs, (cifar10, cifar100))]
+        published = [hard - easy for hard, easy in (
             [published_accuracy("fig6", data, order, share, "robust") for order in orders]
             for data in ("cifar10", "cifar100"))]
         excess = difference(*gains)
         yield ("(i) abstract, (ii): hard examples beat easy ones by less \"with increasing complexity of "
                f"datasets\" (CIFAR-10 minus CIFAR-100), at \\|A\\|/N = {share:g}",
-               f"{papers[0]:+.1f}, {papers[1]:+.1f}: {papers[0] - papers[1]:+.1f}",
+               f"{published[0]:+.1f}, {published[1]:+.1f}: {published[0] - published[1]:+.1f}",
                f"{gains[0][0]:+.1f}, {gains[1][0]:+.1f}: {interval_text(excess)}",
-               verdict("above", excess, [*pairs[0], *pairs[1]], runs, others))
+               verdict("above", excess, [*pairs[0], *pairs[1]], cifar10, cifar100))
 
 
 def authors_attack_claims(runs, authors):
@@ -236,7 +238,7 @@ def authors_attack_claims(runs, authors):
     for c, rule, text in (("cat", "below", f"lowers A_val of cat by more than {MARGIN} points"),
                           ("automobile", "within", f"leaves A_val of automobile within {MARGIN} points")):
         sides = by_authors.get(c), single.get(c)
-        if all(sides):
+        if all(sides) and sides[0][0].accuracy["classes"][c]["robust"]["n"]:
             yield compare(f"(j) the authors' training attack {text} (against PGD), {FIG2['balanced']}",
                           f"{fig2_accuracy(c, c)} ({c})", *sides, runs, rule, classes=[c])
 

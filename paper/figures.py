@@ -1,9 +1,9 @@
 """Draws the figures of the report, laid out like the paper's: PNG for web pages, SVG for print."""
-import statistics
 import textwrap
 from dataclasses import dataclass
 
 import matplotlib
+import numpy
 from matplotlib.figure import Figure
 
 from flags import METRICS
@@ -140,13 +140,14 @@ def matrix(path, title, data, group, classes, single, no_at, at):
     left.set(yticks=range(len(rows)), yticklabels=rows, xlabel="robust accuracy (%)", ylabel="A")
     left.margins(x=0.12)
     left.invert_yaxis()
-    grid = [[100 * statistics.fmean(r.accuracy["classes"][c]["robust"]["accuracy"] or 0 for r in single[a])
-             for c in classes] for a in rows]
+    grid = [[100 * numpy.mean(numpy.array([r.accuracy["classes"][c]["robust"]["accuracy"] for r in single[a]],
+                                          float)) for c in classes] for a in rows]  # nan without examples
     right.imshow(grid, cmap="Greens", vmin=0, vmax=100, aspect="auto")
     for i, a in enumerate(rows):
         for j, c in enumerate(classes):
             box = {"facecolor": "tab:blue", "pad": 1.5, "linewidth": 0} if a == c else None
-            right.text(j, i, f"{grid[i][j]:.0f}", ha="center", va="center", fontsize=7, bbox=box,
+            text = "-" if numpy.isnan(grid[i][j]) else f"{grid[i][j]:.0f}"
+            right.text(j, i, text, ha="center", va="center", fontsize=7, bbox=box,
                        color="white" if grid[i][j] > 60 or a == c else "black")
     right.set(yticks=range(len(rows)), yticklabels=rows, xlabel="robust accuracy on (%)")
     right.set_xticks(range(len(classes)), classes, rotation=45, ha="right")

@@ -63,6 +63,8 @@ class Run:
             self.data = f"{source['dataset']}->{self.data}"
             self.setting |= {f"target's {k}": v for k, v in target.items() if k not in NOT_SETTING}
             self.setting |= {f"source's {k}": args[k] for k in ("norm", "eps")}
+        # 8/255 and 0.031372549 are one eps.
+        self.setting = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in self.setting.items()}
         self.group = json.dumps(self.setting, sort_keys=True)
 
     @property
@@ -77,7 +79,7 @@ class Run:
 
     @property
     def conditions(self):
-        """The setting without the data set: what must agree for runs on different ones to be compared."""
+        """The setting without the labels' hash: what must agree before runs on two data sets are compared."""
         return {k: v for k, v in self.setting.items() if k != "labels"}
 
     @property
@@ -113,8 +115,8 @@ def read_runs(folder):
     for path in result_files(folder, "result.json"):
         try:
             runs.append(Run(path, load(path)))
-        except (KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path} is not a result of this project ({e!r}): move it away") from None
+        except (KeyError, TypeError, AttributeError, ValueError) as e:  # or its log.jsonl
+            raise UserError(f"{path} is not a result of this project ({e!r}): move its folder away") from None
     return runs
 
 

@@ -29,6 +29,7 @@ def mean_sd(runs, part="all", kind="robust"):
 def cell(runs, part="all", kind="robust"):
     """An accuracy as text: of one run with its 95 % Wilson interval, of several seeds as mean ± standard
     deviation."""
+    runs = [r for r in runs if part in r.accuracy and r.accuracy[part][kind]["n"]]
     value = mean_sd(runs, part, kind)
     if value is None:
         return "-"
@@ -96,28 +97,29 @@ def estimate(terms, noise_runs, kind="robust"):
     Two variances are added. Training: the pooled variance between seeds of the accuracy on the same classes,
     divided by the seeds of each term; 0 if no setting has several seeds. Test examples: all runs are tested
     on the same ones, so differences are paired, after the mean over seeds. Examples that change between
-    seeds count in both, so the variance is rather too large. Noises on different classes count as one
-    estimate.
+    seeds count in both, so the variance is rather too large. The variances of training on different classes
+    are treated as one estimate, with the fewest degrees of freedom among them.
     """
     all_runs = [r for _, runs, _ in terms for r in runs]
     if len(set(all_runs)) < len(all_runs):
         raise ValueError("a run is given twice in one contrast, whose covariance with itself is not counted")
     sizes = {c: a[kind]["n"] for c, a in all_runs[0].accuracy["classes"].items() if a[kind]["n"]}
     influence, n = {c: numpy.zeros(size) for c, size in sizes.items()}, sum(sizes.values())
-    value, training, training_df = 0.0, 0.0, math.inf
+    value, training_variance, training_df = 0.0, 0.0, math.inf
     for weight, runs, classes in terms:
         classes = [c for c in sizes if classes is None or c in classes]
         accuracy = statistics.fmean(accuracy_on(r, classes, kind) for r in runs)
         value += weight * accuracy
         noise = Noise(noise_runs, kind, classes)
-        training += weight**2 * noise.variance / seed_count(runs)
+        training_variance += weight**2 * noise.variance / seed_count(runs)
         training_df = min(training_df, noise.df)
         for c in classes:
-            right = 100 * numpy.mean([r.right(kind, c) for r in runs], axis=0)
-            influence[c] += weight * (right - accuracy) * n / sum(sizes[k] for k in classes)
+            percent_right = 100 * numpy.mean([r.right(kind, c) for r in runs], axis=0)
+            influence[c] += weight * (percent_right - accuracy) * n / sum(sizes[k] for k in classes)
     test_df = max(1, n - 1)
-    test = sum((z**2).sum() for z in influence.values()) / n / test_df
-    return value, test + training, satterthwaite((test, test_df), (training, training_df))
+    test_variance = sum((z**2).sum() for z in influence.values()) / n / test_df
+    df = satterthwaite((test_variance, test_df), (training_variance, training_df))
+    return value, test_variance + training_variance, df
 
 
 def satterthwaite(*variances):
@@ -138,8 +140,8 @@ def contrast(terms, noise_runs, kind="robust"):
 
 
 def difference(one, other):
-    """One estimate minus another with its 95 % interval: (value, low, high). They are independent: of other
-    runs on another test set. So their variances add."""
+    """One estimate minus another with its 95 % interval: (value, low, high). Their variances add, since they
+    are independent: of other runs on another test set."""
     return interval(one[0] - other[0], one[1] + other[1], satterthwaite(one[1:], other[1:]))
 
 

@@ -231,13 +231,14 @@ def claims_section(runs):
 
 
 def evaluation_section(folder):
-    """What evaluate.py measured with other threat models or attacks."""
+    """What evaluate.py measured, with whatever threat model and attacks."""
     rows = []
     for path in result_files(folder, "eval-*.json"):
         r = load(path, ["fingerprint", "checkpoint", "settings", "accuracy"])
         s, a = r["settings"], r["accuracy"]["all"]
+        attacks = " ".join(s["attacks"] + (["in TF32"] if "precision" in s else []))
         rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"],
-                     f"{s['norm']} eps {s['eps']:g}", " ".join(s["attacks"]), f"{a['clean']['n']:,}",
+                     f"{s['norm']} eps {s['eps']:g}", attacks, f"{a['clean']['n']:,}",
                      *(f"{100 * a[k]['accuracy']:.1f} [{100 * a[k]['low']:.1f}, {100 * a[k]['high']:.1f}]"
                        for k in ("clean", "robust"))])
     head = ["run", "checkpoint", "threat model", "attacks", "n", "clean %", "robust %"]
