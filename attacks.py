@@ -258,7 +258,7 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.
     unbroken = clean & ~right & (finite_logits(model, x_adv).argmax(1) == y)  # not broken outside `precision`
     if precision is not contextlib.nullcontext and unbroken.any():
         right[unbroken] = attack_batch(model, x[unbroken], y[unbroken], eps=eps, norm=norm, attacks=attacks,
-                                    seed=seed)[1]
+                                       seed=seed)[1]
     return clean, clean & right
 
 

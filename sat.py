@@ -51,8 +51,8 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
         say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, {attacked} "
             "attacked, {seconds:.1f} s".format(**row))
         if epoch in candidates:
-            clean_right, robust_right, _ = evaluate.autoattack_accuracy(model, data, select_index,
-                                                                  settings["select"], chunk_folder)
+            clean_right, robust_right, _ = evaluate.autoattack_accuracy(
+                model, data, select_index, settings["select"], chunk_folder)
             clean, robust = clean_right.float().mean().item(), robust_right.float().mean().item()
             row["selection"] = {"n": len(select_index), "clean": clean, "robust": robust}
             say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select_index)} examples")

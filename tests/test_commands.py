@@ -24,7 +24,8 @@ import subset
 import train
 import transfer
 from common import HERE, UserError
-from conftest import CSAT, ONE, ONE_EPOCH, RANK, SAT, R
+from conftest import CSAT, ONE, ONE_EPOCH, RANK, RANKING_1, SAT, R
+from data import Split, load_dataset
 from paper import experiments
 
 BY_RANKING = [*SAT, *ONE, "--frac", "0.3"]
@@ -110,7 +111,7 @@ def test_another_evaluation_of_a_finished_run_trains_nothing(monkeypatch, capsys
     assert result["accuracy"]["all"]["clean"]["n"] == 6
     assert result["weights"] == first["weights"]
     path, = Path("results/few").glob("esat*/eval-*.json")
-    assert runs.load(path) == result
+    assert {**first, **runs.load(path)} == result
     out = capsys.readouterr().out
     assert re.findall(r"AutoAttack: (.*) done, .* robust; .* left", out)[-2:] == [
         "5 of 6 examples", "6 of 6 examples"]
@@ -322,3 +323,61 @@ def test_a_finished_run_of_data_that_have_changed_is_not_printed(main, argv):
         main(argv)
     Path("data/few.pt").unlink()
     main(argv)
+
+
+def test_a_published_run_is_found_by_its_own_flags_alone():
+    """It has no args.json."""
+    first = sat.main(ONE_EPOCH)
+    (R / "args.json").unlink()
+    assert sat.main(ONE_EPOCH) == first
+    with pytest.raises(UserError, match="r was made with other flags .split: 'none' there, 'full' now"):
+        sat.main([*ONE_EPOCH, "--split", "full"])
+
+
+def test_a_ranking_begun_with_other_metrics_is_finished_with_them():
+    args = rank.ranking_args(sat.command_line(BY_RANKING))
+    args.metrics = ["svar", "entropy"]
+    runs.start_run(RANKING_1, args, "rank.json")
+    runs.end_run(RANKING_1)  # stopped in its first epoch
+    sat.main(BY_RANKING)
+    assert runs.load(RANKING_1 / "rank.json")["args"]["metrics"] == ["svar", "entropy"]
+    rank.main([*RANK, *ONE])  # finished
+    (RANKING_1 / "scores.pt").unlink()
+    with pytest.raises(UserError, match="a rank.json, but no scores.pt: make it again with rank.py --force"):
+        sat.main([*BY_RANKING, "--seed", "1"])
+    rank.main([*RANK, *ONE, "--force"])
+    assert runs.load(RANKING_1 / "rank.json")["args"]["metrics"] is None
+
+
+def test_vog_of_streamed_images_is_refused_before_a_ranking_is_made(monkeypatch):
+    monkeypatch.setattr(Split, "streamed", True)
+    args = sat.command_line([*BY_RANKING, "--metric", "vog"])
+    with pytest.raises(UserError, match="vog takes 8 bytes a pixel, too much for few"):
+        rank.scores_for(args, load_dataset("few", "data"), torch.device("cpu"))
+    assert not RANKING_1.parent.exists()
+
+
+def test_a_flag_without_effect_is_named_once(capsys):
+    sat.command_line("--split full --order random --metric svar --weight balanced --weight-factor 2".split())
+    notes = capsys.readouterr().out.splitlines()
+    assert notes == [f"note: --{name} has no effect with --split full"
+                     for name in ("order", "metric", "weight", "weight-factor")]
+
+
+def test_an_evaluation_in_tf32_is_not_repeated_without_a_gpu(capsys):
+    argv = [*ONE_EPOCH, "--eval-precision", "tf32"]
+    sat.main(argv)
+    result = runs.load(R / "result.json")
+    runs.write_json(R / "result.json", {**result, "settings": {**result["settings"], "precision": "tf32"}})
+    sat.main(argv)
+    assert "r is finished" in capsys.readouterr().out
+    assert not list(R.glob("eval-*"))
+
+
+def test_a_full_or_read_only_disk_is_one_line(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match="cannot write x.json: Read-only file system"):
+        runs.write_json("x.json", {})

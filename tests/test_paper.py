@@ -540,3 +540,62 @@ def test_the_table_of_evaluations_has_clean_accuracy_before_robust(tmp_path):
     clean, robust = (100 * result["accuracy"]["all"][kind]["accuracy"] for kind in ("clean", "robust"))
     table = tables.evaluation_section(tmp_path)[1]
     assert re.search(rf"\| 1,000 \| {clean:.1f} \[.*\] \| {robust:.1f} \[.*\] \|$", table)
+
+
+def test_a_baseline_with_random_start_is_in_the_group_of_its_runs():
+    assert sat.command_line(["--random-start", "--split", "none"]).random_start
+    groups = {published_run(name, random_start=True).group for name in ("cpu-none-seed0", "cpu-full-seed0")}
+    assert len(groups) == 1
+
+
+def test_one_eps_is_one_group():
+    name = "cpu-linf-full-seed0"
+    path = HERE / f"results-published/cifar10/{name}/result.json"
+    result = load(path)
+    typed = json.loads(json.dumps(result).replace("0.031372549", str(8 / 255)))
+    assert typed != result
+    assert results.Run(path, typed).group == results.Run(path, result).group
+
+
+def test_one_run_with_examples_of_a_part_has_the_interval_of_one():
+    runs = [run("csat", 0.5), run("csat", 0.7, seed=1)]
+    for r, n in zip(runs, (50, 0)):
+        r.accuracy["B_val"] = {"robust": {"n": n, "accuracy": 0.5 if n else None, "low": 0.4, "high": 0.6}}
+    assert stats.cell(runs, "B_val") == "50.0 [40.0, 60.0]"
+    assert stats.cell(runs[1:], "B_val") == "-"
+
+
+def test_a_broken_log_is_one_line(tmp_path):
+    folder = tmp_path / "cifar10/r"
+    shutil.copytree(HERE / "results-published/cifar10/cpu-csat-cat-balanced-attack=pgd-authors-seed0", folder)
+    log = folder / "log.jsonl"
+    log.write_text(log.read_text()[:-20])
+    with pytest.raises(UserError, match="r/result.json is not a result of this project .*JSONDecodeError"):
+        results.read_runs(tmp_path)
+
+
+def test_a_verdict_asks_for_the_noise_that_is_in_its_interval():
+    """Clean accuracies vary between 5 and 95 % here, robust ones are near 0, where seeds hardly differ."""
+    pool = [run("esat", 0.01 + 0.001 * seed, clean=0.5 + 0.02 * seed, seed=seed) for seed in range(3)]
+    one, other = run("none", 0.01, clean=0.9), run("full", 0.01, clean=0.5)
+    rows = [claims.compare("", "", [one], [other], pool, "above", kind)[-1] for kind in ("clean", "robust")]
+    assert rows == ["holds (one seed)", "open (one seed)"]
+
+
+def test_evaluations_in_tf32_say_so(tmp_path):
+    evaluation = {"fingerprint": {"name": "d"}, "checkpoint": "best.pt", "accuracy": {"all": {
+        kind: {"n": 10, "accuracy": 0.5, "low": 0.2, "high": 0.8} for kind in ("clean", "robust")}}}
+    for i, more in enumerate(({}, {"precision": "tf32"})):
+        settings = {"norm": "l2", "eps": 0.5, "attacks": ["apgd-ce"], **more}
+        (tmp_path / f"eval-{i}.json").write_text(json.dumps({**evaluation, "settings": settings}))
+    rows = tables.evaluation_section(tmp_path)[1].splitlines()[2:]
+    assert [row.split(" | ")[3] for row in rows] == ["apgd-ce", "apgd-ce in TF32"]
+
+
+def test_no_authors_claim_without_examples_of_the_class():
+    names = "cpu-csat-cat-balanced-attack=pgd-authors-seed0", "cpu-csat-cat-balanced-seed0"
+    authors, pgd = map(published_run, names)
+    assert len(list(claims.authors_attack_claims([pgd], [authors]))) == 1
+    for r in (authors, pgd):
+        r.accuracy["classes"]["cat"]["robust"] |= {"n": 0, "accuracy": None, "right": ""}
+    assert list(claims.authors_attack_claims([pgd], [authors])) == []

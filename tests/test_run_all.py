@@ -23,6 +23,8 @@ from paper import experiments
     (["cifar10", "fig7"], {}, "cifar10 has no fig7; it is in: transfer cifar10-cpu"),
     (["digits"], {"EXTRA": "--epoch 2"}, "EXTRA: unrecognized arguments: --epoch 2"),
     (["digits"], {"EXTRA": "--seed=5"}, "EXTRA: --seed differs between the runs"),
+    (["digits"], {"EXTRA": "--subset a.npy"}, "EXTRA: --subset differs between the runs"),
+    (["digits"], {"EXTRA": "--ranking a.npy"}, "EXTRA: --ranking differs between the runs"),
     (["digits"], {"EXTRA": "--run 'x"}, "EXTRA: No closing quotation"),
     (["digits"], {"NPROC": "0"}, "NPROC=0: give the number of processes"),
     (["digits"], {"JOBS": "0", "NPROC": ""}, "JOBS=0: give the number of runs at once"),
@@ -35,6 +37,15 @@ def test_mistakes_in_the_words_of_run_all(argv, env, expected, monkeypatch):
         run_all.main(["--dry-run", *argv])
     assert expected in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_every_stage_of_sat_py_has_the_name_that_the_list_expects(monkeypatch, capsys):
+    """Else sat.py would take a finished run with the same A and another name, and the stage stay missing."""
+    monkeypatch.delenv("EXTRA", raising=False)
+    run_all.main(["--dry-run", "cifar10", "fig6"])
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "sat.py" in line]
+    assert len(commands) > 50
+    assert all("--run" in words for words in commands)
 
 
 def test_commands_with_extra_flags_on_several_processes(monkeypatch, capsys):
