@@ -3,6 +3,9 @@ import contextlib
 import functools
 import logging
 import math
+import re
+import time
+from unittest import mock
 
 import pyautoattack
 import pytest
@@ -181,9 +184,11 @@ def test_autoattack_goes_on_after_the_chunks_that_are_there(tmp_path, monkeypatc
         calls.append((len(x), seed))
         return y > 4, y > 4 + seed
 
-    def evaluated(eps=0.25, seed=0):
+    def evaluated(eps=0.25, seed=0, bias=0.0):
         settings = {"norm": "l2", "eps": eps, "attacks": ["apgd-ce"], "n": 20, "batch_size": 6, "seed": seed}
-        return torch.stack(evaluate.autoattack_accuracy(net(), data, index, settings, tmp_path)[:2])
+        model = net()
+        model.head.bias.data += bias
+        return torch.stack(evaluate.autoattack_accuracy(model, data, index, settings, tmp_path)[:2])
     data, index, calls = load_dataset("digits", "data"), torch.arange(20), []
     x, y = data.test.pixels(index, "cpu"), data.test.y[:20]
     monkeypatch.setattr(attacks, "attack_batch", attack_batch)
@@ -196,23 +201,20 @@ def test_autoattack_goes_on_after_the_chunks_that_are_there(tmp_path, monkeypatc
     third.unlink()
     assert torch.equal(evaluated(), whole)
     assert calls[8:] == [(6, 0), (6, 2)], "only the chunks that are missing or have another shape"
-    evaluated(eps=0.2, seed=5)
-    assert calls[10:] == [(6, 5), (6, 6), (6, 7), (2, 8)], "other settings share nothing"
+    for other in ({"eps": 0.2}, {"bias": 1.0}, {"seed": 5}):
+        evaluated(**other)
+    assert calls[10:18] == 2 * calls[:4], "other settings and other weights share nothing"
+    assert calls[18:] == [(6, 5), (6, 6), (6, 7), (2, 8)]
 
 
 @pytest.mark.parametrize("n_classes,unusable", [(2, {"apgd-t"}), (3, {"apgd-t"}), (5, set())])
 def test_autoattack_with_fewer_than_ten_classes(n_classes, unusable, caplog):
     assert {*attacks.STANDARD} - {*attacks.usable_attacks(attacks.STANDARD, n_classes)} == unusable
-    model, (x, y) = net(n_classes).eval(), images(4, n_classes=n_classes)
-    clean, _ = attacks.autoattack(model, x, y, eps=0.1)
+    model, (x, y) = net(n_classes, channels=3).eval(), images(4, 3, n_classes)
+    clean, _ = attacks.autoattack(model, x.contiguous(memory_format=torch.channels_last), y, eps=0.1)
     assert torch.equal(clean, model(x).argmax(1) == y)
     assert "target classes" not in caplog.text
     assert "DLR" not in caplog.text
-    with pytest.raises(ValueError, match=f"labels {n_classes} to {n_classes} on {n_classes} classes: give"):
-        attacks.autoattack(model, x, torch.full_like(y, n_classes), eps=0.1)
-    nn.init.constant_(model.head.bias, math.nan)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])
 
 
 @pytest.mark.parametrize("result,message", [
@@ -228,22 +230,6 @@ def test_autoattack_is_not_trusted_blindly(result, message, monkeypatch):
         attacks.autoattack(model, x, y, eps=0.1)
     monkeypatch.setattr(pyautoattack.AutoAttack, method, lambda self, x, y, batch_size: (x, y + ~first))
     assert not attacks.autoattack(model, x, y, eps=0.1)[1].any(), "what was wrong is not robust"
-
-
-def test_autoattacks_progress_and_warnings_are_printed_once(capsys, caplog):
-    model, (x, y), log = net(), images(), logging.getLogger("auto-attack")
-    model.head = nn.Sequential(model.head, nn.Softmax(1))  # of which AutoAttack warns
-    with evaluate.Watch(["apgd-ce"], 6) as watch:
-        attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"], batch_size=2)
-        for text in ("3 points with zero gradient", "5 points with zero gradient", "other"):
-            log.warning(text)
-    printed = capsys.readouterr().out
-    assert printed.count("probability distribution") == 1
-    assert "AutoAttack, examples 1 and on of 6: 50.0 % robust after APGD-CE" in printed
-    assert watch.warnings[1:] == ["3 points with zero gradient", "other"]
-    assert printed.endswith("AutoAttack warns: 3 points with zero gradient\nAutoAttack warns: other\n")
-    log.warning("afterwards")
-    assert [record.message for record in caplog.records] == ["afterwards"], "the logger is as before"
 
 
 def chosen(split, **options):
@@ -363,9 +349,13 @@ def test_training_is_sgd_on_eq_2(thirds):
     assert [row["lr"] for row in log] == pytest.approx([0.05, 0.005])
 
 
+LINF = ["--norm", "linf", "--eps", "0.1", "--step-size", "0.05"]
+
+
 @pytest.mark.parametrize("flags,n_A,gradients,trained_images", [
     ([], 0, 0, 128), ([], 43, 7, 128), (["--attack", "pgd-authors"], 43, 7, 128),
-    (["--random-start"], 43, 7, 128), (["--attack", "fgsm-rs"], 43, 1, 128),
+    (["--random-start"], 43, 7, 128), (["--attack", "fgsm-rs"], 43, 1, 128), (LINF, 43, 7, 128),
+    ([*LINF, "--attack", "fgsm-rs"], 43, 1, 128), ([*LINF, "--attack", "pgd-authors"], 43, 7, 128),
     ([], 0, 0, 0)])  # frozen features only go forward
 def test_only_A_is_attacked_and_costs_are_counted(flags, n_A, gradients, trained_images, monkeypatch):
     monkeypatch.setattr(attacks, "check", None)  # training must not look at its images: a GPU would wait
@@ -375,18 +365,20 @@ def test_only_A_is_attacked_and_costs_are_counted(flags, n_A, gradients, trained
     args = arguments("--augment", "none", "--epochs", "1", *flags)
     row, = [state["row"] for state in train.train(model, split, A, 2.0, args, CPU)]
     for x, (clean, _, index) in zip(seen, training_batches(split, 64, 0, 0, "none", "cpu"), strict=True):
-        assert torch.equal(length(x - clean) > 0.05, A[index])
+        assert torch.equal(length(x - clean) > 0.2, A[index]), "in linf too, so outside of the ball of L2"
         assert torch.equal(length(x - clean) == 0, ~A[index])
+        assert length(x - clean, args.norm).max() <= args.eps + 1e-6
     assert row["attacked"] == n_A
     assert row["forward"] == 128 + gradients * n_A
     assert row["backward"] == trained_images + gradients * n_A
     assert row["forward_equivalents"] == 128 + 2 * trained_images + 2 * gradients * n_A
 
 
-def test_every_epoch_redraws_A_and_every_step_draws_other_starts():
+@pytest.mark.parametrize("norm,eps", [("l2", 0.4), ("linf", 0.1)])
+def test_every_epoch_redraws_A_and_every_step_draws_other_starts(norm, eps):
     split, attacked, starts = digits(192), [], []
     for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
-        args = arguments("--order", "redrawn", "--attack", "fgsm-rs", "--eps", "0.4", "--seed", str(seed))
+        args = arguments(*f"--order redrawn --attack fgsm-rs --norm {norm} --eps {eps} --seed {seed}".split())
         batches = list(train.epoch_batches(split, torch.arange(192) < 48, 1.0, args, epoch, CPU))
         order = epoch_order(192, 64, seed, epoch)[0]
         attacked.append({i for batch, index in zip(batches, order) for i in index[batch[2]].tolist()})
@@ -395,7 +387,7 @@ def test_every_epoch_redraws_A_and_every_step_draws_other_starts():
     assert len(attacked[0] & attacked[1]) < 24
     assert attacked[3] == attacked[0], "the same in a repeat"
     assert len(torch.cat(starts).flatten(1).unique(dim=0)) == 3 * 48
-    assert 0.35 < length(torch.cat(starts)).max() <= 0.4 + 1e-6, "in the ball"
+    assert 0.9 * eps < length(torch.cat(starts), norm).max() <= eps + 1e-6, "in the ball"
 
 
 def test_logits_that_are_not_finite_stop_although_the_loss_is_finite():
@@ -489,13 +481,6 @@ def test_selection_takes_the_most_robust_then_cleanest_then_latest(tmp_path, mon
     assert torch.backends.cpu.get_cpu_capability() in result["device"], "AVX2 and AVX512 round otherwise"
 
 
-class StubStream:
-    """In place of CUDA's streams, on a CPU."""
-
-    def wait_stream(self, other):
-        pass
-
-
 def trained_bits(*flags, n=136):
     """The weights after two epochs of SAT on some digits, as one vector, and the lines of the log."""
     args = arguments("--epochs", "2", "--lr-decays", "1", "--batch-size", "32", "--steps", "1", "--augment",
@@ -537,10 +522,8 @@ def test_graphs_of_whole_steps_replay_the_plain_steps(flags, monkeypatch):
     monkeypatch.setattr(models, "compiled", lambda function, *a: function)
     monkeypatch.setattr(models, "size_multiple", lambda *a: 16)
     monkeypatch.setattr(models.GraphedStep, "record", record)
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, StubStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    for name in ("Stream", "current_stream", "stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
     other_weights, other_rows = trained_bits(*flags)
     assert torch.equal(other_weights, weights)
     assert other_rows == rows
@@ -548,16 +531,6 @@ def test_graphs_of_whole_steps_replay_the_plain_steps(flags, monkeypatch):
     assert {size for _, size in recorded} == ({0} if "none" in flags else {16})
     assert [rate for rate, _ in recorded] == pytest.approx([0.1, 0.01])
     assert len(replayed) == 2 * 4 - 2 * len(recorded)
-
-
-def test_a_step_of_a_graph_that_is_not_finite_is_named():
-    sums = train.EpochSums(CPU)
-    for losses in ([1.0, 2.0], [1.0, math.nan, 1.0, math.inf]):
-        sums.reset()
-        for loss in losses:
-            sums.add(torch.tensor(loss), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(UserError, match="not finite in epoch 3, step 2: stopped"):
-        sums.row(2, net(), arguments())
 
 
 @pytest.mark.parametrize("mode,device,steps,count,compiler,expected", [
@@ -661,14 +634,6 @@ def linear(weight=1.0, bias=0.0):
     return model
 
 
-@pytest.mark.parametrize("attack", [*ATTACKS, attacks.autoattack])
-@pytest.mark.parametrize("norm,eps,largest", [("linf", 8.0, "0 to 1"), ("l2", 128.0, "0 to 8")])
-def test_an_eps_that_no_two_images_reach_is_refused(attack, norm, eps, largest):
-    x, y = images(n_classes=2)
-    with pytest.raises(ValueError, match=f"eps = {eps}: {norm} takes {largest}, .*divide .* by 255"):
-        attack(linear(), x, y, eps=eps, norm=norm)
-
-
 @pytest.mark.parametrize("norm,eps,step_size,messages", [
     ("l2", 0.5, 0.0, ["step_size = 0"]), ("linf", 0.1, 0.3, ["step_size = 0.3 is above 2 eps = 0.2"]),
     ("linf", 0.0, 0.1, []), ("l2", 0.0, 0.0, []), ("l2", 0.5, 2.0, []), ("linf", 1.0, 2.0, [])])
@@ -695,44 +660,10 @@ def test_half_precision(attack):
     close(length(attacks.project(300 * tiny.sign(), 0.5, "l2").float()), torch.tensor([0.5]), atol=1e-3)
 
 
-@pytest.mark.parametrize("attack", [*ATTACKS, attacks.autoattack])
-@pytest.mark.parametrize("label", [-100, -1, 10])
-def test_labels_that_are_no_classes_are_refused(attack, label):
-    model, (x, y) = net(), images()
-    y[3] = label
-    with pytest.raises(ValueError, match="labels .* on 10 classes: give 0 to"):
-        attack(model, x, y, eps=0.5)
-
-
-class Wrapper(nn.Module):
-    """A module without parameters around a function."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = [function]  # a list hides the parameters
-
-    def forward(self, x):
-        return self.function[0](x)
-
-
-@pytest.mark.parametrize("model,message", [
-    (lambda x: x.flatten(1), "model is a function: give a torch.nn.Module"),
-    (linear().half(), r"take torch.float32 images \(1, 8, 8\) on cpu \(.*Half\); .*: model.float\(\)"),
-    (linear().double(), r"take torch.float32 images \(1, 8, 8\) on cpu \(.*Double\); .*: model.float\(\)"),
-    (net(1), r"a Tensor of shape \(1, 1\): it must be logits \(N, C\) of two classes"),
-    (Wrapper(lambda x: x.flatten(1).sum(1)), r"a Tensor of shape \(1,\): it must be logits \(N, C\)"),
-    (Wrapper(lambda x: (x.flatten(1), x)), r"a tuple of shape \(\): it must be logits \(N, C\)")])
-def test_models_that_autoattack_does_not_take(model, message):
-    x, _ = images()
-    with pytest.raises(ValueError, match=message):
-        attacks.autoattack(model, x, torch.zeros(6, dtype=torch.int64), eps=0.1)
-
-
-def test_autoattack_takes_a_wrapper_without_parameters():
-    model, (x, y) = net().eval(), images()
-    wrapped = attacks.autoattack(Wrapper(model), x, y, eps=0.1, attacks=["apgd-ce"])
-    for ours, expected in zip(wrapped, attacks.autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])):
-        assert torch.equal(ours, expected)
+def test_autoattack_takes_a_network_without_parameters():
+    x, y = images()
+    clean, _ = attacks.autoattack(nn.Flatten(), x, y, eps=0.1, attacks=["apgd-ce"])  # each pixel is a logit
+    assert torch.equal(clean, x.flatten(1).argmax(1) == y)
 
 
 @pytest.mark.parametrize("attack", attacks.STANDARD)
@@ -756,29 +687,6 @@ def test_a_saturated_softmax_is_named_once_if_cross_entropy_is_the_only_loss(fac
     assert not warnings or "is 0 at 12 of the 12 right examples" in texts[0]
 
 
-def test_an_eps_too_large_for_the_images_is_a_users_error(tmp_path):
-    model, data = net(), load_dataset("digits", "data")
-    settings = {"norm": "l2", "eps": 30.0, "attacks": ["apgd-ce"], "n": 2, "batch_size": 2, "seed": 0}
-    with pytest.raises(UserError, match="eps = 30.0: l2 takes 0 to 8, "):
-        evaluate.autoattack_accuracy(model, data, torch.arange(2), settings, tmp_path)
-
-
-@pytest.mark.parametrize("words", ["", "--random-start", "--attack fgsm-rs", "--attack pgd-authors"])
-def test_training_in_linf_attacks_in_linf(words):
-    """And not in the ball of L2, in which no norm is above 0.1."""
-    linf = "--norm linf --eps 0.1 --step-size 0.05 --augment none"
-    args = arguments(*f"{linf} {words}".split())
-    model, split, A, seen = net(), digits(128), torch.arange(128) % 3 == 0, []
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) if model.training else None)
-    next(train.train(model, split, A, 1.0, args, CPU))
-    for x, (clean, _, index) in zip(seen, training_batches(split, 64, 0, 0, "none", "cpu"), strict=True):
-        assert length((x - clean)[A[index]], "linf").max() <= 0.1 + 1e-6
-        assert length((x - clean)[A[index]]).min() > 0.2
-    if words in ("--random-start", "--attack fgsm-rs"):
-        starts = torch.cat([batch[5] for batch in train.epoch_batches(split, A, 1.0, args, 0, CPU)])
-        assert 0.09 < length(starts, "linf").max() <= 0.1
-
-
 @pytest.mark.parametrize("attack", ["apgd-ce", "fab-t", "square"])
 def test_autoattack_attacks_in_its_norm(attack):
     """A margin of 2, which falls by 6.4 in the ball of linf and by 0.8 in that of L2."""
@@ -787,20 +695,6 @@ def test_autoattack_attacks_in_its_norm(attack):
         clean, robust = attacks.autoattack(linear(bias=-30), x, y, eps=0.1, norm=norm, attacks=[attack])
         assert clean.all()
         assert robust.tolist() == [expected] * 4
-
-
-def test_a_chunk_of_other_weights_is_not_taken(tmp_path, monkeypatch):
-    data, index = load_dataset("digits", "data"), torch.arange(20)
-    settings = {"norm": "l2", "eps": 0.25, "attacks": ["apgd-ce"], "n": 20, "batch_size": 6, "seed": 0}
-
-    def attack_batch(model, x, y, **settings):
-        return model(x).argmax(1) == y, model(x).argmax(1) == y
-    monkeypatch.setattr(attacks, "attack_batch", attack_batch)
-    for c in (3, 5):
-        model = net()
-        model.head.bias.data[c] = 100.0  # it says c of every image
-        clean, *_ = evaluate.autoattack_accuracy(model, data, index, settings, tmp_path)
-        assert torch.equal(clean, data.test.y[:20] == c)
 
 
 @pytest.fixture
@@ -850,12 +744,6 @@ def test_rankings_and_transfers_start_from_their_seed(results, tmp_path, monkeyp
         assert seen[-2] != seen[-1]
 
 
-def test_the_order_of_batches_depends_on_seed_and_epoch():
-    orders = {(seed, epoch): epoch_order(100, 10, seed, epoch)[0] for seed in (0, 1) for epoch in (0, 1)}
-    assert len({tuple(order.flatten().tolist()) for order in orders.values()}) == 4
-    assert torch.equal(epoch_order(100, 10, 1, 1)[0], orders[1, 1])
-
-
 def test_class_errors_of_a_ranking_are_of_the_90_percent_and_count_what_is_wrong():
     model, data = net(), load_dataset("digits", "data")
     nn.init.constant_(model.head.bias[0], 100.0)  # it says 0 of every image
@@ -898,17 +786,6 @@ def test_a_classifier_divides_by_std_and_a_transferred_head_has_one_hidden_layer
     close(model(x), features @ last.weight.T + last.bias)
 
 
-def test_an_evaluation_attacks_as_its_settings_say(tmp_path, monkeypatch):
-    def attack_batch(model, x, y, **arguments):
-        seen.append(arguments)
-        return y > 4, y > 4
-    seen, settings = [], {"norm": "linf", "eps": 0.1, "attacks": ["square"], "seed": 7}
-    monkeypatch.setattr(attacks, "attack_batch", attack_batch)
-    evaluate.autoattack_accuracy(net(), load_dataset("digits", "data"), torch.arange(4),
-                                 {**settings, "n": 4, "batch_size": 4}, tmp_path)
-    assert seen == [{**settings, "precision": contextlib.nullcontext}]
-
-
 def test_selection_and_evaluation_have_settings_of_their_own():
     args = arguments("--select-attacks", "square", "--select-n", "5", "--eval-n", "6")
     select, final = (evaluate.eval_settings(args, ["a", "b"], prefix) for prefix in ("select", "eval"))
@@ -916,16 +793,23 @@ def test_selection_and_evaluation_have_settings_of_their_own():
     assert (final["attacks"], final["n"]) == (["apgd-ce"], 6)
 
 
-def test_a_resumed_evaluation_keeps_its_warnings_and_estimates_by_its_new_examples(capsys):
+def test_people_see_the_progress_of_a_resumed_evaluation_and_each_kind_of_warning_once(capsys, caplog):
+    log, (x, y) = logging.getLogger("auto-attack"), images()
     with evaluate.Watch(["apgd-ce"], 20) as watch:
         watch.count({"right": torch.zeros(2, 10), "warnings": ["3 points"]}, is_new=False)
-        watch.start_time -= 30  # half a minute of attacks on five examples
-        logging.getLogger("auto-attack").warning("5 points")
+        attacks.autoattack(net(), x, y, eps=0.1, attacks=["apgd-ce"])
+        for text in ("5 points", "other", "other"):
+            log.warning(text)
+        watch.start_time = time.perf_counter() - 30  # half a minute of attacks on five examples
         watch.count({"right": torch.zeros(2, 5), "warnings": []}, is_new=True)
-    assert watch.warnings == ["3 points"], "the first of its kind, as in an evaluation that was not stopped"
-    assert watch.new_warnings() == [], "that of a saved chunk belongs to no other"
+    log.warning("afterwards")
+    assert [record.message for record in caplog.records] == ["afterwards"], "the logger is as before"
+    assert watch.warnings == ["3 points", "other"], "as in an evaluation that was not stopped"
+    assert watch.new_warnings() == ["other"], "that of a saved chunk belongs to no other"
     out = capsys.readouterr().out
     assert out.startswith("AutoAttack warns: 3 points\n")
+    assert out.count("AutoAttack warns") == 2
+    assert re.search(r"AutoAttack, examples 11 and on of 20: \d+\.\d % robust after APGD-CE\n", out)
     assert "15 of 20 examples done, 0.0% robust; 30 s left" in out
 
 
@@ -994,37 +878,37 @@ def test_what_a_less_exact_attack_breaks_is_checked_and_attacked_again(names, sh
         assert misjudged.sum() > 3, "without the check they would be counted as broken"
 
 
-def test_tf32_is_a_setting_of_its_own_on_gpus_alone(monkeypatch, capsys):
-    def settings(precision, prefix="eval"):
-        args = arguments(*(["--eval-precision", precision] if precision else []))
-        return evaluate.eval_settings(args, list(range(10)), prefix)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plain = settings(None)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_tf32_is_a_setting_of_its_own_on_gpus_alone(gpu, monkeypatch, capsys):
+    def settings(*words, prefix="eval"):
+        return evaluate.eval_settings(arguments(*words), list(range(10)), prefix)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    plain, tf32 = settings(), ["--eval-precision", "tf32"]
     assert "precision" not in plain, "as in the results that are there"
-    assert settings("float32") == plain
-    assert "no effect on a CPU" not in capsys.readouterr().out
-    assert settings("tf32") == plain
-    assert "note: --eval-precision tf32 has no effect on a CPU" in capsys.readouterr().out
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args = arguments("--eval-precision", "tf32")
-    args.device = "auto"
-    assert evaluate.eval_settings(args, list(range(10))) == {**plain, "precision": "tf32"}
-    assert "precision" not in evaluate.eval_settings(args, list(range(10)), "select")
+    assert settings("--eval-precision", "float32") == plain
+    assert settings(*tf32, prefix="select") == settings(prefix="select")
+    assert settings(*tf32) == ({**plain, "precision": "tf32"} if gpu else plain)
+    notes = capsys.readouterr().out.count("note: --eval-precision tf32 has no effect on a CPU")
+    assert notes == (0 if gpu else 1)
 
 
 @pytest.mark.parametrize("precision", [None, "tf32"])
-def test_tf32_is_on_during_the_attack_alone(precision, tmp_path, monkeypatch):
-    def attack_batch(model, x, y, precision, **settings):
+def test_an_evaluation_attacks_as_its_settings_say(precision, tmp_path, monkeypatch):
+    """TF32 is on during the attack alone."""
+    def attack_batch(model, x, y, precision, **arguments):
+        contexts.append(precision)
         with precision():
-            seen.append(torch.backends.cudnn.allow_tf32)
-        seen.append(torch.backends.cudnn.allow_tf32)
+            assert torch.backends.cudnn.allow_tf32 == (precision is not contextlib.nullcontext)
+        assert not torch.backends.cudnn.allow_tf32
+        assert arguments == settings
         return y > 4, y > 5
-    seen, more = [], {"precision": precision} if precision else {}
-    settings = {"norm": "l2", "eps": 0.25, "attacks": ["apgd-ce"], "n": 4, "batch_size": 4, "seed": 0, **more}
+    contexts, settings = [], {"norm": "linf", "eps": 0.1, "attacks": ["square"], "seed": 7}
     monkeypatch.setattr(attacks, "attack_batch", attack_batch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as common.set_up does on a GPU
-    evaluate.autoattack_accuracy(net(), load_dataset("digits", "data"), torch.arange(4), settings, tmp_path)
-    assert seen == [precision == "tf32", False]
+    more = {"n": 4, "batch_size": 4, **({"precision": precision} if precision else {})}
+    evaluate.autoattack_accuracy(net(), load_dataset("digits", "data"), torch.arange(4), settings | more,
+                                 tmp_path)
+    assert [context is contextlib.nullcontext for context in contexts] == [precision is None]
 
 
 def test_results_from_before_a_flag_are_in_the_group_of_those_without_it(results):

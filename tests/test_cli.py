@@ -28,11 +28,11 @@ import subset
 import train
 import transfer
 from common import HERE, UserError
-from conftest import AUTOATTACK, CSAT, ONE_EPOCH, RANK, RANKING, RANKING_1, SAT, R
+from conftest import AUTOATTACK, CSAT, ONE, ONE_EPOCH, RANK, RANKING, RANKING_1, SAT, R
 
 
-def test_command_line_beats_yaml_beats_defaults(capsys):
-    Path("c.yaml").write_text("{lr: 5e-2, epochs: 3, random-start: true, lr-decays: [1, 2], classes: [1, 2]}")
+def test_command_line_beats_yaml_beats_defaults():
+    Path("c.yaml").write_text("{lr: 5e-2, epochs: 3, random-start: True, lr-decays: [1, 2], classes: [1, 2]}")
     words = ["--config", "c.yaml", "--split", "csat"]
     args = sat.command_line([*words, "--epochs", "4", "--lr", "0.05"])
     expected = {"lr": 0.05, "epochs": 4, "random_start": True, "lr_decays": [1, 2], "batch_size": 128,
@@ -43,11 +43,6 @@ def test_command_line_beats_yaml_beats_defaults(capsys):
     args = sat.command_line([*words, "--no-random-start", "--lr-decays"])
     assert (args.random_start, args.lr_decays) == (False, [])
     assert args.typed == {"split", "random_start", "lr_decays"}
-    with pytest.raises(SystemExit, match="0"):
-        sat.main([*words, "--help"])
-    out = capsys.readouterr().out
-    assert "learning rate of SGD (momentum 0.9) (default: 0.05)" in out
-    assert "random subsets (default: 0)" in " ".join(out.split()), "a default of 0 is one"
 
 
 @pytest.mark.parametrize("row", """
@@ -81,6 +76,8 @@ def test_evaluate_takes_what_is_not_typed_from_the_checkpoints_run():
     assert runs.load(path)["settings"].items() >= {"n": 3, "batch_size": 5, "attacks": ["apgd-ce"]}.items()
     with pytest.raises(UserError, match="--norm linf needs an --eps of its own: the checkpoint's 0.5 is in"):
         evaluate.main([best, "--norm", "linf"])
+    with pytest.raises(UserError, match="eps = 30.0: l2 takes 0 to 8, "):  # AutoAttack's ValueError
+        evaluate.main([best, "--eps", "30"])
     evaluate.main([best, "--norm", "linf", "--eps", "0.03"])
     assert 0.03 in [runs.load(path)["settings"]["eps"] for path in folder.glob("eval-*.json")]
 
@@ -103,41 +100,36 @@ def test_flags_without_effect_are_named_and_make_no_other_run(words, idle, capsy
     assert differ or sat.run_folder(other) == sat.run_folder(args)
 
 
-@pytest.mark.parametrize("words,amounts", [
-    ("", [0.3, None, None]), ("--frac 0.4", [0.4, None, None]), ("--split csat", [0.3, None, None]),
-    ("--size 40", [None, 40, None]), ("--split csat --classes 3", [None, None, ["3"]]),
-    ("--split full", [None, None, None]), ("--split none", [None, None, None])])
-def test_a_typed_amount_replaces_that_of_a_config(words, amounts):
-    Path("c.yaml").write_text("dataset: digits\nfrac: 0.3\n")
-    args = sat.command_line(["--config", "c.yaml", *words.split()])
-    assert [args.frac, args.size, args.classes] == amounts
+AMOUNT, OTHERS = "frac: 0.3", "order: redrawn\nweight-factor: 3"
 
 
-@pytest.mark.parametrize("words,expected", [
-    ("--subset A.npy", {"order": "hardest"}), ("--split csat --classes 3", {"order": "hardest"}),
-    ("--weight emphasis", {"weight": "emphasis", "weight_factor": None}),
-    ("--weight emphasis --weight-factor 2", {"weight": "vanilla", "weight_factor": 2}),
-    ("--split none --random-start", {"random_start": False, "weight_factor": None})])
-def test_what_is_typed_beats_what_a_config_says_of_another_flag(words, expected):
-    """order: redrawn would replace a --subset by random examples in each epoch."""
-    Path("c.yaml").write_text("dataset: digits\norder: redrawn\nweight-factor: 3\n")
+@pytest.mark.parametrize("text,words,expected", [
+    (AMOUNT, "", {"frac": 0.3, "size": None, "classes": None}), (AMOUNT, "--frac 0.4", {"frac": 0.4}),
+    (AMOUNT, "--split csat", {"frac": 0.3}), (AMOUNT, "--size 40", {"frac": None, "size": 40}),
+    (AMOUNT, "--split csat --classes 3", {"frac": None, "classes": ["3"]}),
+    (AMOUNT, "--split full", {"frac": None}), (AMOUNT, "--split none", {"frac": None}),
+    (OTHERS, "--subset A.npy", {"order": "hardest"}),  # redrawn would draw other examples in each epoch
+    (OTHERS, "--split csat --classes 3", {"order": "hardest"}),
+    (OTHERS, "--weight emphasis", {"weight": "emphasis", "weight_factor": None}),
+    (OTHERS, "--weight emphasis --weight-factor 2", {"weight": "vanilla", "weight_factor": 2}),
+    (OTHERS, "--split none --random-start", {"random_start": False, "weight_factor": None})])
+def test_what_is_typed_beats_what_a_config_says_of_another_flag(text, words, expected):
+    Path("c.yaml").write_text(f"dataset: digits\n{text}\n")
     assert vars(sat.command_line(["--config", "c.yaml", *words.split()])).items() >= expected.items()
 
 
 BAD = [  # words of sat.py, message
     ("--dataset mnist", "no data set 'mnist'"), ("--dataset ../x", "'../x' is not a plain name"),
     ("--run ..", "'..' is not a plain name"), ("--run 'a\nb'", "is not a plain name"),
-    ("--conf c.yaml", "unrecognized arguments: --conf"), ("--lrr 1", "--lrr 1; did you mean --lr? (python"),
+    ("--conf c.yaml", "arguments: --conf c.yaml; did you mean --config? (python"), ("--eps nan", "'nan' is"),
     ("--config none.yaml", "there is no config none.yaml"), ("--attack cw", "no attack 'cw'; valid: pgd"),
-    ("--lr 1e308", "not a finite number above 0 and at most 1e+30"), ("--lr fast", "'fast' is not a finite"),
-    ("--eps nan", "'nan' is not a finite number of at"), ("--seed 2147483648", "at most 2147483647"),
-    ("--epochs 0", "'0' is not a whole number of at least 1"), ("--threads 10000", "at least 0 and at most"),
+    ("--lr 1e308", "not a finite number above 0 and at most 1e+30"), ("--threads 10000", "0 and at most"),
+    ("--seed 2147483648", "at most 2147483647"), ("--epochs 0", "'0' is not a whole number of at least 1"),
     ("--frac 0", "above 0 and at most 1"), ("--frac 1.5", "'1.5' is not a finite number above 0"),
     ("--split csat --frac 0.01", "comes to 0 of 10: give a --size of 1 to 10,"),
     ("--size 1298", "comes to 1298 of 1297: give a --size of 1 to 1297,"),
     ("--split full --batch-size 1298", "give 2 to 1297"), ("--split none --scores x.npy", "no --scores"),
     ("--split csat --classes cat", "unknown class cat; valid: 0, 1, 2"), ("--classes 3", "takes no --class"),
-    ("--split csat --classes 3 --size 1", "takes one of --frac, --size, --classes; given: size, classes"),
     ("--frac 0.4 --size 4", "takes one of --frac, --size, --subset"), ("--split full --size 3", "no --size"),
     ("--split csat --order redrawn", "goes with --split esat"), ("--scores x.npy", "x.npy: [Errno 2] No su"),
     ("--scores x.npy --order random", "--scores goes with --order hardest or easiest"),
@@ -148,9 +140,8 @@ BAD = [  # words of sat.py, message
     ("--lr-decays 2 5 2", "2 5 2 has an epoch twice"), ("--split full --device cuda", "no GPU here"),
     ("--split full --compile on", "on needs a compiler (gcc")]
 CONFIGS = [  # text of a config, message
-    ("learning-rate: 1", "unknown key 'learning-rate'; valid keys: amp, arch"), ("- lr", "flat list"),
     ("lr: true", "'true' is not a finite number"), ("epochs: 1:30", "'1:30' is not a whole number"),
-    ("split: half", "invalid choice: 'half'"), ("random-start: 1", "'1' is not a value of this switch; va"),
+    ("learning-rate: 1", "unknown key 'learning-rate'"), ("random-start: 1", "not a value of this switch"),
     ("lr: ", "lr: not a value"), ("lr: [0.1, 0.2]", "lr: not a value"), ("lr: {a: 1}", "lr: not a value"),
     ("lr: 0.1\nlr: 0.2", "lr is given twice"), ("lr: [", "cannot read the config c.yaml"), ("", "flat list"),
     ("norm: linf\neps: 1", "norm linf needs --step"), ("!!python/object/apply:os.system ['x']", "flat list")]
@@ -193,29 +184,27 @@ class Malicious:
 def test_files_of_a_run_that_somebody_has_edited():
     """One line, never a traceback or a number; as are the sources that transfer.py does not take."""
     sat.main(CSAT)
-    best, target = Path("results/few/b/best.pt"), ["--config", str(HERE / "configs/transfer/digits5-9.yaml")]
+    best, target = Path("results/few/b/best.pt"), ["--dataset", "digits5-9"]
     ckpt, about = runs.load(best), best.with_name("result.json")
+    frozen = models.build("preactresnet8", 10, [0.3], [0.35]).transfer(10).state_dict()
     edits = [("args", []), ("args", {}), ("classes", 3), ("classes", [*range(10)]), ("classes", ["x"] * 10),
              ("A_classes", ["zebra"]), ("epoch", None), ("model", {}), ("arch", "vgg")]
     for content, message in [
             (["no", "dict"], "lacks model"), ({"model": Malicious()}, "is truncated or not a .*UnpicklingE"),
-            *(({**ckpt, key: value}, "is not a checkpoint of this project") for key, value in edits)]:
+            ({**ckpt, "model": frozen, "head": "mlp"}, "is itself a transferred network; give the best.pt"),
+            *(({**ckpt, "A_classes": None, key: value}, "is not a checkpoint of") for key, value in edits)]:
         torch.save(content, "edited.pt")
-        for main, *words in ((evaluate.main,), (transfer.main, "--dataset", "digits5-9")):
-            with pytest.raises(UserError, match=f"^[^\n]*edited.pt [^\n]*{message}[^\n]*$"):
-                main(["edited.pt", *words])
-    frozen = models.build("preactresnet8", 10, [0.3], [0.35]).transfer(10).state_dict()
-    runs.save("frozen.pt", {**ckpt, "model": frozen, "head": "mlp"})
+        with pytest.raises(UserError, match=f"^[^\n]*edited.pt [^\n]*{message}[^\n]*$"):
+            transfer.main(["edited.pt", *target])
     ckpt["model"]["head.bias"] += 1
     torch.save(ckpt, best.with_name("other.pt"))
     Path("cut.pt").write_bytes(best.read_bytes()[:10000])
-    for path, message in (("frozen.pt", "is itself a transferred network; give the best.pt of a run of sat"),
-                          (RANKING_1 / "last.pt", "result.json is missing, or not of .*last.pt: give the"),
+    for path, message in ((RANKING_1 / "last.pt", "result.json is missing, or not of .*last.pt: give the"),
                           (best.with_name("other.pt"), "result.json is missing, or not of .*other.pt: give"),
                           ("cut.pt", "cut.pt is truncated or not a file of this project")):
         with pytest.raises(UserError, match=message):
             transfer.main([str(path), *target])
-    for text in ("[]", "{}", "null", '{"settings": 1, "accuracy": 2}', "{"):
+    for text in ("null", '{"args": {}}', "{"):
         about.write_text(text)
         for main, words in ((sat.main, CSAT), (transfer.main, [str(best), *target])):
             with pytest.raises(UserError, match="result.json"):
@@ -239,55 +228,70 @@ def test_rankings_that_are_refused():
 
 
 def test_scores_of_ones_own():
-    values, order = np.array([0.3, -1.0, 7.0, 2.5]), np.array([2, 3, 0, 1])  # hardest first
-    np.savez("a.npz", scores=values)
-    np.savez("two.npz", a=values, b=values)
-    for name, content in (("a", values), ("order", order), ("objects", [{}]), ("matrix", np.ones((2, 2)))):
-        np.save(f"{name}.npy", content)
-    for name, content in (("a.pt", torch.from_numpy(values)), ("order.pth", order), ("dict.pt", {"a": 3}),
-                          ("bad.pt", Malicious()), ("worse.pt", np.array([Malicious()]))):
-        torch.save(content, name)
-    old = pickle.dumps(order, 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    with zipfile.ZipFile("order.pth") as new, zipfile.ZipFile("old.pth", "w") as file:
+    scores = np.array([2, 3, 0, 1])
+    np.save("s.npy", scores)
+    np.savez("s.npz", scores=scores)
+    torch.save(torch.tensor([2.0, 3, 0, 1], requires_grad=True), "gradient.pt")
+    torch.save(torch.from_numpy(scores).bfloat16(), "bfloat16.pt")
+    for kind in ("u1", "i2", "i4", "i8", "f2", "f4", ">f8"):
+        torch.save(scores.astype(kind), f"{kind}.pth")
+    old = pickle.dumps(scores, 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    with zipfile.ZipFile("i8.pth") as new, zipfile.ZipFile("old.pt", "w") as file:
         for name in new.namelist():  # as numpy 1 and the paper's authors pickled it
             file.writestr(name, old if name.endswith("data.pkl") else new.read(name))
-    for name in ("a.npy", "a.npz", "a.pt", "order.npy", "order.pth", "old.pth"):
-        path = Path(name)
-        scores = subset.read_scores(path, "")[0] if name[0] == "a" else subset.read_ranking(path)
-        assert scores.argsort(descending=True).tolist() == order.tolist()
-        assert scores.dtype == torch.float64
-    Path("foreign.pt").write_bytes(bytes(range(256)))
-    for name in ("two.npz", "objects.npy", "matrix.npy", "dict.pt", "bad.pt", "worse.pt", "foreign.pt"):
-        with pytest.raises(UserError, match=f"{name}: (?!.*weights_only).*; valid: N numbers, or a scores"):
-            subset.read_scores(Path(name), "")
+    for path in Path().glob("*.*"):
+        content, _ = subset.read_scores(path, "")
+        assert content.tolist() == [2, 3, 0, 1]
+        assert content.dtype == torch.float64
+
+
+def test_files_that_hold_no_scores():
+    np.save("matrix.npy", np.ones((2, 2)))
+    np.savez("two.npz", a=[1], b=[2])
+    torch.save({"a": 3}, "dict.pt")
+    np.save("bad.npy", np.array([Malicious()]))
+    torch.save(np.array([Malicious()]), "bad.pt")
+    Path("s.csv").write_text("2\n3\n")
+    for path in Path().glob("*.*"):
+        with pytest.raises(UserError, match=f"{path}: (?!.*weights_only).*; valid: N numbers, or a scores"):
+            subset.read_scores(path, "")
     assert not Path("pwned").exists()
 
 
 def test_a_run_by_scores_of_ones_own_is_named_by_what_the_file_holds():
-    scores, folders = torch.arange(96) % 7 + torch.arange(96) / 1e4, {}
-    for name, values in (("a", scores), ("same", scores), ("b", -scores), ("short", scores[:9])):
-        torch.save(values, f"{name}.pt")
-        args = sat.command_line(["--scores", f"{name}.pt"])
+    names = []
+    for i, scores in enumerate((torch.arange(96.0), np.arange(96), -torch.arange(96.0))):
+        torch.save(scores, f"{i}.pt")
+        args = sat.command_line(["--scores", f"{i}.pt"])
         sat.read_own_file(args)
-        folders[name] = sat.run_folder(args)[0].name
-    assert folders["a"] == folders["same"]
-    assert folders["a"] != folders["b"]
-    assert "-scores=" in folders["a"]
-    sat.main([*SAT, "--epochs", "1", "--lr-decays", "--scores", "a.pt", "--size", "40", "--run", "r"])
-    result = runs.load(R / "result.json")
+        names.append(sat.run_folder(args)[0].name)
+    assert names[0] == names[1]
+    assert names[0] != names[2]
+    assert "-scores=" in names[0]
+    result = sat.main([*SAT, *ONE, "--scores", "0.pt", "--size", "40"])
     assert result["A"] == 40
-    assert result["ranking"] == {"scores": result["args"]["scores"], "file": "a.pt"}
+    assert result["ranking"] == {"scores": result["args"]["scores"], "file": "0.pt"}
     assert not list(Path("results/few").glob("rank*"))
-    with pytest.raises(UserError, match="each of the 96 training"):
-        sat.main([*SAT, "--scores", "short.pt"])
+
+
+def linear(n_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, n_classes))
 
 
 X, Y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
-BATCH = {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), "x": X, "y": Y, "eps": 0.5}
+BATCH = {"model": linear(5), "x": X, "y": Y, "eps": 0.5}
 IMAGES = [  # what is no batch for an attack, message
     ({"x": 255 * X}, "not in [0, 1]"), ({"x": X - 0.5}, "not in [0, 1]"), ({"x": X * math.nan}, "not in [0"),
     ({"x": X[0], "y": Y[:1]}, "(N, C, H, W)"), ({"y": Y[:3]}, "a label for"), ({"y": Y.float()}, "int64"),
-    ({"norm": "l1"}, "'l1'"), ({"eps": -0.1}, "eps = -0.1"), ({"eps": math.inf}, "eps = inf")]
+    ({"norm": "l1"}, "'l1'"), ({"eps": -0.1}, "eps = -0.1"), ({"eps": math.inf}, "eps = inf"),
+    ({"norm": "linf", "eps": 8}, "linf takes 0 to 1"), ({"eps": 128}, "l2 takes 0 to 8, since pixels"),
+    *(({"y": torch.tensor([0, 0, 0, label])}, "on 5 classes: give 0 to") for label in (-100, -1, 5)),
+    ({"model": lambda x: x.flatten(1)}, "model is a function: give a torch.nn.Module"),
+    ({"model": linear(5).half()}, "model does not take torch.float32 images (1, 8, 8) on cpu ("),
+    ({"model": linear(5).double()}, "for autoattack make it float32: model.float()"),
+    ({"model": linear(1)}, "a Tensor of shape (1, 1): it must be logits (N, C) of two classes or more"),
+    ({"model": nn.Sequential(linear(1), nn.Flatten(0))}, "a Tensor of shape (1,): it must be logits (N, C)"),
+    ({"model": nn.Sequential(nn.Flatten(), nn.LSTM(64, 5))}, "a tuple of shape (): it must be logits")]
 
 
 @pytest.mark.parametrize("function,valid,invalid", [
@@ -328,34 +332,21 @@ def test_an_attack_of_ones_own_is_one_more_line_of_the_table(monkeypatch):
         sat.main([*words, "--random-start", "--force"])
 
 
-def test_autoattack_takes_images_in_channels_last(monkeypatch):
-    monkeypatch.setattr(attacks, "attack_batch", AUTOATTACK)
-    x, y = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    images = [x, x.to(memory_format=torch.channels_last)]
-    plain, permuted = (torch.stack(attacks.autoattack(model, i, y, eps=0.2, attacks=["apgd-ce"]))
-                       for i in images)
-    assert torch.equal(plain, permuted)
-
-
 def test_a_tilde_is_the_home_folder_in_a_config_too(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    Path("c.yaml").write_text("data-dir: ~/d\n")
+    Path("c.yaml").write_text("data-dir: ~/d\nrandom-start: false\n")
     args = sat.command_line(["--config", "c.yaml", "--results=~/r", "--scores=~/s.pt"])
     assert [args.data_dir, args.results, args.scores] == [Path("/home/me", p) for p in ("d", "r", "s.pt")]
+    assert not args.random_start
 
 
 def test_a_percent_sign_in_a_config_is_no_format_of_the_help(capsys):
     Path("c.yaml").write_text("data-dir: /disk/50%d/x\n")
     with pytest.raises(SystemExit):
         sat.command_line(["--config", "c.yaml", "--help"])
-    assert "/disk/50%d/x" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("text,value", [("True", True), ("false", False)])
-def test_switches_of_a_config(text, value):
-    Path("c.yaml").write_text(f"random-start: {text}\n")
-    assert sat.command_line(["--config", "c.yaml"]).random_start is value
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: /disk/50%d/x)" in text
+    assert "random subsets (default: 0)" in text, "a default of 0 is one"
 
 
 def test_each_checkpoint_has_an_evaluation_of_its_own():
@@ -366,24 +357,6 @@ def test_each_checkpoint_has_an_evaluation_of_its_own():
     results = [evaluate.main([str(R / name), "--eval-n", "6"]) for name in ("best.pt", "last.pt")]
     assert [result["checkpoint"] for result in results] == ["best.pt", "last.pt"]
     assert len(list(R.glob("eval-*.json"))) == 2
-
-
-ORDER, KINDS = torch.tensor([2.0, 3.0, 0.0, 1.0]), ("u1", "i2", "i4", "f2", "f4", ">f8")
-
-
-@pytest.mark.parametrize("content", [
-    ORDER.clone().requires_grad_(), ORDER.bfloat16(), *(ORDER.numpy().astype(kind) for kind in KINDS)])
-def test_scores_of_any_kind_of_number(content):
-    torch.save(content, "s.pt")
-    assert subset.read_scores(Path("s.pt"), "entropy")[0].tolist() == [2, 3, 0, 1]
-
-
-def test_files_of_scores_that_cannot_be_taken():
-    Path("s.csv").write_text("2\n3\n")
-    np.savez("s.npz", a=[1], b=[2])
-    for name, message in (("s.csv", "its name ends in '.csv'; valid: N numbers"), ("s.npz", "2 arrays, not")):
-        with pytest.raises(UserError, match=message):
-            subset.read_scores(Path(name), "entropy")
 
 
 @contextlib.contextmanager
@@ -406,9 +379,7 @@ def test_settings_of_torch_under_which_nothing_can_be_trained(context, message):
 
 
 def test_attacks_need_gradients():
-    model, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), torch.rand(4, 3, 8, 8)
-    y = torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
-        assert attacks.pgd(model, x, y, eps=0.5, step_size=0.1).ne(x).any()
+        assert attacks.pgd(**BATCH, step_size=0.1).ne(X).any()
     with torch.inference_mode(), pytest.raises(ValueError, match=r"use torch\.no_grad"):
-        attacks.pgd(model, x, y, eps=0.5, step_size=0.1)
+        attacks.pgd(**BATCH, step_size=0.1)
