@@ -99,7 +99,7 @@ def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
         raise ValueError("x is not in [0, 1]: give pixels, and put the normalisation into the model")
     largest = 1 if norm == "linf" else x.shape[1:].numel()**0.5  # the distance from black to white
     if not isinstance(eps, (numbers.Real, torch.Tensor)) or not 0 <= eps <= largest:
-        raise ValueError(f"eps = {eps}: {norm} takes 0 to {largest:.4g}, as pixels are in [0, 1], not to 255")
+        raise ValueError(f"eps = {eps}: {norm} takes 0 to {largest:.4g}, since pixels are in [0, 1]")
     if start is not None and (start.shape != x.shape or not start.isfinite().all()):
         raise ValueError(f"start is {tuple(start.shape)}: give finite numbers in x's shape {tuple(x.shape)}")
     if not isinstance(steps, numbers.Integral) or steps < 0 or not 0 <= step_size < float("inf"):

@@ -112,7 +112,7 @@ AMOUNT, OTHERS = "frac: 0.3", "order: redrawn\nweight-factor: 3"
     (OTHERS, "--split csat --classes 3", {"order": "hardest"}),
     (OTHERS, "--weight emphasis", {"weight": "emphasis", "weight_factor": None}),
     (OTHERS, "--weight emphasis --weight-factor 2", {"weight": "vanilla", "weight_factor": 2}),
-    (OTHERS, "--split none --random-start", {"random_start": False, "weight_factor": None})])
+    (OTHERS, "--split none --random-start", {"random_start": True, "weight_factor": None})])
 def test_what_is_typed_beats_what_a_config_says_of_another_flag(text, words, expected):
     Path("c.yaml").write_text(f"dataset: digits\n{text}\n")
     assert vars(sat.command_line(["--config", "c.yaml", *words.split()])).items() >= expected.items()

@@ -442,7 +442,7 @@ def test_ignored_files_are_counted(tmp_path, capsys):
     assert data.classes == ["cat", "dog"]
     assert len(data.train) == 12
     assert out.count("note") == 2
-    assert re.search("entries other than images .* ignored: 4 under .*, for example 'train/cat/7'\n", out)
+    assert re.search("entries that are not images .* ignored: 4 under .*, for example 'train/cat/7'\n", out)
     assert re.search(r"hidden files and folders are ignored: 7 under .*, for example 'train/\.git'\n", out)
 
 
@@ -488,7 +488,7 @@ def test_small_images_of_two_sizes(tmp_path):
     """They are refused, unless --side is given."""
     write_images(tmp_path / "pets", side=20)
     write(tmp_path / "pets" / "test" / "cat" / "0.png", random_pixels(200, 90, 3))
-    message = "cat/0.png is 90x200 pixels, most are 20x20; .* size: fix this file, or give --side 32: all are"
+    message = "cat/0.png is 90x200 pixels, others are 20x20; .* size: fix this file, or give --side 32: all are"
     flags = ["--dataset", "pets", "--data-dir", str(tmp_path), "--batch-size", "4"]
     with pytest.raises(UserError, match=message):
         open_dataset(sat.command_line(flags), "cpu")
