@@ -19,7 +19,7 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # standard AutoAttack
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """The model is in eval mode within; then each module has its mode again. ValueError for a function."""
+    """Puts the model into eval mode, and afterwards each module into its own. ValueError for a function."""
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     training = [m for m in model.modules() if m.training]
@@ -38,7 +38,7 @@ def l2_norm(delta):
 
 
 def check_norm(norm):
-    """Raises ValueError for another norm than l2 and linf."""
+    """Raises ValueError unless norm is l2 or linf."""
     if norm not in ("l2", "linf"):
         raise ValueError(f"norm {norm!r}: l2 or linf")
 
@@ -85,7 +85,7 @@ def check_logits(model, x, y):
 
 
 def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
-    """Raises ValueError for arguments that no attack takes. Warns of steps that are probably a mistake."""
+    """Raises ValueError for invalid arguments. Warns of step sizes that are probably mistakes."""
     check_norm(norm)
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() forbids the gradients of an attack: use torch.no_grad()")

@@ -43,7 +43,7 @@ def all_reduce(tensor, op="SUM"):
 
 
 def all_texts(texts):
-    """The different ones of the texts in all processes, sorted."""
+    """The distinct texts of all processes, sorted."""
     lists = [texts]
     if process_count() > 1:
         import torch.distributed as dist
@@ -152,7 +152,7 @@ def progress(iterable, **options):
 
 
 def process_prefix():
-    """What stands before a line of another process than 0."""
+    """The prefix of lines that a process other than 0 prints."""
     return f"[process {process_index()}] " if process_index() else ""
 
 

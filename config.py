@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from common import HERE, UserError, say
-from flags import DEFAULTS, FLAGS, Parser, add_flags, dests, file_path, nearest, script_parser
+from flags import AMOUNTS, DEFAULTS, FLAGS, Parser, add_flags, dests, file_path, nearest, script_parser
 
 SWITCH_PREFIXES = {"true": "--", "false": "--no-"}  # YAML's True is true
 
@@ -87,7 +87,8 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     if len(set(args.lr_decays)) < len(args.lr_decays):
         raise UserError(f"--lr-decays {' '.join(map(str, args.lr_decays))} has an epoch twice, after which "
                         "the learning rate would fall a hundredfold: give each once")
-    if args.lr_decays and min(args.lr_decays) >= args.epochs:
+    args.lr_decays = sorted(args.lr_decays)
+    if args.lr_decays and args.lr_decays[0] >= args.epochs:
         say(f"note: the learning rate does not fall within {args.epochs} epochs (--lr-decays "
             f"{' '.join(map(str, args.lr_decays))})")
     return args
@@ -110,6 +111,50 @@ def check_norm_has_eps(args, from_config):
         usual = {"--eps": "8/255 in linf, 0.5 in l2 on 32x32", "--step-size": "2/255 in linf, 0.1 in l2"}
         raise UserError(f"{source} {args.norm} needs {' and '.join(missing)} of its own (usual: "
                         f"{'; '.join(f'{flag} {usual[flag]}' for flag in missing)})")
+
+
+def check_amount(args):
+    """UserError unless at most one flag says how large A is, and --split takes it. What a config says of A
+    gives way to another flag that is typed in its place, and to a --split that is typed and takes none."""
+    amounts = ("frac", "size", "classes", "subset")
+    valid = AMOUNTS[args.split]
+    for name in (*amounts, "scores", "ranking"):
+        is_file = name in ("scores", "ranking")
+        is_valid = name in valid or is_file and bool(valid)
+        rivals = ("scores", "ranking", "subset", "classes") if is_file else amounts
+        replaced = bool(args.typed.intersection(rivals))
+        if is_file and "order" in args.typed and args.order in ("random", "redrawn"):
+            replaced = True
+        if name not in args.typed and (replaced or "split" in args.typed and not is_valid):
+            setattr(args, name, None)
+        if getattr(args, name) is not None and not is_valid:
+            raise UserError(f"--split {args.split} takes no --{name}")
+    given = [name for name in valid if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--split {args.split} takes one of {', '.join(f'--{name}' for name in valid)}; "
+                        f"given: {', '.join(given)}")
+    if valid and not given:
+        args.frac = 0.5
+
+
+def reset_flags_without_effect(args):
+    """Resets flags that have no effect beside others, so that they do not make another run, and names those
+    that were typed. Steps, step size and random start are not reset: the report groups runs by them."""
+    for cause, applies, names in [
+            (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
+            ("--split none", args.split == "none", "attack steps step_size random_start"),
+            ("--classes", args.classes, "order metric"),
+            ("--subset", args.subset, "order metric"),
+            ("--ranking", args.ranking, "metric"),
+            (f"--order {args.order}", args.order in ("random", "redrawn"), "metric"),
+            ("--weight-factor", args.weight_factor, "weight"),
+            ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size random_start")]:
+        for name in names.split() if applies else ():
+            if name in args.typed:
+                args.typed.remove(name)  # so that one note names it
+                say(f"note: --{name.replace('_', '-')} has no effect with {cause}")
+            if name not in ("steps", "step_size", "random_start"):
+                setattr(args, name, DEFAULTS[name])
 
 
 def run_name_prefix(args):

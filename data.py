@@ -224,8 +224,8 @@ def batches_together(split, device):
 
 
 def training_batches(split, batch_size, seed, epoch, augmentation, device):
-    """The training batches of an epoch: x, augmented, on `device` and in channels_last, in which convolutions
-    are fastest; y, on `device`; index, on the CPU.
+    """Yields the training batches of an epoch, (x, y, index): x, augmented, on `device` and in channels_last,
+    in which convolutions are fastest; y on `device`; index on the CPU.
 
     Order and augmentation are drawn from (seed, epoch) for the whole epoch, and each process takes its part
     of every batch: a resumed run, or one with another number of processes, sees the same batches.

@@ -201,7 +201,7 @@ class Watch:
             say(f"AutoAttack warns: {text}")
 
     def new_warnings(self):
-        """The warnings since the last call."""
+        """The warnings that no chunk has yet."""
         new, self.n_warnings_saved = self.warnings[self.n_warnings_saved:], len(self.warnings)
         return new
 

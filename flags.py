@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(name, valid):
-    """A question whether the nearest of the valid names was meant; empty if none is near."""
+    """The question "did you mean ...?" with the nearest of the valid names; empty if none is near."""
     near = difflib.get_close_matches(name.partition("=")[0], valid, 1)
     return f"; did you mean {near[0]}?" if near else ""
 

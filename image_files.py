@@ -18,8 +18,8 @@ SMALL = 64  # the largest side of small images, in pixels
 
 
 def open_image(path):
-    """The image in a file as RGB (PIL), turned as its EXIF data say, of 8 bits, and white where it is
-    transparent. UserError for a file that cannot be read."""
+    """The image in a file as 8-bit RGB (PIL), turned as its EXIF data say, on white where it is transparent.
+    UserError for a file that cannot be read."""
     from PIL import Image
     try:
         with Image.open(path) as image:
@@ -33,18 +33,16 @@ def open_image(path):
 
 
 def to_rgb(image):
-    """See open_image. ValueError for pixels of more than 16 bits. (torchvision's readers ignore EXIF data; of
+    """See open_image. ValueError for more than 16 bits a channel. (torchvision's readers ignore EXIF data; of
     the paper's data sets, this concerns a few photographs of ImageNet.)"""
     from PIL import Image, ImageOps
     with contextlib.suppress(Exception):  # damaged EXIF data
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # grey of 16 bits, which PIL would clip at 255
-        pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() >= 2**16:
-            raise ValueError("it has 32 bits per pixel; valid: 8 or 16")
-        image = Image.fromarray((pixels >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its pixels are floats; valid: 8 or 16 bits")
+    # Grey of 16 bits, which PIL would clip at 255. Older versions open it in mode I, from PNG.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits per pixel; valid: 8 or 16")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -224,8 +222,8 @@ def file_hash(path):
 
 
 def file_keys(train, test, limit=2**28):
-    """A key for each path of two lists, equal for links to one file, and for copies of it as far as contents
-    are compared: of files of the size of one of a sample, if these have `limit` bytes or less."""
+    """A key for each path of two lists, equal for links to one file, and for copies of it whose contents are
+    compared: of files as large as one of a sample, if all these together have at most `limit` bytes."""
     stats = [file_stat(path) for path in [*train, *test]]
     count = Counter(s.st_size for s in stats)
     sample = [*evenly(stats[:len(train)]), *evenly(stats[len(train):])]

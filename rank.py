@@ -53,9 +53,9 @@ class Vog:
     def add(self, grad, index):
         """Adds the gradients (b, C, H, W) of the examples `index` (b,) in epoch self.epochs (from 1 on)."""
         i = index.to(grad.device) - int(self.part[0])
-        off = grad.float() - self.mean[i]
-        self.mean[i] += off / self.epochs
-        self.m2[i] += off * (grad.float() - self.mean[i])
+        deviation = grad.float() - self.mean[i]
+        self.mean[i] += deviation / self.epochs
+        self.m2[i] += deviation * (grad.float() - self.mean[i])
 
     def of_all_processes(self, tensor):
         """Puts a tensor of this process's examples together with those of the others, on the CPU."""
@@ -136,7 +136,8 @@ def check_metrics(metrics, data):
 def rank_examples(folder, args, data, device):
     """Makes the ranking in `folder`, going on from last.pt if there is one: trains without attacks, averages
     the scores of all epochs (Eq. 3), writes scores.pt and rank.json. args: rank.py's flags."""
-    metrics = args.metrics or [m for m in flags.METRICS if m != "vog" or not data.train.streamed]
+    asked = args.metrics or [m for m in flags.METRICS if m != "vog" or not data.train.streamed]
+    metrics = [m for m in flags.METRICS if m in asked]  # in the order of all tables
     check_metrics(metrics, data)
     say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by "
         f"{', '.join(metrics)} over {args.epochs} epochs of non-robust training; {args.arch} on "
@@ -166,12 +167,12 @@ def rank_examples(folder, args, data, device):
         raise UserError(f"all examples have the same score, so that nothing can be ranked: training diverged "
                         f"(loss {log[-1]['loss']:.3g}, accuracy {log[-1]['train_accuracy']:.3f}); lower --lr")
     scoring_passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
-    identity = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
-    result = {**identity, "cost": sum(row["forward_equivalents"] for row in log) + scoring_passes,
+    provenance = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
+    result = {**provenance, "cost": sum(row["forward_equivalents"] for row in log) + scoring_passes,
               "scores": {m: tensor_hash(s) for m, s in scores.items()},
               **tables_of(scores, model, data, device)}
     if process_index() == 0:
-        runs.save(folder / "scores.pt", {**scores, **identity})
+        runs.save(folder / "scores.pt", {**scores, **provenance})
         runs.write_json(folder / "rank.json", result)
     runs.end_run(folder)
     common.barrier()  # the files are there for all processes

@@ -37,9 +37,9 @@ def main(argv=None):
     runs, rankings = results.read_runs(args.results), results.read_rankings(args.results)
     if not runs and not rankings:
         raise UserError(f"no results below {args.results}: first run sat.py, or ./run_all.sh digits")
+    results.add_source_accuracies(runs)
     runs = results.without_repeats(runs)
     results.name_groups(runs)
-    results.add_source_accuracies(runs)
     figure_folder = args.results / "figures"
     sections = [short.section(runs, figure_folder),
                 tables.claims_section(runs), tables.matrix_section(runs, figure_folder),

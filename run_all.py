@@ -91,6 +91,7 @@ class Display:
             print(f"{clear_line}{job.stage.folder} failed (exit code {code}): see {job.log.name}", flush=True)
         if code:
             self.n_failed += 1
+            self.work[job.stage.folder] = 0  # none was done
         else:
             self.own_work += self.work[job.stage.folder]
             self.own_seconds += job.seconds()

@@ -202,7 +202,7 @@ class Saves:
         self.done()
 
     def done(self):
-        """It was saved just now."""
+        """Notes that it was saved just now."""
         self.time = time.monotonic()
 
     def are_due(self):

@@ -17,7 +17,6 @@ import torch
 import common
 import config
 import evaluate
-import flags
 import models
 import rank
 import runs
@@ -103,8 +102,8 @@ def command_line(argv=None):
     args.classes = sorted(set(args.classes or [])) or None
     if "weight_factor" not in args.typed and "weight" in args.typed:  # it beats that of the config
         args.weight_factor = None
-    check_amount(args)
-    reset_flags_without_effect(args)
+    config.check_amount(args)
+    config.reset_flags_without_effect(args)
     if args.order == "redrawn" and args.split == "csat":
         raise UserError("--order redrawn draws single examples: it goes with --split esat")
     files = [name for name in ("scores", "ranking", "subset") if getattr(args, name)]
@@ -123,51 +122,12 @@ def check_attack(args):
         raise UserError(f"--attack {args.attack} takes no start: it goes without --random-start")
     if args.split == "none" or "step_size" not in parameters:
         return
-    if args.steps * args.step_size < args.eps:
-        say(f"note: {args.steps} steps of {args.step_size:g} cannot reach --eps {args.eps:g} from the start: "
+    steps = args.steps - (args.attack == "pgd-authors")  # it returns an iterate before the last
+    if steps * args.step_size < args.eps:
+        say(f"note: {steps} steps of {args.step_size:g} cannot reach --eps {args.eps:g} from the start: "
             "a larger --step-size, or more --steps, make a stronger attack")
     elif args.norm == "linf" and args.step_size > 2 * args.eps > 0:
         say(f"note: each --step-size {args.step_size:g} crosses the whole ball of --eps {args.eps:g}")
-
-
-def check_amount(args):
-    """UserError unless at most one flag says how large A is, and --split takes it. What a config says gives
-    way to another amount that is typed, and to a --split that is typed and takes none of its kind."""
-    amounts = ("frac", "size", "classes", "subset")
-    valid = flags.AMOUNTS[args.split]
-    for name in (*amounts, "scores", "ranking"):
-        is_valid = name in valid or name in ("scores", "ranking") and valid
-        replaced = name in amounts and args.typed.intersection(amounts)
-        if name not in args.typed and (replaced or "split" in args.typed and not is_valid):
-            setattr(args, name, None)
-        if getattr(args, name) is not None and not is_valid:
-            raise UserError(f"--split {args.split} takes no --{name}")
-    given = [name for name in valid if getattr(args, name) is not None]
-    if len(given) > 1:
-        raise UserError(f"--split {args.split} takes one of {', '.join(f'--{name}' for name in valid)}; "
-                        f"given: {', '.join(given)}")
-    if valid and not given:
-        args.frac = 0.5
-
-
-def reset_flags_without_effect(args):
-    """Resets flags that have no effect beside others, so that they do not make another run, and names those
-    that were typed. Steps, step size and random start are not reset: the report groups runs by them."""
-    for cause, applies, names in [
-            (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
-            ("--split none", args.split == "none", "attack steps step_size random_start"),
-            ("--classes", args.classes, "order metric"),
-            ("--subset", args.subset, "order metric"),
-            ("--ranking", args.ranking, "metric"),
-            (f"--order {args.order}", args.order in ("random", "redrawn"), "metric"),
-            ("--weight-factor", args.weight_factor, "weight"),
-            ("--attack fgsm-rs", args.attack == "fgsm-rs", "steps step_size random_start")]:
-        for name in names.split() if applies else ():
-            if name in args.typed:
-                args.typed.remove(name)  # so that one note names it
-                say(f"note: --{name.replace('_', '-')} has no effect with {cause}")
-            if name not in ("steps", "step_size", "random_start"):
-                setattr(args, name, flags.DEFAULTS[name])
 
 
 def read_own_file(args):
@@ -275,7 +235,7 @@ def main(argv=None):
         return evaluate.result_of_finished_run(folder, args)
     device = common.set_up(args)
     data = open_dataset(args, device)
-    if (args.frac or args.size) and not args.run and not folder.exists():
+    if (args.frac or args.size) and not (args.run or args.force or folder.exists()):
         n = len(data.classes) if args.split == "csat" else len(data.train)
         folder = folder_of_same_size(args, folder, n)
         is_finished = runs.is_finished(folder, args, "result.json")

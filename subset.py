@@ -53,6 +53,8 @@ def choose_A(split, y, classes, *, amount=None, names=None, subset=None, order="
         check_scores(scores, len(y))
         if split == "csat":
             scores = class_means(scores, y, n)
+            if scores.isnan().any():
+                raise UserError(f"{classes[int(scores.isnan().int().argmax())]} has no training example")
         descending = {"hardest": True, "easiest": False}[order]
         chosen = scores.double().argsort(descending=descending, stable=True)[:k]
         tied = scores == scores[chosen[-1]]
@@ -94,7 +96,8 @@ def check_scores(scores, n, what="the scores"):
 
 
 def tensor_hash(tensor):
-    """The short hash by which a result.json names the scores (N,), or the indices, that chose its A."""
+    """A short hash of a tensor, by which results name the scores, the indices or the mask of their A. It
+    depends on the dtype."""
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
 

@@ -988,3 +988,8 @@ def test_watch_gives_the_logger_its_level_back():
     with evaluate.Watch(["square"], 10):
         pass
     assert log.level == logging.WARNING
+
+
+def test_a_class_without_examples_has_no_mean_score():
+    with pytest.raises(UserError, match="d has no training example"):
+        subset.choose_A("csat", torch.tensor([0, 1, 2]), list("abcd"), amount=1, scores=torch.rand(3))

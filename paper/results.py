@@ -29,7 +29,8 @@ class Run:
         self.path = str(path.parent)
         self.transfer = bool(source)
         self.data = target["dataset"]  # or source->target
-        self.precision = result.get("precision", "float32")  # of training: float32, bf16 or bf16+float32
+        # Of training: float32, bf16 or bf16+float32. Older transfers say only the head's.
+        self.precision = training.get("precision", result.get("precision", "float32"))
         self.seed = args["seed"]
         self.head_seed = target["seed"] if source else 0
         self.split, self.attack = args["split"], args["attack"]
@@ -106,7 +107,8 @@ def last_epoch(folder, result):
 
 def result_files(folder, name):
     """The files below `folder` that match the pattern `name`, except those that --force put aside."""
-    return [path for path in sorted(Path(folder).glob(f"**/{name}")) if "/.old-" not in path.as_posix()]
+    paths = sorted(Path(folder).glob(f"**/{name}"))
+    return [path for path in paths if "/.old-" not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def read_runs(folder):
@@ -217,6 +219,7 @@ def write_csv(path, runs):
                "weight": r.weight if ordered else "", "w_A": r.w_A, "attack": r.attack if r.A else "",
                "seed": r.seed, "head_seed": r.head_seed if r.transfer else "",
                **{k: r.setting.get(k, "") for k in ("arch", "epochs", "norm", "eps", "n")},
+               "head_epochs": r.setting.get("target's epochs", ""),
                "eval_attacks": " ".join(r.setting["eval_attacks"]), "precision": r.precision,
                "forward_passes": r.cost, "selected_epoch": r.epoch,
                **{f"last_epoch_{k}": "" for k in ("n", "robust", "clean")}}

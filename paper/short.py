@@ -58,7 +58,7 @@ def body_of_table(rows, at):
 
 
 def section(runs, figure_folder):
-    """The section, of the largest groups of runs on CIFAR-10 and of transfers to it. Empty without runs."""
+    """The section, of the largest groups of runs on CIFAR-10 and of transfers to it. Empty without rows."""
     group, moved = largest_group(runs, "cifar10"), largest_group(runs, MOVED)
     if not group:
         return []
@@ -68,6 +68,8 @@ def section(runs, figure_folder):
     if moved:
         body += body_of_table(transfer_rows(moved, comparable_data(MOVED, moved[0].setting)),
                               pick(moved, split="full"))
+    if not body:
+        return []
     head = ["A", "cost, % of AT", "robust %", "clean %", "paper's robust %"]
     paragraphs = ["## In short", markdown(head, body), NOTES]
     lines = lines_of(pick(group, split="esat", metric="entropy", weight="vanilla"), "order")

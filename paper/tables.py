@@ -224,7 +224,8 @@ def claims_section(runs):
     """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
     paragraphs = ["## The paper's claims"]
     for (data, group), (rows, noise) in claims.claims(runs).items():
-        baselines = [r for r in pick(runs, data=data, group=group) if r.split in BASELINES.values()]
+        of_claims = claims.with_pgd(pick(runs, data=data, group=group))
+        baselines = [r for r in of_claims if r.split in BASELINES.values()]
         paragraphs += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows),
                        str(noise), "" if "->" in data else claims.unlike_selection(baselines)]
     return paragraphs if len(paragraphs) > 1 else []

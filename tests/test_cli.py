@@ -101,6 +101,7 @@ def test_flags_without_effect_are_named_and_make_no_other_run(words, idle, capsy
 
 
 AMOUNT, OTHERS = "frac: 0.3", "order: redrawn\nweight-factor: 3"
+SCORES = "split: csat\nsize: 2\nscores: s.pt\norder: easiest"
 
 
 @pytest.mark.parametrize("text,words,expected", [
@@ -108,6 +109,8 @@ AMOUNT, OTHERS = "frac: 0.3", "order: redrawn\nweight-factor: 3"
     (AMOUNT, "--split csat", {"frac": 0.3}), (AMOUNT, "--size 40", {"frac": None, "size": 40}),
     (AMOUNT, "--split csat --classes 3", {"frac": None, "classes": ["3"]}),
     (AMOUNT, "--split full", {"frac": None}), (AMOUNT, "--split none", {"frac": None}),
+    (SCORES, "--classes 3", {"scores": None, "classes": ["3"]}), (SCORES, "--order random", {"scores": None}),
+    (SCORES, "--ranking r.npy", {"scores": None, "order": "easiest"}), (SCORES, "", {"scores": Path("s.pt")}),
     (OTHERS, "--subset A.npy", {"order": "hardest"}),  # redrawn would draw other examples in each epoch
     (OTHERS, "--split csat --classes 3", {"order": "hardest"}),
     (OTHERS, "--weight emphasis", {"weight": "emphasis", "weight_factor": None}),

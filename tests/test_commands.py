@@ -229,6 +229,7 @@ def test_a_run_is_named_by_what_a_file_of_ones_own_holds(flag, one, same, other,
 
 @pytest.mark.parametrize("words,note", [
     ("--step-size 0.05 --eps 0.5", "7 steps of 0.05 cannot reach --eps 0.5"),
+    ("--attack pgd-authors --steps 5", "4 steps of 0.1 cannot reach --eps 0.5"),
     ("--norm linf --eps 8/255 --step-size 0.1", "each --step-size 0.1 crosses the whole ball"),
     ("--epochs 15", "the learning rate does not fall within 15 epochs (--lr-decays 15 25)")])
 def test_flags_that_are_hardly_meant_are_named(words, note, capsys):
@@ -381,3 +382,9 @@ def test_a_full_or_read_only_disk_is_one_line(monkeypatch):
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(UserError, match="cannot write x.json: Read-only file system"):
         runs.write_json("x.json", {})
+
+
+def test_the_table_of_a_ranking_is_in_the_order_of_its_first_column(capsys):
+    rank.main([*RANK, *ONE, "--metrics", "svar", "entropy"])
+    scores = [row["entropy"] for row in runs.load(RANKING_1 / "rank.json")["classes_hardest_first"]]
+    assert scores == sorted(scores, reverse=True)

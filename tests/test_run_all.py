@@ -236,3 +236,5 @@ def test_the_line_on_a_terminal_and_the_time_that_remains(monkeypatch, capsys):
                                        "\r8 done, 2 running, 2 left; about 3 min to go\x1b[K")
     display.start_time += 975  # as if other copies had finished this one in 25 s
     assert display.time_left(left, jobs) == "; about 80 s to go"
+    display.ended(SimpleNamespace(stage=equal[4], log=SimpleNamespace(name="log")), 1)
+    assert display.time_left(left[:1], jobs) == "; about 55 s to go", "a run that failed did no work"
