@@ -243,6 +243,7 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.
     clean = finite_logits(model, x).argmax(1) == y
     with precision(), torch.random.fork_rng([x.device] if x.is_cuda else []):  # the package seeds torch
         logits = finite_logits(model, x)
+        n_clean = int((logits.argmax(1) == y).sum())
         aa = AutoAttack(model, norm=norm.capitalize(), eps=eps, device=x.device, seed=seed)
         aa.attacks_to_run = usable_attacks(attacks, logits.shape[1])
         aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, logits.shape[1] - 1)
@@ -251,10 +252,9 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.
     shift = l2_norm(x_adv - x) if norm == "l2" else (x_adv - x).abs()
     if shift.max() > eps + 1e-5 or x_adv.min() < 0 or x_adv.max() > 1:
         raise ArithmeticError(f"AutoAttack left the {norm} ball of {eps} or the box [0, 1] ({shift.max():g})")
-    right, n_clean = predicted == y, int((logits.argmax(1) == y).sum())
+    right = predicted == y
     if right.sum() > n_clean:
-        raise ArithmeticError(f"AutoAttack leaves {int(right.sum())} of {len(y)} right, more than the "
-                              f"{n_clean} that were right before: is the network random?")
+        raise ArithmeticError(f"{int(right.sum())} right after AutoAttack, {n_clean} before: is it random?")
     unbroken = clean & ~right & (finite_logits(model, x_adv).argmax(1) == y)  # not broken outside `precision`
     if precision is not contextlib.nullcontext and unbroken.any():
         right[unbroken] = attack_batch(model, x[unbroken], y[unbroken], eps=eps, norm=norm, attacks=attacks,

@@ -87,8 +87,7 @@ def parse(script, doc, argv=None, checkpoint_help=None):
     if len(set(args.lr_decays)) < len(args.lr_decays):
         raise UserError(f"--lr-decays {' '.join(map(str, args.lr_decays))} has an epoch twice, after which "
                         "the learning rate would fall a hundredfold: give each once")
-    args.lr_decays = sorted(args.lr_decays)
-    if args.lr_decays and args.lr_decays[0] >= args.epochs:
+    if args.lr_decays and min(args.lr_decays) >= args.epochs:
         say(f"note: the learning rate does not fall within {args.epochs} epochs (--lr-decays "
             f"{' '.join(map(str, args.lr_decays))})")
     return args
@@ -121,8 +120,10 @@ def check_amount(args):
     for name in (*amounts, "scores", "ranking"):
         is_file = name in ("scores", "ranking")
         is_valid = name in valid or is_file and bool(valid)
-        rivals = ("scores", "ranking", "subset", "classes") if is_file else amounts
-        replaced = bool(args.typed.intersection(rivals))
+        rivals = {*amounts} if name in amounts else set()
+        if is_file or name == "subset":
+            rivals |= {"scores", "ranking", "subset", "classes"}
+        replaced = bool(args.typed & rivals)
         if is_file and "order" in args.typed and args.order in ("random", "redrawn"):
             replaced = True
         if name not in args.typed and (replaced or "split" in args.typed and not is_valid):

@@ -133,6 +133,7 @@ def check_metrics(metrics, data):
                         "svar")
 
 
+@runs.unlocking
 def rank_examples(folder, args, data, device):
     """Makes the ranking in `folder`, going on from last.pt if there is one: trains without attacks, averages
     the scores of all epochs (Eq. 3), writes scores.pt and rank.json. args: rank.py's flags."""
@@ -237,10 +238,10 @@ def main(argv=None):
     folder = ranking_folder(args)
     if not args.force:  # else a ranking begun with --metrics could not be finished without
         args.metrics = args.metrics or metrics_of(folder)
-    if runs.is_finished(folder, args, "rank.json"):
+    device = common.set_up(args)
+    if from_process_0(runs.is_finished(folder, args, "rank.json")):
         check_unchanged(args, runs.load(folder / "rank.json", ("fingerprint",))["fingerprint"], folder)
         return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
-    device = common.set_up(args)
     rank_examples(folder, args, open_dataset(args, device), device)
 
 

@@ -3,12 +3,14 @@ imports torch only where it reads or writes tensors."""
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
+import uuid
 from pathlib import Path
 
 from common import UserError, from_process_0, process_index, say
@@ -146,9 +148,27 @@ def end_run(folder):
     if process_index() == 0:
         for leftover in (folder.with_name(f".old-{folder.name}"), folder / "chunks"):
             shutil.rmtree(leftover, ignore_errors=True)
+        unlock(folder)
+
+
+def unlock(folder):
+    """Unlocks the folder of a run, if this process has locked it."""
+    if folder in LOCKS:
         with LOCKS.pop(folder) as lock:  # closing is not enough while a loader process has the file, too
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def unlocking(make):
+    """Decorates make(folder, ...): a run that fails or is stopped is unlocked, though its process may live
+    on, as a notebook's does."""
+    @functools.wraps(make)
+    def wrapper(folder, *args, **kwargs):
+        try:
+            return make(folder, *args, **kwargs)
+        finally:
+            unlock(folder)
+    return wrapper
 
 
 def resume(folder, args, data, keys=()):
@@ -167,7 +187,7 @@ def resume(folder, args, data, keys=()):
 def atomic(path, write):
     """Calls write(file) on a temporary file beside `path`, syncs it to disk and puts it in the place of
     `path`. UserError if that fails."""
-    temporary = Path(f"{path}.{os.getpid()}.part")
+    temporary = Path(f"{path}.{uuid.uuid4().hex[:12]}.part")  # of its own, on a disk that machines share
     try:
         with open(temporary, "wb") as f:
             write(f)

@@ -9,6 +9,7 @@ or --scores, --ranking or --subset.
 Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
 import argparse
+import contextlib
 import inspect
 from collections import namedtuple
 
@@ -21,7 +22,7 @@ import models
 import rank
 import runs
 from attacks import ATTACKS
-from common import UserError, process_count, process_index, say
+from common import UserError, from_process_0, process_count, process_index, say
 from data import open_dataset, selection_and_final
 from subset import (choose_A, ordering_scores, read_ranking, read_scores, read_subset, subset_size,
                     tensor_hash, weight_A)
@@ -33,6 +34,7 @@ Best = namedtuple("Best", "robust clean epoch", defaults=(-1, -1, 0))
 COUNTED = ("attacked", "forward", "backward", "forward_equivalents", "seconds")  # summed over the epochs
 
 
+@runs.unlocking
 def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **more):
     """Makes the run in `folder`, or goes on with it: trains, selects a checkpoint by AutoAttack on 10 % of
     the test set (Sec. 4), evaluates it on the other 90 %, and prints the result, to which `more` is added."""
@@ -183,7 +185,9 @@ def folder_of_same_size(args, folder, n):
     another way, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets its amount."""
     size = subset_size(args.frac or args.size, n)
     for path in sorted(folder.parent.glob("[!.]*/args.json")):  # not .old-<run>, which --force put aside
-        stored = runs.load(path, ("dataset",))
+        stored = {}
+        with contextlib.suppress(UserError):  # a file that cannot be read is of no run
+            stored = runs.load(path, ("dataset",))
         amount = {name: stored.get(name) for name in ("frac", "size")}
         value = amount["frac"] or amount["size"]
         same_flags = argparse.Namespace(**{**vars(args), **amount})
@@ -230,15 +234,15 @@ def main(argv=None):
     """Chooses A, trains on A and B, writes, prints and returns the result."""
     args = command_line(argv)
     own = read_own_file(args)
-    folder, is_finished = run_folder(args)
+    device = common.set_up(args)
+    folder, is_finished = from_process_0(run_folder(args))  # another command may just be finishing the run
     if is_finished and not is_outdated(folder, args):
         return evaluate.result_of_finished_run(folder, args)
-    device = common.set_up(args)
     data = open_dataset(args, device)
     if (args.frac or args.size) and not (args.run or args.force or folder.exists()):
         n = len(data.classes) if args.split == "csat" else len(data.train)
         folder = folder_of_same_size(args, folder, n)
-        is_finished = runs.is_finished(folder, args, "result.json")
+        is_finished = from_process_0(runs.is_finished(folder, args, "result.json"))
         if is_finished and not is_outdated(folder, args):
             return evaluate.result_of_finished_run(folder, args)
     args.force |= is_finished  # of an outdated run

@@ -15,6 +15,7 @@ ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray
 
 def subset_size(amount, n):
     """|A| from a fraction (float) of n classes or examples, or a number (int). UserError outside 1..n."""
+    amount = getattr(amount, "item", lambda: amount)()  # of numpy or torch
     k = round(amount * n) if isinstance(amount, float) else amount
     if not isinstance(k, int) or not 1 <= k <= n:
         raise UserError(f"|A| = {amount} comes to {k} of {n}: give a --size of 1 to {n}, or a "

@@ -219,7 +219,7 @@ def test_autoattack_with_fewer_than_ten_classes(n_classes, unusable, caplog):
 
 
 @pytest.mark.parametrize("result,message", [
-    (lambda x, y: (x, y), "leaves 6 of 6 right, more than the 5 that were right"),
+    (lambda x, y: (x, y), "6 right after AutoAttack, 5 before"),
     (lambda x, y: ((x + 0.2).clamp(0, 1), y), "left the l2 ball of 0.1"),
     (lambda x, y: (x - 1e-3, y), r"or the box \[0, 1\]")])
 def test_autoattack_is_not_trusted_blindly(result, message, monkeypatch):
@@ -993,3 +993,8 @@ def test_watch_gives_the_logger_its_level_back():
 def test_a_class_without_examples_has_no_mean_score():
     with pytest.raises(UserError, match="d has no training example"):
         subset.choose_A("csat", torch.tensor([0, 1, 2]), list("abcd"), amount=1, scores=torch.rand(3))
+
+
+def test_amounts_of_numpy_and_torch():
+    for amount in (np.int64(5), torch.tensor(5), np.float32(0.25), torch.tensor(0.25)):
+        assert subset.subset_size(amount, 20) == 5

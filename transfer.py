@@ -36,10 +36,11 @@ def main(argv=None):
     args.arch = args.base["arch"] = ckpt["arch"]
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
     first_words = [*config.run_name_prefix(args), source["dataset"], source["run"]]
-    folder, is_finished = runs.run_folder(args, first_words, {"source", "source_weights"})
+    device = common.set_up(args)
+    folder, is_finished = common.from_process_0(
+        runs.run_folder(args, first_words, {"source", "source_weights"}))
     if is_finished:
         return evaluate.result_of_finished_run(folder, args)
-    device = common.set_up(args)
     data = open_dataset(args, device)
     settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}
     channels, expected = data.train.x.shape[1], ckpt["model"]["mean"].shape[1]

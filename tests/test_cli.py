@@ -111,6 +111,7 @@ SCORES = "split: csat\nsize: 2\nscores: s.pt\norder: easiest"
     (AMOUNT, "--split full", {"frac": None}), (AMOUNT, "--split none", {"frac": None}),
     (SCORES, "--classes 3", {"scores": None, "classes": ["3"]}), (SCORES, "--order random", {"scores": None}),
     (SCORES, "--ranking r.npy", {"scores": None, "order": "easiest"}), (SCORES, "", {"scores": Path("s.pt")}),
+    ("subset: m.npy", "--scores s.npy", {"subset": None, "scores": Path("s.npy"), "frac": 0.5}),
     (OTHERS, "--subset A.npy", {"order": "hardest"}),  # redrawn would draw other examples in each epoch
     (OTHERS, "--split csat --classes 3", {"order": "hardest"}),
     (OTHERS, "--weight emphasis", {"weight": "emphasis", "weight_factor": None}),

@@ -388,3 +388,27 @@ def test_the_table_of_a_ranking_is_in_the_order_of_its_first_column(capsys):
     rank.main([*RANK, *ONE, "--metrics", "svar", "entropy"])
     scores = [row["entropy"] for row in runs.load(RANKING_1 / "rank.json")["classes_hardest_first"]]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_a_run_that_is_stopped_in_a_notebook_is_unlocked(monkeypatch):
+    def stop(*args):
+        assert runs.LOCKS
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sat, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sat.main(ONE_EPOCH)
+    assert runs.LOCKS == {}
+
+
+def test_a_file_that_is_of_no_run_does_not_stop_another(monkeypatch):
+    Path("results/few/notes").mkdir(parents=True)
+    Path("results/few/notes/args.json").write_text('{"lr": 1}')
+    args = sat.command_line([*SAT, "--frac", "0.3"])
+    folder, _ = sat.run_folder(args)
+    assert sat.folder_of_same_size(args, folder, 96) == folder
+
+
+def test_the_order_of_decays_does_not_rename_a_run():
+    """run_all.py and configs name runs by what is given."""
+    args = sat.command_line(["--lr-decays", "25", "15"])
+    assert args.lr_decays == [25, 15]
