@@ -112,7 +112,7 @@ def check_norm_has_eps(args, from_config):
                         f"{'; '.join(f'{flag} {usual[flag]}' for flag in missing)})")
 
 
-def check_amount(args):
+def settle_amount(args):
     """UserError unless at most one flag says how large A is, and --split takes it. What a config says of A
     gives way to another flag that is typed in its place, and to a --split that is typed and takes none."""
     amounts = ("frac", "size", "classes", "subset")

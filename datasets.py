@@ -38,7 +38,7 @@ def read_dataset(name, root, side=None):
         train, test, classes = image_folder(folder, side=side)
     else:
         train, test, classes = publisher(name, root)
-    check(name, root, train, test, classes)
+    check_dataset(name, root, train, test, classes)
     if isinstance(train[0], torch.Tensor) and not path.exists() and not is_image_folder:
         parts = {part: {"x": x, "y": y} for part, (x, y) in (("train", train), ("test", test))}
         try:
@@ -49,7 +49,7 @@ def read_dataset(name, root, side=None):
     return train, test, classes
 
 
-def check(name, root, train, test, classes):
+def check_dataset(name, root, train, test, classes):
     """UserError if a data set cannot be used. Warns of duplicates, and if one of Table 1 has another number
     of images."""
     title = f"{name} under {root}"

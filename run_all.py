@@ -125,7 +125,7 @@ class Display:
         return f"; about {common.duration(work / speed)} to go"
 
 
-def is_finished(stage):
+def stage_is_finished(stage):
     """Whether a stage has been made."""
     return Path(stage.folder, stage.final_file).exists()
 
@@ -135,7 +135,7 @@ def start_next(left, ended, results, environment):
     it, and what other copies have finished, out of `left`, {folder: (stage, command)}. ended: the folders of
     the stages that are finished, or that failed here."""
     for folder, (stage, command) in list(left.items()):
-        if is_finished(stage):
+        if stage_is_finished(stage):
             ended.add(folder)
             del left[folder]
         elif not stage.needs or stage.needs in ended:
@@ -143,7 +143,7 @@ def start_next(left, ended, results, environment):
             log = open(Path(results, "logs", f"{name}.log"), "ab+")
             try:
                 lock_exclusively(log, fcntl.LOCK_NB)
-                if not is_finished(stage):  # in the meantime
+                if not stage_is_finished(stage):  # in the meantime
                     del left[folder]
                     return Job(stage, command, log, environment)
             except BlockingIOError:
@@ -155,7 +155,7 @@ def start_next(left, ended, results, environment):
 def make_all(todo, results, environments):
     """Makes the stages {folder: (stage, command)}: as many at once as there are environments, in this order,
     except that those that have to wait for another one, here or in another copy, are put off."""
-    left = {folder: item for folder, item in todo.items() if not is_finished(item[0])}
+    left = {folder: item for folder, item in todo.items() if not stage_is_finished(item[0])}
     ended, jobs, next_look = todo.keys() - left.keys(), {}, 0  # jobs: {index of the environment: Job}
     display = Display([stage for stage, _ in left.values()], len(ended), len(environments))
     try:
@@ -288,7 +288,7 @@ def main(argv=None):
     todo = dict(sorted(todo.items(), key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0]).name)[1])))
     make_all(todo, results, stage_environments(int(n_jobs), args.extra_values))
     code = subprocess.run(report).returncode
-    missing = [folder for folder, (stage, _) in todo.items() if not is_finished(stage)]
+    missing = [folder for folder, (stage, _) in todo.items() if not stage_is_finished(stage)]
     if missing:
         sys.exit("\n  ".join([f"\n{len(missing)} missing (see their logs):", *missing]))
     sys.exit(code)

@@ -45,7 +45,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
     # One epoch after each decay, and at the end.
     candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
     hash_of_A = tensor_hash(A)
-    state, log, best = resume(folder, args, data, hash_of_A)
+    state, log, best = resume_fit(folder, args, data, hash_of_A)
     saves = runs.Saves()
     for state in train(model, data.train, A, w_A, args, device, state):
         row, epoch = state["row"], state["epoch"]
@@ -82,7 +82,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
     return result
 
 
-def resume(folder, args, data, hash_of_A):
+def resume_fit(folder, args, data, hash_of_A):
     """Where a stopped run goes on: (what last.pt holds, log, Best), (None, [], Best()) if it has not begun.
     UserError if it was made with another A, flags or data."""
     state = runs.resume(folder, args, data, ("A", "best"))
@@ -104,7 +104,7 @@ def command_line(argv=None):
     args.classes = sorted(set(args.classes or [])) or None
     if "weight_factor" not in args.typed and "weight" in args.typed:  # it beats that of the config
         args.weight_factor = None
-    config.check_amount(args)
+    config.settle_amount(args)
     config.reset_flags_without_effect(args)
     if args.order == "redrawn" and args.split == "csat":
         raise UserError("--order redrawn draws single examples: it goes with --split esat")

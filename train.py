@@ -106,11 +106,11 @@ def epoch_batches(split, A, w_A, args, epoch, device, compilation="off"):
     batches = training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
     steps = progress(zip(batches, positions, counts, w.to(device), w_sums), total=len(order), unit="step",
                      desc=f"epoch {epoch + 1}/{args.epochs}")
-    random_start = A.any() and (args.random_start or attacks.ATTACKS[args.attack].random_start)
+    draws_start = A.any() and (args.random_start or attacks.ATTACKS[args.attack].random_start)
     generator = torch.Generator(device)
     for step, ((x, y, _), a, n_attacked, w, w_sum) in enumerate(steps):
         start = None
-        if random_start:  # drawn for the whole batch, whatever the number of processes and of examples of A
+        if draws_start:  # drawn for the whole batch, whatever the number of processes and of examples of A
             generator.manual_seed(((args.seed * 1_000_003 + epoch) * 100_003 + step) % 2**63)
             start = x.new_empty(args.batch_size, *x.shape[1:])
             start = attacks.random_start(start, args.eps, args.norm, generator)

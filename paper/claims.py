@@ -190,14 +190,14 @@ def esat_claims(runs, no_at, at, data):
                f"{values[0] - values[1]:+.1f}, {values[2] - values[3]:+.1f}" if all(values) else "-",
                f"{ours[0] - ours[1]:+.1f}, {ours[2] - ours[3]:+.1f}: {interval_text(shrinkage)}",
                verdict("above", shrinkage, sides, runs))
-    if no_at and at and not unlike_selection([*no_at, *at]):
+    if no_at and at and not why_e_is_undecided([*no_at, *at]):
         low, high = (published_text("fig6", data, share, "hardest", kind="clean") for share in (0.1, 0.9))
         yield compare("(e) AT costs clean accuracy (no AT minus AT, clean)",
                       f"of ESAT hardest alone: {low} (10 %), {high} (90 %)",
                       no_at, at, runs, "above", "clean")
 
 
-def unlike_selection(runs):
+def why_e_is_undecided(runs):
     """Why claim (e) is not decided on these runs of no AT and AT, as a sentence. Empty if it is: if all their
     checkpoints were selected after the same number of learning-rate decays."""
     runs_by_line, lines = grouped(runs, "split"), {"none": "no AT", "full": "AT"}
@@ -206,12 +206,13 @@ def unlike_selection(runs):
     epochs = [f"of {lines[split]} at epoch {', '.join(map(str, sorted({r.epoch for r in same})))}"
               for (split,), same in runs_by_line.items()]
     text = f"(e) has no row: the checkpoints were selected at different learning rates, {', '.join(epochs)}"
-    if not all(r.last_epoch for r in runs):
+    if not all(r.last_accuracies for r in runs):
         return f"{text}, and the accuracies after the last epoch are not known."
-    clean = [f"{100 * numpy.mean([r.last_epoch['clean'] for r in same]):.1f} % of {lines[split]}"
+    clean = [f"{100 * numpy.mean([r.last_accuracies['clean'] for r in same]):.1f} % of {lines[split]}"
              for (split,), same in runs_by_line.items()]
-    return (f"{text}. After the last epoch, clean accuracy on the {runs[0].last_epoch['n']} examples that "
-            f"select a checkpoint was {', '.join(clean)}.")
+    n = runs[0].last_accuracies["n"]
+    return (f"{text}. After the last epoch, clean accuracy on the {n} examples that select a checkpoint was "
+            f"{', '.join(clean)}.")
 
 
 def complexity_claims(cifar10, cifar100):

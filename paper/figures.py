@@ -34,7 +34,7 @@ class Group:
     name: str
     lines: dict      # {line: {|A|: runs}}
     baselines: dict  # {"no AT": runs, "AT": runs}
-    published: str   # published.comparable_data
+    paper_data: str  # published.comparable_data
 
 
 def canvas(n, columns, width, height, **options):
@@ -54,7 +54,7 @@ def heading(data, name, width=60):
     return "\n".join([data.replace("->", " → "), *textwrap.wrap(name, width)])
 
 
-def write(fig, path, title):
+def save(fig, path, title):
     """Writes a figure as <path>.png and <path>.svg, with one legend below all panels, in which each label
     stands once; BARS and PALE come last."""
     handles = {}
@@ -96,7 +96,7 @@ def curves(path, title, name, groups, panels):
         ylabel = f"{kind} accuracy (%)" if part == "all" else f"{kind}, {part} (%)"
         axis.set(xlabel="|A| / N", ylabel=ylabel, xlim=(0, 1.02))
         axis.set_ylim(0, min(100, 1.05 * max(axis.dataLim.y1, 1)))
-    write(fig, path, title)
+    save(fig, path, title)
 
 
 def draw_line(axis, line, sizes, part, kind):
@@ -117,7 +117,7 @@ def draw_published(axis, name, group, kind):
     for line in ("AT", "no AT", *group.lines):
         colour, style, marker = look(line)
         points = [(k / 10, accuracy) for k in range(11)
-                  if (accuracy := published_accuracy(name, group.published, line, k / 10, kind)) is not None]
+                  if (accuracy := published_accuracy(name, group.paper_data, line, k / 10, kind)) is not None]
         if line in group.baselines and points:
             axis.axhline(points[0][1], color=colour, **pale)
         elif points:
@@ -152,7 +152,7 @@ def matrix(path, title, data, group, classes, single, no_at, at):
     right.set(yticks=range(len(rows)), yticklabels=rows, xlabel="robust accuracy on (%)")
     right.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     right.grid(False)
-    write(fig, path, heading(f"{title}, {data}", group, 120))
+    save(fig, path, heading(f"{title}, {data}", group, 120))
 
 
 def difficulty(path, title, rankings):
@@ -175,10 +175,10 @@ def difficulty(path, title, rankings):
         right_axis.spines["right"].set_visible(True)
         right_axis.grid(False)
         axis.set_title(name)
-    write(fig, path, title)
+    save(fig, path, title)
 
 
-def cost(path, title, groups, ranking_costs):
+def draw_cost(path, title, groups, ranking_costs):
     """Robust accuracy of each run against the forward passes of its training, one panel for each group of
     runs. ranking_costs: {hash of scores: cost of the ranking}, which is added for the hollow marks."""
     fig, axes = canvas(len(groups), min(2, len(groups)), 4.2, 2.9)
@@ -196,4 +196,4 @@ def cost(path, title, groups, ranking_costs):
         axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None),
                  ylim=(0, None))
         axis.set_title(heading(data, group), fontsize=7)
-    write(fig, path, title)
+    save(fig, path, title)

@@ -50,7 +50,7 @@ class Run:
         self.scores_hash = ranking.get("scores", "")  # hash of the scores that chose A
         self.epoch = result["epoch"]  # of the checkpoint that was selected
         self.decays = sum(self.epoch > decay for decay in target["lr_decays"])  # of the learning rate, so far
-        self.last_epoch = last_epoch(path.parent, result)
+        self.last_accuracies = last_accuracies(path.parent, result)
         # {part: {kind: {"n", "accuracy", "low", "high"}}}, "classes": {class: {kind: the same and "right"}}
         self.accuracy = result["accuracy"]
         # What must agree for two runs to stand in one table; `group` is its text.
@@ -97,7 +97,7 @@ class Run:
         return numpy.unpackbits(packed, count=a["n"]).astype(bool)
 
 
-def last_epoch(folder, result):
+def last_accuracies(folder, result):
     """A run's accuracies after the last epoch, {"n", "clean", "robust"}, on the examples that select a
     checkpoint, from its log.jsonl. None if there is no log."""
     log = folder / "log.jsonl"
@@ -223,8 +223,9 @@ def write_csv(path, runs):
                "eval_attacks": " ".join(r.setting["eval_attacks"]), "precision": r.precision,
                "forward_passes": r.cost, "selected_epoch": r.epoch,
                **{f"last_epoch_{k}": "" for k in ("n", "robust", "clean")}}
-        if r.last_epoch:  # in percent, as all accuracies
-            row |= {f"last_epoch_{k}": v if k == "n" else round(100 * v, 4) for k, v in r.last_epoch.items()}
+        if r.last_accuracies:  # in percent, as all accuracies
+            row |= {f"last_epoch_{k}": v if k == "n" else round(100 * v, 4)
+                    for k, v in r.last_accuracies.items()}
         for part, kind in itertools.product(("all", "A_val", "B_val"), ("robust", "clean")):
             accuracy = r.accuracy.get(part, {}).get(kind, {"accuracy": None})
             name = kind if part == "all" else f"{kind}_{part}"

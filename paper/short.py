@@ -19,12 +19,12 @@ def largest_group(runs, data):
 
 
 def rows_of_runs(group, data):
-    """Yields (A, runs, the paper's robust accuracy) for runs on CIFAR-10. data: see comparable_data."""
+    """Yields (name of A, runs, the paper's robust accuracy) on CIFAR-10. data: of comparable_data."""
     yield "nothing (no AT)", pick(group, split="none"), published_accuracy("fig6", data, "no AT", 0, "robust")
-    lines = claims.esat_by_share(pick(group, weight="vanilla"))
+    by_share = claims.esat_by_share(pick(group, weight="vanilla"))
     for share, orders in ((0.1, ("easiest", "hardest", "random")), (0.5, ("hardest", "random"))):
         for order in orders:
-            yield (f"{order} {100 * share:.0f} %", lines.get(share, {}).get(order, []),
+            yield (f"{order} {100 * share:.0f} %", by_share.get(share, {}).get(order, []),
                    published_accuracy("fig6", data, order, share, "robust"))
     yield "everything (AT)", pick(group, split="full"), published_accuracy("fig6", data, "AT", 1, "robust")
     single = claims.single_classes(pick(group, weight="balanced"))
@@ -33,7 +33,7 @@ def rows_of_runs(group, data):
 
 
 def transfer_rows(moved, data):
-    """Yields the same for transfers from CIFAR-100 to CIFAR-10."""
+    """Like rows_of_runs, for transfers from CIFAR-100 to CIFAR-10."""
     esat = pick(moved, split="esat", order="hardest", metric="entropy", weight="emphasis")
     for name, line, share, runs in (
             ("hardest 30 %", "hardest", 0.3, [r for r in esat if round(r.share, 3) == 0.3]),
@@ -42,18 +42,19 @@ def transfer_rows(moved, data):
 
 
 def body_of_table(rows, at):
-    """The table's rows, of those that have runs. at: the runs of AT, whose training costs 100 %."""
+    """The rows of the table, without those that have no runs. at: the runs of AT, whose training costs 100 %.
+    """
     body, full_cost = [], statistics.fmean(r.cost for r in at) if at else None
-    for A, runs, published in rows:
+    for name, runs, published in rows:
         if not runs:
             continue
         if runs[0].w_A != 1:
-            A += f", w_A {runs[0].w_A:.3g} ({runs[0].weight})"
+            name += f", w_A {runs[0].w_A:.3g} ({runs[0].weight})"
         cost = f"{100 * statistics.fmean(r.cost for r in runs) / full_cost:.0f}" if at else "-"
-        robust, papers = cell(runs), "-" if published is None else f"{published:.1f}"
+        robust, published = cell(runs), "-" if published is None else f"{published:.1f}"
         if len(runs[0].A_classes) == 1:
-            robust, papers = f"{cell(runs, 'B_val')} on B", f"{papers} on B"
-        body.append([A, cost, robust, cell(runs, *CLEAN), papers])
+            robust, published = f"{cell(runs, 'B_val')} on B", f"{published} on B"
+        body.append([name, cost, robust, cell(runs, *CLEAN), published])
     return body
 
 

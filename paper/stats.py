@@ -8,7 +8,7 @@ import statistics
 import numpy
 import scipy.stats
 
-from paper.results import grouped, pick
+from paper.results import grouped
 
 
 def seed_count(runs):
@@ -45,11 +45,11 @@ def accuracy_on(run, classes, kind="robust"):
     return 100 * sum(a["accuracy"] * a["n"] for a in parts if a["n"]) / sum(a["n"] for a in parts)
 
 
-def no_at_cell(group, runs):
-    """A cell: what B reaches without any help from A. It is the mean robust accuracy of the networks of
-    `group` that were trained without AT, on the classes in B_val of `runs`."""
+def no_at_cell(no_at, runs):
+    """A cell: what B reaches without any help from A. It is the mean robust accuracy of the runs without AT,
+    `no_at`, on the classes in B_val of `runs`."""
     values = []
-    for run in pick(group, split="none"):
+    for run in no_at:
         tested = [c for c, a in run.accuracy["classes"].items() if a["robust"]["n"]]
         parts_of_B = [[c for c in tested if c not in r.A_classes] for r in runs if r.A_classes]
         values += [accuracy_on(run, classes) for classes in parts_of_B if classes]

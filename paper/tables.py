@@ -24,7 +24,7 @@ class Curves:
     title: str
     split: str
     panels: list          # [(part, kind)]
-    lines: str = "order"  # what differs between its lines
+    line_attribute: str = "order"  # of runs: what differs between its lines
     transfer: bool = False
 
 
@@ -64,10 +64,10 @@ def curve_table(figure, group):
     """The table of one group: our accuracies, and the paper's where it has a number."""
     rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items() if runs]
     rows += [(line, runs, runs[0].share) for line, sizes in group.lines.items() for runs in sizes.values()]
-    published = functools.partial(published_accuracy, figure.name, group.published)
+    published = functools.partial(published_accuracy, figure.name, group.paper_data)
     kinds = [kind for kind in ("robust", "clean")
              if any(published(line, share, kind) is not None for line, _, share in rows)]
-    head, body = [figure.lines, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"], []
+    head, body = [figure.line_attribute, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"], []
     head += [f"{kind} %" if part == "all" else f"{kind} {part} %" for part, kind in figure.panels]
     with_b_val = ("B_val", "robust") in figure.panels
     head += ["no AT on that B %"] if with_b_val else []
@@ -89,13 +89,13 @@ def curve_section(runs, figure_folder, figure, rankings):
     """A figure of accuracy against |A|/N and its tables, one for each group of runs."""
     usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
              "weight": "emphasis" if figure.transfer else "vanilla"}  # Sec. 4.3
-    usual_line = usual.pop(figure.lines)
+    usual_line = usual.pop(figure.line_attribute)
     candidates = [r for r in runs if r.order != "named"]
     groups, paragraphs = [], [f"## {figure.title}", f"![{figure.title}](figures/{figure.name}.png)"]
     selected = pick(candidates, split=figure.split, transfer=figure.transfer, **usual)
     for (data, name), in_group in grouped(selected, "data", "group").items():
-        lines, setting = lines_of(in_group, figure.lines), in_group[0].setting
-        if figure.lines != "order" and set(lines) == {usual_line}:
+        lines, setting = lines_of(in_group, figure.line_attribute), in_group[0].setting
+        if figure.line_attribute != "order" and set(lines) == {usual_line}:
             continue  # these runs are in Fig. 6, 8 or 15
         baselines = {line: pick(runs, data=data, group=name, attack="pgd", split=split)
                      for line, split in BASELINES.items()}
@@ -125,7 +125,7 @@ def matrix_table(group_runs, classes, single, comparable):
             if comparable and fig2_accuracy(a, c) is not None:
                 cells[-1] += f" ({fig2_accuracy(a, c)})"
         rows.append([a, str(len(runs)), cell(runs, "A_val"), cell(runs, "B_val"),
-                     no_at_cell(group_runs, runs),
+                     no_at_cell(pick(group_runs, split="none"), runs),
                      *paper_cells(runs, "B_val", "robust", fig2_accuracy(a, "B_val") if comparable else None),
                      cell(runs), *cells])
     for line, split in BASELINES.items():
@@ -136,22 +136,22 @@ def matrix_table(group_runs, classes, single, comparable):
     return markdown([*head, *(f"on {c} %" for c in classes)], rows)
 
 
-def authors_attack_table(authors, single):
+def authors_attack_table(by_authors, by_pgd):
     """CSAT by the authors' training attack beside PGD, each {class A: runs}. The accuracies after the last
     epoch, of runs with a log, stand beside those of the selected checkpoint."""
     head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %", "clean %"]
-    rows_of_runs = [(a, attack, runs) for a in authors
-                    for attack, runs in (("pgd", single.get(a, [])), ("pgd-authors", authors[a])) if runs]
+    settings = [(a, attack, runs) for a in by_authors
+                for attack, runs in (("pgd", by_pgd.get(a, [])), ("pgd-authors", by_authors[a])) if runs]
     rows = [[a, attack, str(seed_count(runs)), *(cell(runs, part) for part in ("A_val", "B_val", "all")),
-             cell(runs, "all", "clean")] for a, attack, runs in rows_of_runs]
-    n = {r.last_epoch["n"] for _, _, runs in rows_of_runs for r in runs if r.last_epoch}
+             cell(runs, "all", "clean")] for a, attack, runs in settings]
+    n = {r.last_accuracies["n"] for _, _, runs in settings for r in runs if r.last_accuracies}
     if n:
         head += ["epochs selected"] + [f"{kind} % after the last epoch, on {max(n):,} selection examples"
                                        for kind in ("robust", "clean")]
-        for row, (_, _, runs) in zip(rows, rows_of_runs):
+        for row, (_, _, runs) in zip(rows, settings):
             row.append(" ".join(str(r.epoch) for r in runs))
             for kind in ("robust", "clean"):
-                values = [f"{100 * r.last_epoch[kind]:.1f}" for r in runs if r.last_epoch]
+                values = [f"{100 * r.last_accuracies[kind]:.1f}" for r in runs if r.last_accuracies]
                 row.append(" ".join(values) or "-")
     return markdown(head, rows)
 
@@ -162,8 +162,8 @@ def matrix_section(runs, figure_folder):
     for (data, name), in_group in grouped(pick(runs, transfer=False), "data", "group").items():
         group = pick(in_group, attack="pgd")
         for weight, formula in claims.FIG2.items():
-            single, authors = (claims.single_classes(pick(in_group, weight=weight, attack=attack))
-                               for attack in ("pgd", "pgd-authors"))
+            single, by_authors = (claims.single_classes(pick(in_group, weight=weight, attack=attack))
+                                  for attack in ("pgd", "pgd-authors"))
             if not single:
                 continue
             i += 1
@@ -181,9 +181,9 @@ def matrix_section(runs, figure_folder):
                            f"Missing runs: {', '.join(missing)}." if missing else "",
                            claims.agreement_with_fig2(classes, single) if comparable else "",
                            differences_from_paper(data, setting)]
-            if authors:
+            if by_authors:
                 paragraphs += ["With the training attack of the authors' code, beside PGD:",
-                               authors_attack_table(authors, single)]
+                               authors_attack_table(by_authors, single)]
     return [f"## {title}", *(paragraphs or ["No runs yet."])]
 
 
@@ -227,7 +227,7 @@ def claims_section(runs):
         of_claims = claims.with_pgd(pick(runs, data=data, group=group))
         baselines = [r for r in of_claims if r.split in BASELINES.values()]
         paragraphs += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows),
-                       str(noise), "" if "->" in data else claims.unlike_selection(baselines)]
+                       str(noise), "" if "->" in data else claims.why_e_is_undecided(baselines)]
     return paragraphs if len(paragraphs) > 1 else []
 
 
@@ -255,7 +255,7 @@ def cost_section(runs, rankings, figure_folder):
               if len({r.split for r in group}) > 1}
     if not groups:
         return [f"## {title}", "No runs yet."]
-    figures.cost(figure_folder / "cost", title, groups, ranking_costs)
+    figures.draw_cost(figure_folder / "cost", title, groups, ranking_costs)
     return [f"## {title}",
             "In forward passes: an attack step counts 2, a training step 3. Evaluation is not counted. "
             "Hollow marks include the ranking that chose A, which is needed once per data set.",

@@ -224,15 +224,16 @@ def test_clean_accuracies_at_different_learning_rates_are_not_compared():
     """Claim (e): no AT was selected after one decay, one seed of AT after two."""
     runs = [run("none", 0.0, 0.9, decays=1, epoch=9), run("full", 0.4, 0.8, decays=1, epoch=9),
             run("full", 0.4, 0.8, decays=2, epoch=12, seed=1)]
-    assert claims.unlike_selection(runs[:2]) == ""
+    assert claims.why_e_is_undecided(runs[:2]) == ""
     assert [row[0][:3] for row in claims.claims(runs[:2])["cifar10", "g"][0]] == ["(e)"]
     assert claims.claims(runs) == {}
     start = ("(e) has no row: the checkpoints were selected at different learning rates, "
              "of no AT at epoch 9, of AT at epoch 9, 12")
-    assert claims.unlike_selection(runs) == f"{start}, and the accuracies after the last epoch are not known."
+    end = "and the accuracies after the last epoch are not known."
+    assert claims.why_e_is_undecided(runs) == f"{start}, {end}"
     for r, clean in zip(runs, (0.9, 0.8, 0.7)):
-        r.last_epoch = {"n": 250, "clean": clean, "robust": 0.1}
-    assert claims.unlike_selection(runs) == (
+        r.last_accuracies = {"n": 250, "clean": clean, "robust": 0.1}
+    assert claims.why_e_is_undecided(runs) == (
         f"{start}. After the last epoch, clean accuracy on the 250 examples that select a checkpoint was "
         "90.0 % of no AT, 75.0 % of AT.")
 

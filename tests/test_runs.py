@@ -150,7 +150,7 @@ def test_last_pt_of_another_run_is_refused(key, value, message):
              "log": [{"epoch": 1}], "epoch": 2, "best": [-1, -1, 0]}
     runs.save("last.pt", {**state, key: {**state[key], **value} if isinstance(value, dict) else value})
     with pytest.raises(UserError, match=message):
-        sat.resume(Path(), args, data, "a")
+        sat.resume_fit(Path(), args, data, "a")
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(monkeypatch):
