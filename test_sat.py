@@ -700,50 +700,41 @@ def test_autoattack_attacks_in_its_norm(attack):
 
 
 @pytest.fixture
-def fitted(tmp_path, monkeypatch):
-    """A function that runs sat.py up to its training: (A, w_A, a hash of the first weights)."""
-    seen = []
-    monkeypatch.setattr(sat, "fit", lambda folder, model, data, A, w_A, *rest, **more: seen.append(
-        (A.tolist(), w_A, evaluate.weights_hash(model.state_dict()))))
+def started(tmp_path, monkeypatch):
+    """A function that runs a script up to its training: (A, w_A, a hash of the first weights)."""
+    def stop(model, split, A, w_A, *rest):
+        seen.append((A.tolist(), w_A, evaluate.weights_hash(model.state_dict())))
+        raise KeyboardInterrupt
 
-    def run(*argv):
-        sat.main([*QUICK, *argv, "--results", str(tmp_path)])
+    def run(main, *words):
+        with pytest.raises(KeyboardInterrupt):
+            main([*words, "--results", str(tmp_path)])
         return seen[-1]
+    seen = []
+    for module in (rank, sat):  # sat.fit trains the head of a transfer
+        monkeypatch.setattr(module, "train", stop)
     return run
 
 
-def test_training_gets_the_weight_of_the_flags(fitted):
+def test_training_gets_the_weight_of_the_flags(started):
     ratio = 1167 / 130  # |B|/|A|
     for words, expected in (("", 1.0), ("--weight-factor 5", 5.0), ("--weight balanced", ratio),
                             ("--weight emphasis", (1 + 1300 / 1297) * ratio)):
-        A, w_A, _ = fitted("--order", "random", "--frac", "0.1", *words.split())
+        A, w_A, _ = started(sat.main, "--order", "random", "--frac", "0.1", *words.split())
         assert sum(A) == 130
         assert w_A == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("split,amount", [("esat", ["--size", "100"]), ("csat", ["--size", "4"])])
-def test_random_subsets_and_first_weights_depend_on_the_seed(fitted, split, amount):
-    words = ["--split", split, *amount, "--order", "random"]
-    one, other, again = (fitted(*words, "--seed", seed) for seed in ("1", "2", "1"))
-    assert one[0] != other[0]
-    assert one[2] != other[2]
-    assert one == again
-
-
-def test_rankings_and_transfers_start_from_their_seed(results, tmp_path, monkeypatch):
-    config, best = str(HERE / "configs/transfer/digits5-9.yaml"), str(results / "digits0-4/run/best.pt")
-    seen = []
-
-    def stop(model, *rest):
-        seen.append(evaluate.weights_hash(model.state_dict()))
-        raise KeyboardInterrupt
-    for module in (rank, sat):  # sat.fit trains the head
-        monkeypatch.setattr(module, "train", stop)
-    for main, words in ((rank.main, ["--epochs", "2"]), (transfer.main, [best, "--config", config, *QUICK])):
-        for seed in ("1", "2"):
-            with pytest.raises(KeyboardInterrupt):
-                main([*words, "--seed", seed, "--results", str(tmp_path)])
-        assert seen[-2] != seen[-1]
+def test_random_subsets_and_first_weights_depend_on_the_seed(started, results):
+    best, config = results / "digits0-4/run/best.pt", HERE / "configs/transfer/digits5-9.yaml"
+    for main, words, is_random in (
+            (sat.main, "--split esat --size 100 --order random", True), (rank.main, "", False),
+            (sat.main, "--split csat --size 4 --order random", True),
+            (transfer.main, f"{best} --config {config}", False)):
+        one, other, again = (started(main, *words.split(), "--seed", seed) for seed in ("1", "2", "1"))
+        assert (one[0] != other[0]) == is_random
+        assert one[2] != other[2]
+        assert one == again
 
 
 def test_class_errors_of_a_ranking_are_of_the_90_percent_and_count_what_is_wrong():
@@ -786,13 +777,6 @@ def test_a_classifier_divides_by_std_and_a_transferred_head_has_one_hidden_layer
     hidden, _, last = model.transfer(3).head
     features = (normalised @ hidden.weight.T + hidden.bias).clamp_min(0)
     close(model(x), features @ last.weight.T + last.bias)
-
-
-def test_selection_and_evaluation_have_settings_of_their_own():
-    args = arguments("--select-attacks", "square", "--select-n", "5", "--eval-n", "6")
-    select, final = (evaluate.eval_settings(args, ["a", "b"], prefix) for prefix in ("select", "eval"))
-    assert (select["attacks"], select["n"]) == (["square"], 5)
-    assert (final["attacks"], final["n"]) == (["apgd-ce"], 6)
 
 
 def test_people_see_the_progress_of_a_resumed_evaluation_and_each_kind_of_warning_once(capsys, caplog):
@@ -843,7 +827,6 @@ def test_scores_pt_in_a_file_choose_what_the_ranking_chooses(results):
     assert torch.equal(A, sat.choose_subset(args, data, {}, CPU)[0])
 
 
-@contextlib.contextmanager
 def less_exact(model, x):
     """A context in which the network misjudges all near x[::4], and what is near x[1::4] but moved."""
     def forward(images):
@@ -853,11 +836,7 @@ def less_exact(model, x):
         logits = exact(images)
         return torch.where(wrong[:, None], logits.roll(1, 1), logits)
     exact = model.forward
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward
+    return mock.patch.object(model, "forward", forward)
 
 
 @pytest.mark.parametrize("names", [["apgd-ce"], ["apgd-ce", "square"]])
@@ -881,36 +860,37 @@ def test_what_a_less_exact_attack_breaks_is_checked_and_attacked_again(names, sh
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_tf32_is_a_setting_of_its_own_on_gpus_alone(gpu, monkeypatch, capsys):
+def test_evaluation_has_settings_of_its_own_among_them_tf32_on_gpus_alone(gpu, monkeypatch, capsys):
     def settings(*words, prefix="eval"):
-        return evaluate.eval_settings(arguments(*words), list(range(10)), prefix)
+        args = arguments("--select-attacks", "square", "--select-n", "5", "--eval-n", "6", *words)
+        return evaluate.eval_settings(args, list(range(10)), prefix)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     plain, tf32 = settings(), ["--eval-precision", "tf32"]
+    assert (plain["attacks"], plain["n"]) == (["apgd-ce"], 6)
     assert "precision" not in plain, "as in the results that are there"
     assert settings("--eval-precision", "float32") == plain
-    assert settings(*tf32, prefix="select") == settings(prefix="select")
+    assert settings(*tf32, prefix="select") == {**plain, "attacks": ["square"], "n": 5}
     assert settings(*tf32) == ({**plain, "precision": "tf32"} if gpu else plain)
     notes = capsys.readouterr().out.count("note: --eval-precision tf32 has no effect on a CPU")
     assert notes == (0 if gpu else 1)
 
 
-@pytest.mark.parametrize("precision", [None, "tf32"])
+@pytest.mark.parametrize("precision", [{}, {"precision": "tf32"}])
 def test_an_evaluation_attacks_as_its_settings_say(precision, tmp_path, monkeypatch):
     """TF32 is on during the attack alone."""
     def attack_batch(model, x, y, precision, **arguments):
-        contexts.append(precision)
-        with precision():
-            assert torch.backends.cudnn.allow_tf32 == (precision is not contextlib.nullcontext)
-        assert not torch.backends.cudnn.allow_tf32
         assert arguments == settings
-        return y > 4, y > 5
-    contexts, settings = [], {"norm": "linf", "eps": 0.1, "attacks": ["square"], "seed": 7}
+        assert (precision is contextlib.nullcontext) == (not is_tf32)
+        with precision():
+            assert torch.backends.cudnn.allow_tf32 == is_tf32
+        assert not torch.backends.cudnn.allow_tf32
+        return y >= 0, y >= 0
+    settings, is_tf32 = {"norm": "linf", "eps": 0.1, "attacks": ["square"], "seed": 7}, bool(precision)
     monkeypatch.setattr(attacks, "attack_batch", attack_batch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as common.set_up does on a GPU
-    more = {"n": 4, "batch_size": 4, **({"precision": precision} if precision else {})}
-    evaluate.autoattack_accuracy(net(), load_dataset("digits", "data"), torch.arange(4), settings | more,
-                                 tmp_path)
-    assert [context is contextlib.nullcontext for context in contexts] == [precision is None]
+    all_settings = {**settings, **precision, "n": 4, "batch_size": 4}
+    data = load_dataset("digits", "data")
+    assert evaluate.autoattack_accuracy(net(), data, torch.arange(4), all_settings, tmp_path)[1].all()
 
 
 def test_results_from_before_a_flag_are_in_the_group_of_those_without_it(results):

@@ -141,7 +141,6 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(main, argv, capsys):
 @pytest.mark.parametrize("key,value,message", [
     ("args", {"seed": 1}, "seed: 1 there, 0 now"),
     ("args", {"flag_of_old": 3}, "flag_of_old: 3 there, None now"),
-    ("fingerprint", {"train": 7}, "belongs to other data .train: 7 there, 1297 here"),
     ("fingerprint", {"images": "f"}, "belongs to other data .images: f there, "),
     ("best", [0.5, 0.5, 1], "best.pt, of epoch 1, is missing: --force repeats the run")])
 def test_last_pt_of_another_run_is_refused(key, value, message):
