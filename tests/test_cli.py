@@ -152,7 +152,6 @@ CONFIGS = [  # text of a config, message
 
 
 @pytest.mark.parametrize("main,words,message,text", [
-    (rank.main, "--split esat", "unrecognized arguments: --split esat", None),
     (transfer.main, "x.pt --attack pgd", "unrecognized arguments: --attack pgd", None),
     (evaluate.main, ".", ". is a folder: give the checkpoint in it, say best.pt", None),
     *((sat.main, *row, None) for row in BAD),
