@@ -115,17 +115,14 @@ def check_norm_has_eps(args, from_config):
 def settle_amount(args):
     """UserError unless at most one flag says how large A is, and --split takes it. What a config says of A
     gives way to another flag that is typed in its place, and to a --split that is typed and takes none."""
-    amounts = ("frac", "size", "classes", "subset")
+    amounts, orders = {"frac", "size", "classes", "subset"}, {"scores", "ranking", "subset", "classes"}
+    if "order" in args.typed and args.order in ("random", "redrawn"):
+        orders.add("order")
     valid = AMOUNTS[args.split]
-    for name in (*amounts, "scores", "ranking"):
-        is_file = name in ("scores", "ranking")
-        is_valid = name in valid or is_file and bool(valid)
-        rivals = {*amounts} if name in amounts else set()
-        if is_file or name == "subset":
-            rivals |= {"scores", "ranking", "subset", "classes"}
-        replaced = bool(args.typed & rivals)
-        if is_file and "order" in args.typed and args.order in ("random", "redrawn"):
-            replaced = True
+    for name, in_its_place in {"frac": amounts, "size": amounts, "classes": amounts, "scores": orders,
+                               "ranking": orders, "subset": amounts | orders - {"order"}}.items():
+        is_valid = name in valid or name in ("scores", "ranking") and bool(valid)
+        replaced = bool(args.typed & in_its_place)
         if name not in args.typed and (replaced or "split" in args.typed and not is_valid):
             setattr(args, name, None)
         if getattr(args, name) is not None and not is_valid:
