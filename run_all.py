@@ -31,7 +31,7 @@ from paper.experiments import FIGURES, SECTIONS, overview, stages
 from runs import lock_exclusively
 
 # The flags by which the runs differ, and those with a variable of their own: EXTRA may not have them.
-OWN = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--scores",
+NOT_IN_EXTRA = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--scores",
        "--ranking", "--subset", "--weight", "--weight-factor", "--attack", "--seed", "--run", "--results",
        "--data-dir")
 # glibc keeps freed memory. Else it gives that of each large tensor back to the kernel, which has to zero it
@@ -75,7 +75,7 @@ class Display:
         unit = "passes" if any(None in stage.cost.hours for stage in stages) else "hours"
         self.work = {stage.folder: sum(getattr(stage.cost, unit)) for stage in stages}
         self.n_stages, self.n_slots, self.start_time = len(stages) + n_done, n_slots, time.monotonic()
-        self.line, self.n_failed, self.own_work, self.own_seconds = "", 0, 0, 0
+        self.line, self.n_failed, self.work_here, self.seconds_here = "", 0, 0, 0
 
     def started(self, job):
         """Shows the command of a job."""
@@ -93,8 +93,8 @@ class Display:
             self.n_failed += 1
             self.work[job.stage.folder] = 0  # none was done
         else:
-            self.own_work += self.work[job.stage.folder]
-            self.own_seconds += job.seconds()
+            self.work_here += self.work[job.stage.folder]
+            self.seconds_here += job.seconds()
 
     def update(self, left, jobs):
         """Shows how the jobs go on. left: the stages that are not started, by folder."""
@@ -114,9 +114,9 @@ class Display:
     def time_left(self, left, jobs):
         """The time that remains, as text: by the time of this copy's stages or, where several copies are
         faster, by what all have finished since the start. Empty while no stage has been finished."""
-        if not self.own_work:
+        if not self.work_here:
             return ""
-        slot_speed = self.own_work / self.own_seconds
+        slot_speed = self.work_here / self.seconds_here
         not_done = [*left, *(job.stage.folder for job in jobs)]
         work_done = sum(self.work.values()) - sum(self.work[folder] for folder in not_done)
         speed = max(slot_speed * self.n_slots, work_done / (time.monotonic() - self.start_time))
@@ -241,7 +241,7 @@ def command_line(argv):
         args.extra_values = vars(parser.parse_args(args.extra_words))
     except ValueError as e:  # UserError too
         raise UserError(f"EXTRA: {e}") from None
-    if forbidden := [flag for flag in OWN if flags.dest(flag) in args.extra_values]:
+    if forbidden := [flag for flag in NOT_IN_EXTRA if flags.dest(flag) in args.extra_values]:
         raise UserError(f"EXTRA: {forbidden[0]} differs between the runs, so run_all.sh sets it")
     return args
 

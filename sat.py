@@ -132,32 +132,33 @@ def check_attack(args):
         say(f"note: each --step-size {args.step_size:g} crosses the whole ball of --eps {args.eps:g}")
 
 
-def read_own_file(args):
+def read_file_of_A(args):
     """What --scores, --ranking or --subset holds: {"scores": (N,)} or {"subset": bool (N,) or indices}, with
     "chosen_by", what result.json says of it, its "path" and, with --scores, the "fingerprint" of its data (a
     dict, or None). {} without them. In args a hash replaces the file: what it holds identifies the run."""
     if args.scores:
         scores, fingerprint = read_scores(args.scores, args.metric)
-        own = {"scores": scores, "fingerprint": fingerprint}
+        from_file = {"scores": scores, "fingerprint": fingerprint}
         if fingerprint is None:
             if "metric" in args.typed:
                 say("note: --metric has no effect with a file that holds one set of scores")
             args.metric = args.base["metric"]
     elif args.ranking:
-        own = {"scores": read_ranking(args.ranking)}
+        from_file = {"scores": read_ranking(args.ranking)}
     elif args.subset:
-        own = {"subset": read_subset(args.subset)}
+        from_file = {"subset": read_subset(args.subset)}
     else:
         return {}
     name = next(name for name in ("scores", "ranking", "subset") if getattr(args, name))
-    content = own.get("scores", own.get("subset"))
+    content = from_file.get("scores", from_file.get("subset"))
     content_hash = tensor_hash(content.nonzero()[:, 0] if content.dtype == torch.bool else content)
     key = "subset" if args.subset else "scores"
-    own |= {"chosen_by": {key: content_hash, "file": getattr(args, name).name}, "path": getattr(args, name)}
-    if own.get("fingerprint"):
-        own["chosen_by"]["metric"] = args.metric
+    path = getattr(args, name)
+    from_file |= {"chosen_by": {key: content_hash, "file": path.name}, "path": path}
+    if from_file.get("fingerprint"):
+        from_file["chosen_by"]["metric"] = args.metric
     setattr(args, name, content_hash)
-    return own
+    return from_file
 
 
 def run_folder(args):
@@ -212,12 +213,13 @@ def is_outdated(folder, args):
     return True
 
 
-def choose_subset(args, data, own, device):
-    """A, bool (N,), and "ranking" of result.json: which scores or file chose A. `own`: of read_own_file."""
-    if own.get("fingerprint"):
-        runs.check_fingerprint(data, own["fingerprint"], own["path"])
+def choose_subset(args, data, from_file, device):
+    """A, bool (N,), and "ranking" of result.json: which scores or file chose A. from_file: of
+    read_file_of_A."""
+    if from_file.get("fingerprint"):
+        runs.check_fingerprint(data, from_file["fingerprint"], from_file["path"])
     y, amount = data.train.y, args.frac or args.size
-    scores, chosen_by = own.get("scores"), own.get("chosen_by")
+    scores, chosen_by = from_file.get("scores"), from_file.get("chosen_by")
     if amount and args.order in ("hardest", "easiest"):
         n = len(data.classes) if args.split == "csat" else len(y)
         subset_size(amount, n)  # an impossible amount is refused before a ranking is made
@@ -225,15 +227,15 @@ def choose_subset(args, data, own, device):
             scores, chosen_by = rank.scores_for(args, data, device)
         else:
             scores = ordering_scores(scores, chosen_by.get("metric"), args.split, y)
-    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, subset=own.get("subset"),
-                 order=args.order, scores=scores, seed=args.seed)
+    A = choose_A(args.split, y, data.classes, amount=amount, names=args.classes, order=args.order,
+                 subset=from_file.get("subset"), scores=scores, seed=args.seed)
     return A, chosen_by
 
 
 def main(argv=None):
     """Chooses A, trains on A and B, writes, prints and returns the result."""
     args = command_line(argv)
-    own = read_own_file(args)
+    from_file = read_file_of_A(args)
     device = common.set_up(args)
     folder, is_finished = from_process_0(run_folder(args))  # another command may just be finishing the run
     if is_finished and not is_outdated(folder, args):
@@ -247,7 +249,7 @@ def main(argv=None):
             return evaluate.result_of_finished_run(folder, args)
     args.force |= is_finished  # of an outdated run
     settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}
-    A, chosen_by = choose_subset(args, data, own, device)
+    A, chosen_by = choose_subset(args, data, from_file, device)
     w_A = weight_A(args.weight_factor or args.weight, int(A.sum()), len(A))
     A_classes = [data.classes[c] for c in data.train.y[A].unique()] if args.split == "csat" else None
     names_of_A = f" in {', '.join(A_classes)}" if A_classes and len(A_classes) <= 10 else ""

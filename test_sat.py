@@ -823,7 +823,7 @@ def test_scores_pt_in_a_file_choose_what_the_ranking_chooses(results):
     data, (path,) = load_dataset("digits0-4", "data"), results.glob("digits0-4/rank-*/scores.pt")
     words = ["--dataset", "digits0-4", "--results", str(results), "--metric", "vog", "--size", "100"]
     args, by_file = arguments(*words), arguments(*words, "--scores", str(path))
-    A, _ = sat.choose_subset(by_file, data, sat.read_own_file(by_file), CPU)
+    A, _ = sat.choose_subset(by_file, data, sat.read_file_of_A(by_file), CPU)
     assert torch.equal(A, sat.choose_subset(args, data, {}, CPU)[0])
 
 

@@ -46,22 +46,22 @@ def compare(claim, published, runs, reference, noise_runs, rule, kind="robust", 
     return claim, published, ours, decision
 
 
-def published_text(figure, data, share, *lines, kind="robust"):
+def published_text(figure_name, data, share, *lines, kind="robust"):
     """The paper's accuracies on lines of a figure at |A|/N = share as text; "-" for one that it lacks."""
-    values = [published_accuracy(figure, data, line, share, kind) for line in lines]
+    values = [published_accuracy(figure_name, data, line, share, kind) for line in lines]
     return ", ".join("-" if value is None else f"{value:.1f}" for value in values)
 
 
 def extremes(values, text="{:+.1f}".format):
     """The least and the greatest of {class: value} as text; one, if they are the same."""
-    ends = dict.fromkeys([min(values, key=values.get), max(values, key=values.get)])
-    return " to ".join(f"{text(values[c])} ({c})" for c in ends)
+    names = dict.fromkeys([min(values, key=values.get), max(values, key=values.get)])
+    return " to ".join(f"{text(values[c])} ({c})" for c in names)
 
 
 def single_classes(runs):
     """{class: runs} of the CSAT runs whose A is this single named class."""
     named = grouped(pick(runs, order="named"), "A_classes")
-    return {A_classes[0]: same for (A_classes,), same in named.items() if len(A_classes) == 1}
+    return {A_classes[0]: class_runs for (A_classes,), class_runs in named.items() if len(A_classes) == 1}
 
 
 def single_class_claims(runs, no_at, weight):
@@ -80,12 +80,12 @@ def single_class_claims(runs, no_at, weight):
            ", ".join(f"{v}: {n} of {len(single)} classes" for v, n in verdicts.items()))
     papers_order = numbers()["class_order_hardest_first"]["cifar10"]
     our_names = {NAMES.get(c, c): c for c in single}
-    hardest, easiest = ends = [our_names.get(papers_order[0]), our_names.get(papers_order[-1])]
+    hardest, easiest = extreme_classes = [our_names.get(papers_order[0]), our_names.get(papers_order[-1])]
     # On the same classes, those that neither run attacked: with its own B_val, each would also be tested on
     # the other's class, and the easiest class is easier to make robust than the hardest.
-    in_neither = [c for c in classes if c not in ends]
-    if all(ends) and in_neither:
-        published = [numpy.mean([fig2_accuracy(a, c) for c in in_neither]) for a in ends]
+    in_neither = [c for c in classes if c not in extreme_classes]
+    if all(extreme_classes) and in_neither:
+        published = [numpy.mean([fig2_accuracy(a, c) for c in in_neither]) for a in extreme_classes]
         yield compare(f"(b) the hardest class ({hardest}) gives the {len(in_neither)} classes that are in "
                       f"neither A more than the easiest ({easiest}), {FIG2[weight]}",
                       f"{published[0]:.1f}, {published[1]:.1f}: {published[0] - published[1]:+.1f}",
@@ -147,9 +147,9 @@ def recovery_claim(runs, no_at, half, at, data):
     if gain_low > 0:  # the interval of a ratio of contrasts, by the delta method
         recovered = (mean_sd(half)[0] - mean_sd(no_at)[0]) / gain
         _, low, high = contrast([(1, half, None), (-recovered, at, None), (recovered - 1, no_at, None)], runs)
-        ends = f"[{100 * (recovered + low / gain):.0f}, {100 * (recovered + high / gain):.0f}]"
+        percent_interval = f"[{100 * (recovered + low / gain):.0f}, {100 * (recovered + high / gain):.0f}]"
         behind_at = contrast([(1, half, None), (-1, at, None)], runs)
-        ours = (f"{mean_sd(half)[0]:.1f}, {mean_sd(at)[0]:.1f}: {100 * recovered:.0f} % {ends}; "
+        ours = (f"{mean_sd(half)[0]:.1f}, {mean_sd(at)[0]:.1f}: {100 * recovered:.0f} % {percent_interval}; "
                 f"half minus AT {interval_text(behind_at)}")
         above_90 = contrast([(1, half, None), (-0.9, at, None), (-0.1, no_at, None)], runs)
         decision = verdict("above", above_90, (half, no_at, at), runs)
@@ -203,13 +203,13 @@ def why_e_is_undecided(runs):
     runs_by_line, lines = grouped(runs, "split"), {"none": "no AT", "full": "AT"}
     if len(runs_by_line) < 2 or len({r.decays for r in runs}) == 1:
         return ""
-    epochs = [f"of {lines[split]} at epoch {', '.join(map(str, sorted({r.epoch for r in same})))}"
-              for (split,), same in runs_by_line.items()]
+    epochs = [f"of {lines[split]} at epoch {', '.join(map(str, sorted({r.epoch for r in line_runs})))}"
+              for (split,), line_runs in runs_by_line.items()]
     text = f"(e) has no row: the checkpoints were selected at different learning rates, {', '.join(epochs)}"
     if not all(r.last_accuracies for r in runs):
         return f"{text}, and the accuracies after the last epoch are not known."
-    clean = [f"{100 * numpy.mean([r.last_accuracies['clean'] for r in same]):.1f} % of {lines[split]}"
-             for (split,), same in runs_by_line.items()]
+    clean = [f"{100 * numpy.mean([r.last_accuracies['clean'] for r in line_runs]):.1f} % of {lines[split]}"
+             for (split,), line_runs in runs_by_line.items()]
     n = runs[0].last_accuracies["n"]
     return (f"{text}. After the last epoch, clean accuracy on the {n} examples that select a checkpoint was "
             f"{', '.join(clean)}.")
@@ -273,10 +273,10 @@ def with_pgd(runs):
 
 
 def claims(runs):
-    """{(data, group): (rows (claim, paper, ours, verdict), Noise)}, on CIFAR-10 and on transfers to it."""
-    tables, groups = {}, grouped(runs, "data", "group")
-    for data, group in sorted(groups, key=lambda names: "->" in names[0]):
-        pool = with_pgd(groups[data, group])
+    """{(data, group_name): (rows (claim, paper, ours, verdict), Noise)}, on CIFAR-10 and transfers to it."""
+    tables, groups = {}, grouped(runs, "data", "group_name")
+    for data, group_name in sorted(groups, key=lambda names: "->" in names[0]):
+        pool = with_pgd(groups[data, group_name])
         no_at, at, rows = pick(pool, split="none"), pick(pool, split="full"), []
         if data == "cifar100->cifar10":
             rows += transfer_claims(pool, data)
@@ -285,9 +285,9 @@ def claims(runs):
             rows += esat_claims(pool, no_at, at, data)
             rows += complexity_claims(pool, [r for r in with_pgd(pick(runs, data="cifar100"))
                                              if r.conditions in [one.conditions for one in pool[:1]]])
-            rows += authors_attack_claims(pool, pick(groups[data, group], attack="pgd-authors"))
+            rows += authors_attack_claims(pool, pick(groups[data, group_name], attack="pgd-authors"))
         if rows and not comparable_data(data, pool[0].setting):
             rows = [(claim, "-", ours, decision) for claim, _, ours, decision in rows]
         if rows:
-            tables[data, group] = sorted(rows, key=lambda row: row[0][:3]), Noise(pool)
+            tables[data, group_name] = sorted(rows, key=lambda row: row[0][:3]), Noise(pool)
     return tables

@@ -11,7 +11,7 @@ from config import from_yaml
 from flags import DEFAULTS, dests, script_parser
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
-ENDS = ["cat", "automobile"]  # CIFAR-10's hardest and easiest class
+EXTREMES = ["cat", "automobile"]  # CIFAR-10's hardest and easiest class
 SHORT_EVALUATION = "--eval-attacks apgd-ce apgd-t --eval-n 200 --select-attacks apgd-ce"
 LINF = "--norm linf --eps 0.031372549 --step-size 0.0078431373"  # 8/255 and 2/255
 
@@ -33,7 +33,7 @@ class Data:
 
 DATA = {
     "cifar10": Data("cifar10", "cifar10", 10, {"random": 10}, csat=range(1, 10),
-                    single=(("balanced", "pgd", CIFAR10), ("vanilla", "pgd", ENDS))),
+                    single=(("balanced", "pgd", CIFAR10), ("vanilla", "pgd", EXTREMES))),
     "cifar100": Data("cifar100", "cifar100", 100, {"random": 5}, csat=range(10, 100, 10),
                      metrics="entropy svar vog"),
     "imagenet200": Data("imagenet200", "imagenet200", 200, {"random": 3}, csat=range(20, 200, 20)),
@@ -43,10 +43,10 @@ DATA = {
     "digits0-4": Data("digits", "digits0-4", 5, {"random": 2}, esat=(0.1, 0.3, 0.5), csat=(1, 2, 3),
                       prefix="quick-", flags=SHORT_EVALUATION),
     # Three seeds where a verdict depends on them.
-    "cifar10-cpu": Data("cifar10-cpu", "cifar10", 10, dict.fromkeys(["none", "full", 0.1, 0.5, *ENDS], 3),
+    "cifar10-cpu": Data("cifar10-cpu", "cifar10", 10, dict.fromkeys(["none", "full", 0.1, 0.5, *EXTREMES], 3),
                         esat=(0.1, 0.5, 0.3), prefix="cpu-",
-                        single=(("balanced", "pgd", dict.fromkeys([*ENDS, *CIFAR10])),
-                                ("vanilla", "pgd", ENDS), ("balanced", "pgd-authors", ENDS))),
+                        single=(("balanced", "pgd", dict.fromkeys([*EXTREMES, *CIFAR10])),
+                                ("vanilla", "pgd", EXTREMES), ("balanced", "pgd-authors", EXTREMES))),
     "cifar100-cpu": Data("cifar10-cpu", "cifar100", 100, {10: 3, 30: 3}, esat=(0.3, 0.1), csat=(10, 30),
                          metrics="entropy", prefix="cpu-"),
     "cifar10-cpu-linf": Data("cifar10-cpu", "cifar10", 10, esat=(0.5,), prefix="cpu-linf-", flags=LINF),
@@ -110,25 +110,25 @@ class Cost:
     hours: tuple   # of MACHINE; None where no rate was measured
 
 
-def cost(setting, dataset, plain_passes, share=0.0, attack_steps=0, robust_share=None):
-    """The Cost of training on a data set with the flag values `setting`, and of AutoAttack on the result.
+def cost(flag_values, dataset, plain_passes, share=0.0, attack_steps=0, robust_share=None):
+    """The Cost of training on a data set by `flag_values`, {flag: value}, and of AutoAttack on the result.
     plain_passes: of an example and epoch, without attacks. share: |A|/N. robust_share: of the test examples,
     None if nothing is evaluated."""
-    (n, n_test, side), epochs, evaluation = IMAGES[dataset], setting["epochs"], 0
+    (n, n_test, side), epochs, evaluation = IMAGES[dataset], flag_values["epochs"], 0
     if robust_share is not None:  # 10 % of the test set select one of the candidates, 90 % are reported
-        candidates = {epochs} | {decay + 1 for decay in setting["lr_decays"] if decay < epochs}
+        candidates = {epochs} | {decay + 1 for decay in flag_values["lr_decays"] if decay < epochs}
         for prefix, test_share, times in (("select", 0.1, len(candidates)), ("eval", 0.9, 1)):
-            first, *others = (PASSES[attack] for attack in setting[f"{prefix}_attacks"])
-            examples = min(setting[f"{prefix}_n"] or n_test, round(test_share * n_test))
+            first, *others = (PASSES[attack] for attack in flag_values[f"{prefix}_attacks"])
+            examples = min(flag_values[f"{prefix}_n"] or n_test, round(test_share * n_test))
             evaluation += times * examples * (first + robust_share * sum(others))
     all_passes = (n * epochs * (plain_passes + 2 * share * attack_steps), evaluation)
-    rates = RATES.get((setting["arch"], side, setting["batch_size"]))
-    if rates is None or setting["device"] == "cpu" or setting["amp"] == "off":
+    rates = RATES.get((flag_values["arch"], side, flag_values["batch_size"]))
+    if rates is None or flag_values["device"] == "cpu" or flag_values["amp"] == "off":
         return Cost(all_passes, (None, None))
     step_ms, evaluation_rate = rates
     # A pass of a ranking or a transfer, which were not timed, counts as a third of a step without attacks.
     ms = step_ms[0] * plain_passes / 3 + (interpolate(step_ms, share) - step_ms[0]) * attack_steps / 7
-    return Cost(all_passes, (n * epochs / setting["batch_size"] * ms / 3.6e6,
+    return Cost(all_passes, (n * epochs / flag_values["batch_size"] * ms / 3.6e6,
                              evaluation / evaluation_rate / 3600))
 
 
@@ -139,9 +139,10 @@ def interpolate(values, x):
             return a + (b - a) * (x - low) / (high - low)
 
 
-def runs_of(plan, figure):
-    """Yields the runs of a figure, each as its flags of sat.py {flag: value}, baselines left out."""
-    split = figure["split"]
+def runs_of(plan, choices):
+    """Yields the runs of a figure, each as its flags of sat.py {flag: value}, baselines left out. choices:
+    the figure's, of FIGURES."""
+    split = choices["split"]
     if split == "single":
         for weight, attack, classes in plan.single:
             others = {} if attack == "pgd" else {"attack": attack}
@@ -150,9 +151,9 @@ def runs_of(plan, figure):
                     yield {"split": "csat", "classes": c, "weight": weight, "seed": seed, **others}
         return
     amounts, amount_flag = (plan.csat, "size") if split == "csat" else (plan.esat, "frac")
-    for values in itertools.product(*(figure.get(flag, [usual]) for flag, usual in USUAL.items())):
+    for values in itertools.product(*(choices.get(flag, [usual]) for flag, usual in USUAL.items())):
         others = {flag: value for flag, value in zip(USUAL, values) if value != USUAL[flag]}
-        for amount, order in itertools.product(amounts, figure["order"]):
+        for amount, order in itertools.product(amounts, choices["order"]):
             for seed in range(max(plan.seeds.get(amount, 1), plan.seeds.get(order, 1))):
                 yield {"split": split, amount_flag: amount, "order": order, "seed": seed, **others}
 
@@ -167,8 +168,8 @@ def name_of(run):
 
 def ranking_name(config, extra_values):
     """The name of the ranking that rank.py makes with a config and further flags."""
-    setting = DEFAULTS | from_yaml(config)
-    base = {dest: setting[dest] for dest in dests("rank.py")}
+    flag_values = DEFAULTS | from_yaml(config)
+    base = {dest: flag_values[dest] for dest in dests("rank.py")}
     values = {dest: extra_values.get(dest, value) for dest, value in base.items()}
     args = argparse.Namespace(**{**values, "seed": 0, "base": base})
     return runs.run_name(args, ["rank", args.arch], {"arch", "metrics"})
@@ -186,14 +187,14 @@ def stages(sections, figures, results, extra_values):
         path = HERE / f"configs/{plan.config}.yaml"
         more_flags = plan.flags.split()
         more_values = vars(script_parser("sat.py", "", DEFAULTS).parse_args(more_flags)) | extra_values
-        setting = DEFAULTS | from_yaml(path) | more_values
+        flag_values = DEFAULTS | from_yaml(path) | more_values
         base_flags = ["--config", str(path)]
-        base_flags += ["--dataset", plan.dataset] if plan.dataset != setting["dataset"] else []
+        base_flags += ["--dataset", plan.dataset] if plan.dataset != flag_values["dataset"] else []
         ranking = f"{results}/{plan.dataset}/{ranking_name(path, extra_values)}"
         if split != "single":
             passes = 5 if "vog" in plan.metrics else 4
             yield Stage(f"{source}: ranking (fig3)", "rank.py", ranking, "rank.json", "",
-                        cost(setting, plan.dataset, passes),
+                        cost(flag_values, plan.dataset, passes),
                         [*base_flags, "--metrics", *plan.metrics.split()])
         if split == "ranking":
             continue
@@ -209,11 +210,11 @@ def stages(sections, figures, results, extra_values):
             words += [word for flag, value in run.items() for word in (f"--{flag}", str(value))]
             share = {"none": 0, "full": 1, "esat": run.get("frac"),
                      "csat": run.get("size", 1) / plan.n_classes}[run["split"]]
-            steps = 1 if run.get("attack") == "fgsm-rs" else setting["steps"]
+            steps = 1 if run.get("attack") == "fgsm-rs" else flag_values["steps"]
             robust_share = ASSUMED_ROBUST_SHARE if share else 0
             needs = ranking if run.get("order") in ("hardest", "easiest") else ""
             yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder,
-                        "result.json", needs, cost(setting, plan.dataset, 3, share, steps, robust_share),
+                        "result.json", needs, cost(flag_values, plan.dataset, 3, share, steps, robust_share),
                         [*base_flags, *words, *more_flags])
             for path, target in target_settings.items():
                 target_name = f"{plan.dataset}-{name}-seed0"
@@ -242,9 +243,9 @@ def overview(all_stages):
     for title in [*sorted(folders.keys() - {"all"}), "all"]:
         n_runs, n_transfers = (len(folders[title][column]) for column in ("runs", "transfers"))
         line = f"# {title:<42} {n_runs:6d} {n_transfers:9d} {len(new_costs[title]):5d}"
-        for part in (0, 1):
-            hours = [cost.hours[part] for cost in new_costs[title]]
+        for phase in (0, 1):  # training, evaluation
+            hours = [cost.hours[phase] for cost in new_costs[title]]
             text = "-" if None in hours else f"{sum(hours):.1f}"
-            line += f" {sum(cost.passes[part] for cost in new_costs[title]):8.3g} {text:>9}"
+            line += f" {sum(cost.passes[phase] for cost in new_costs[title]):8.3g} {text:>9}"
         lines.append(line)
     return lines

@@ -76,7 +76,7 @@ def look(line):
     return LOOKS.setdefault(line, OTHERS[len(LOOKS) % len(OTHERS)])
 
 
-def curves(path, title, name, groups, panels):
+def curves(path, title, figure_name, groups, panels):
     """Accuracy against |A|/N, with one row of panels for each Group, or two if `panels`, [(part, kind)], has
     more than three. Those of all examples also show the baselines, as horizontal lines, and the paper's
     numbers, pale."""
@@ -87,7 +87,7 @@ def curves(path, title, name, groups, panels):
         if i % len(panels) == 0:
             axis.set_title(heading(group.data, group.name), loc="left", fontsize=7)
         if part == "all":
-            draw_published(axis, name, group, kind)
+            draw_published(axis, figure_name, group, kind)
             for line in ("AT", "no AT"):
                 if ours := mean_sd(group.baselines[line], part, kind):
                     axis.axhline(ours[0], color=look(line)[0], linewidth=1, label=line)
@@ -111,13 +111,14 @@ def draw_line(axis, line, sizes, part, kind):
         axis.errorbar(*zip(*several), fmt="none", capsize=3, elinewidth=1, ecolor=colour, label=BARS)
 
 
-def draw_published(axis, name, group, kind):
+def draw_published(axis, figure_name, group, kind):
     """Draws the paper's lines, points and baselines, pale."""
     pale = {"alpha": 0.45, "linewidth": 0.8, "label": PALE}
     for line in ("AT", "no AT", *group.lines):
         colour, style, marker = look(line)
-        points = [(k / 10, accuracy) for k in range(11)
-                  if (accuracy := published_accuracy(name, group.paper_data, line, k / 10, kind)) is not None]
+        accuracies = {k / 10: published_accuracy(figure_name, group.paper_data, line, k / 10, kind)
+                      for k in range(11)}
+        points = [(share, accuracy) for share, accuracy in accuracies.items() if accuracy is not None]
         if line in group.baselines and points:
             axis.axhline(points[0][1], color=colour, **pale)
         elif points:
@@ -125,7 +126,7 @@ def draw_published(axis, name, group, kind):
                       **pale)
 
 
-def matrix(path, title, data, group, classes, single, no_at, at):
+def matrix(path, title, data, group_name, classes, single, no_at, at):
     """Fig. 2 of a group. Left: robust accuracy on A_val and B_val, as bars. Right: robust accuracy class by
     class, as a heat map. single: {class A: runs}."""
     rows = [c for c in classes if c in single]
@@ -152,7 +153,7 @@ def matrix(path, title, data, group, classes, single, no_at, at):
     right.set(yticks=range(len(rows)), yticklabels=rows, xlabel="robust accuracy on (%)")
     right.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     right.grid(False)
-    save(fig, path, heading(f"{title}, {data}", group, 120))
+    save(fig, path, heading(f"{title}, {data}", group_name, 120))
 
 
 def difficulty(path, title, rankings):
@@ -182,7 +183,7 @@ def draw_cost(path, title, groups, ranking_costs):
     """Robust accuracy of each run against the forward passes of its training, one panel for each group of
     runs. ranking_costs: {hash of scores: cost of the ranking}, which is added for the hollow marks."""
     fig, axes = canvas(len(groups), min(2, len(groups)), 4.2, 2.9)
-    for axis, ((data, group), runs) in zip(axes, groups.items()):
+    for axis, ((data, group_name), runs) in zip(axes, groups.items()):
         for split, label in {"none": "no AT", "full": "AT", "csat": "CSAT", "esat": "ESAT"}.items():
             colour, _, marker = look(label)
             plain = [(r.cost, mean_sd([r])[0], r.scores_hash) for r in runs if r.split == split]
@@ -195,5 +196,5 @@ def draw_cost(path, title, groups, ranking_costs):
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
         axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None),
                  ylim=(0, None))
-        axis.set_title(heading(data, group), fontsize=7)
+        axis.set_title(heading(data, group_name), fontsize=7)
     save(fig, path, title)

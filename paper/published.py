@@ -15,12 +15,12 @@ def numbers():
     return load(HERE / "paper" / "published.json")
 
 
-def published_accuracy(figure, data, line, share, kind):
+def published_accuracy(figure_name, data, line, share, kind):
     """The paper's accuracy (percent) at |A|/N = share on a line of our figure (all have "AT" and "no AT"), or
     None if it gives none. data: a data set, or source->target. kind: robust or clean."""
     if line in ("AT", "no AT"):
-        figure = "baselines"
-    value = numbers()["curves"].get(figure, {}).get(data, {}).get(kind, {}).get(line)
+        figure_name = "baselines"
+    value = numbers()["curves"].get(figure_name, {}).get(data, {}).get(kind, {}).get(line)
     # One number, or {|A|/N as text: number}.
     return value.get(f"{round(share, 2):g}") if isinstance(value, dict) else value
 

@@ -38,11 +38,11 @@ class Run:
         self.order = "named" if args["classes"] or args.get("subset") else args["order"]
         if self.order in ("random", "redrawn"):
             self.metric = "entropy"  # no metric is used; this value puts them beside the runs by entropy
-        elif own := args.get("scores") or args.get("ranking") or args.get("subset"):
-            self.metric = f"own {own}"
+        elif file_hash := args.get("scores") or args.get("ranking") or args.get("subset"):
+            self.metric = f"own {file_hash}"
         if args["weight_factor"]:
             self.weight = f"w_A {args['weight_factor']:g}"
-        self.A, self.N, self.w_A = training["A"], training["N"], training["w_A"]
+        self.n_A, self.N, self.w_A = training["A"], training["N"], training["w_A"]
         self.A_classes = tuple(training["A_classes"] or ())
         self.n_classes = len(training["fingerprint"]["classes"])
         self.cost = training["cost"]["forward_equivalents"]
@@ -53,7 +53,7 @@ class Run:
         self.last_accuracies = last_accuracies(path.parent, result)
         # {part: {kind: {"n", "accuracy", "low", "high"}}}, "classes": {class: {kind: the same and "right"}}
         self.accuracy = result["accuracy"]
-        # What must agree for two runs to stand in one table; `group` is its text.
+        # What must agree for two runs to stand in one table; `group_name` is its text.
         self.setting = {"N": self.N, **{k: v for k, v in args.items() if k not in NOT_SETTING},
                         "n": self.accuracy["all"]["robust"]["n"], "eval_attacks": evaluation["attacks"],
                         "norm": evaluation["norm"], "eps": evaluation["eps"],
@@ -66,17 +66,17 @@ class Run:
             self.setting |= {f"source's {k}": args[k] for k in ("norm", "eps")}
         # 8/255 and 0.031372549 are one eps.
         self.setting = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in self.setting.items()}
-        self.group = json.dumps(self.setting, sort_keys=True)
+        self.group_name = json.dumps(self.setting, sort_keys=True)
 
     @property
     def size(self):
         """|A|, counted in classes or in examples."""
-        return len(self.A_classes) or self.A
+        return len(self.A_classes) or self.n_A
 
     @property
     def share(self):
         """|A|/N, counted in classes or in examples."""
-        return len(self.A_classes) / self.n_classes if self.A_classes else self.A / self.N
+        return len(self.A_classes) / self.n_classes if self.A_classes else self.n_A / self.N
 
     @property
     def conditions(self):
@@ -87,7 +87,7 @@ class Run:
     def configuration(self):
         """Everything that identifies the run except its seeds, over which results are averaged."""
         names = self.A_classes if self.order == "named" else ()
-        return (self.data, self.group, self.transfer, self.split, self.order, self.metric, self.weight,
+        return (self.data, self.group_name, self.transfer, self.split, self.order, self.metric, self.weight,
                 self.attack, self.size, names)
 
     def right(self, kind, c):
@@ -142,10 +142,10 @@ def without_repeats(runs):
 
 
 def name_groups(runs):
-    """Makes the group of each run readable: its most important settings, and those in which it differs from
-    other groups of the same data and name."""
-    for same_data in grouped(runs, "data").values():
-        groups = list(grouped(same_data, "group").values())
+    """Makes the name of each run's group readable: its most important settings, and those in which it differs
+    from other groups of the same data and name."""
+    for data_runs in grouped(runs, "data").values():
+        groups = list(grouped(data_runs, "group_name").values())
         settings = [group[0].setting for group in groups]
         names = [setting_as_text(setting) for setting in settings]
         for group, setting, name in zip(groups, settings, names):
@@ -157,7 +157,7 @@ def name_groups(runs):
                 count_text = f"{n_bf16} of {len(group)} runs " if n_bf16 < len(group) else ""
                 name += f", {count_text}trained in bf16"
             for r in group:
-                r.group = name
+                r.group_name = name
 
 
 def setting_as_text(setting):
@@ -194,9 +194,11 @@ def ranking_cautions(runs, rankings):
     """A sentence for each metric whose runs used different rankings, and one if runs used a ranking that is
     not among those of their data, if there are any. May be empty. rankings: of read_rankings."""
     by_metric = grouped([r for r in runs if r.scores_hash], "metric")
-    n_rankings = {metric: len({r.scores_hash for r in same}) for (metric,), same in by_metric.items()}
-    cautions = [f"Caution: the runs by {metric} used {n} different rankings."
-                for metric, n in n_rankings.items() if n > 1]
+    cautions = []
+    for (metric,), metric_runs in by_metric.items():
+        n_rankings = len({r.scores_hash for r in metric_runs})
+        if n_rankings > 1:
+            cautions.append(f"Caution: the runs by {metric} used {n_rankings} different rankings.")
     hashes = {}  # {data set: the hashes of its scores that are there}
     for ranking in rankings.values():
         hashes.setdefault(ranking["fingerprint"]["name"], set()).update(ranking.get("scores", {}).values())
@@ -213,10 +215,10 @@ def write_csv(path, runs):
     rows = []
     for r in runs:
         ordered = r.split in ("csat", "esat")
-        row = {"run": r.path, "data": r.data, "split": r.split, "A": r.A, "N": r.N, "share": r.share,
+        row = {"run": r.path, "data": r.data, "split": r.split, "A": r.n_A, "N": r.N, "share": r.share,
                "order": r.order if ordered else "", "classes": ";".join(r.A_classes),
                "metric": r.metric if ordered and r.order in ("hardest", "easiest") else "",
-               "weight": r.weight if ordered else "", "w_A": r.w_A, "attack": r.attack if r.A else "",
+               "weight": r.weight if ordered else "", "w_A": r.w_A, "attack": r.attack if r.n_A else "",
                "seed": r.seed, "head_seed": r.head_seed if r.transfer else "",
                **{k: r.setting.get(k, "") for k in ("arch", "epochs", "norm", "eps", "n")},
                "head_epochs": r.setting.get("target's epochs", ""),

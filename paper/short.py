@@ -1,4 +1,5 @@
 """The section "In short" of the report: the main results in one table and one figure."""
+import functools
 import statistics
 
 from paper import claims, figures
@@ -15,30 +16,31 @@ NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Cost: pas
 
 def largest_group(runs, data):
     """Of the groups of runs on `data` the one with the most runs by PGD. May be empty."""
-    return max(grouped(pick(runs, data=data, attack="pgd"), "group").values(), key=len, default=[])
+    return max(grouped(pick(runs, data=data, attack="pgd"), "group_name").values(), key=len, default=[])
 
 
-def rows_of_runs(group, data):
-    """Yields (name of A, runs, the paper's robust accuracy) on CIFAR-10. data: of comparable_data."""
-    yield "nothing (no AT)", pick(group, split="none"), published_accuracy("fig6", data, "no AT", 0, "robust")
+def rows_of_runs(group, paper_data):
+    """Yields (name of A, runs, the paper's robust accuracy) on CIFAR-10. paper_data: of comparable_data."""
+    published = functools.partial(published_accuracy, "fig6", paper_data, kind="robust")
+    yield "nothing (no AT)", pick(group, split="none"), published("no AT", 0)
     by_share = claims.esat_by_share(pick(group, weight="vanilla"))
     for share, orders in ((0.1, ("easiest", "hardest", "random")), (0.5, ("hardest", "random"))):
         for order in orders:
-            yield (f"{order} {100 * share:.0f} %", by_share.get(share, {}).get(order, []),
-                   published_accuracy("fig6", data, order, share, "robust"))
-    yield "everything (AT)", pick(group, split="full"), published_accuracy("fig6", data, "AT", 1, "robust")
+            runs = by_share.get(share, {}).get(order, [])
+            yield f"{order} {100 * share:.0f} %", runs, published(order, share)
+    yield "everything (AT)", pick(group, split="full"), published("AT", 1)
     single = claims.single_classes(pick(group, weight="balanced"))
     for name, c in (("hardest", "cat"), ("easiest", "automobile")):
-        yield f"{name} class ({c})", single.get(c, []), fig2_accuracy(c, "B_val") if data else None
+        yield f"{name} class ({c})", single.get(c, []), fig2_accuracy(c, "B_val") if paper_data else None
 
 
-def transfer_rows(moved, data):
+def transfer_rows(moved, paper_data):
     """Like rows_of_runs, for transfers from CIFAR-100 to CIFAR-10."""
     esat = pick(moved, split="esat", order="hardest", metric="entropy", weight="emphasis")
     for name, line, share, runs in (
             ("hardest 30 %", "hardest", 0.3, [r for r in esat if round(r.share, 3) == 0.3]),
             ("everything", "AT", 1, pick(moved, split="full"))):
-        yield f"transfer: {name}", runs, published_accuracy("fig8", data, line, share, "robust")
+        yield f"transfer: {name}", runs, published_accuracy("fig8", paper_data, line, share, "robust")
 
 
 def body_of_table(rows, at):
@@ -64,8 +66,8 @@ def section(runs, figure_folder):
     if not group:
         return []
     baselines = {line: pick(group, split=split) for line, split in BASELINES.items()}
-    data = comparable_data("cifar10", group[0].setting)
-    body = body_of_table(rows_of_runs(group, data), baselines["AT"])
+    paper_data = comparable_data("cifar10", group[0].setting)
+    body = body_of_table(rows_of_runs(group, paper_data), baselines["AT"])
     if moved:
         body += body_of_table(transfer_rows(moved, comparable_data(MOVED, moved[0].setting)),
                               pick(moved, split="full"))
@@ -76,7 +78,7 @@ def section(runs, figure_folder):
     lines = lines_of(pick(group, split="esat", metric="entropy", weight="vanilla"), "order")
     if lines:
         title = "ESAT: accuracy by the share of the examples that are attacked"
-        figures.curves(figure_folder / "short", title, "fig6",
-                       [figures.Group("cifar10", group[0].group, lines, baselines, data)], [ROBUST, CLEAN])
+        drawn = figures.Group("cifar10", group[0].group_name, lines, baselines, paper_data)
+        figures.curves(figure_folder / "short", title, "fig6", [drawn], [ROBUST, CLEAN])
         paragraphs.insert(1, f"![{title}](figures/short.png)")
     return paragraphs

@@ -67,8 +67,8 @@ class Noise:
     def __init__(self, runs, kind="robust", classes=None):
         if classes is None:
             classes = [c for r in runs[:1] for c in r.accuracy["classes"]]
-        several = [[accuracy_on(r, classes, kind) for r in same]
-                   for same in grouped(runs, "configuration").values() if len(same) > 1]
+        several = [[accuracy_on(r, classes, kind) for r in seeds]
+                   for seeds in grouped(runs, "configuration").values() if len(seeds) > 1]
         inside = [v for v in several if 5 <= statistics.fmean(v) <= 95]
         self.is_typical = bool(inside)  # so that it may stand for settings that have one seed
         self.accuracies = inside or several  # of each setting, those of its seeds

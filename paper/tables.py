@@ -18,7 +18,7 @@ BASELINES = {"no AT": "none", "AT": "full"}  # line: --split
 
 
 @dataclass(frozen=True)
-class Curves:
+class CurveFigure:
     """A figure of accuracy against |A|/N."""
     name: str
     title: str
@@ -29,14 +29,14 @@ class Curves:
 
 
 CURVE_FIGURES = [
-    Curves("fig5", "Fig. 4, 5 and 13: CSAT, A made of whole classes", "csat", PARTS),
-    Curves("fig6", "Fig. 6: ESAT, A made of single examples", "esat", [ROBUST, CLEAN]),
-    Curves("fig12", "Fig. 12: ESAT by several difficulty metrics", "esat", [ROBUST, CLEAN], "metric"),
-    Curves("fig7", "Fig. 7: three loss weights, S-CSAT", "csat",
+    CurveFigure("fig5", "Fig. 4, 5 and 13: CSAT, A made of whole classes", "csat", PARTS),
+    CurveFigure("fig6", "Fig. 6: ESAT, A made of single examples", "esat", [ROBUST, CLEAN]),
+    CurveFigure("fig12", "Fig. 12: ESAT by several difficulty metrics", "esat", [ROBUST, CLEAN], "metric"),
+    CurveFigure("fig7", "Fig. 7: three loss weights, S-CSAT", "csat",
            [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN], "weight", transfer=True),
-    Curves("fig8", "Fig. 8 and 14: transfer from S-ESAT", "esat", [ROBUST, CLEAN], transfer=True),
-    Curves("fig15", "Fig. 15: transfer from S-CSAT", "csat", [ROBUST, CLEAN], transfer=True),
-    Curves("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", "esat", [ROBUST, CLEAN], "attack",
+    CurveFigure("fig8", "Fig. 8 and 14: transfer from S-ESAT", "esat", [ROBUST, CLEAN], transfer=True),
+    CurveFigure("fig15", "Fig. 15: transfer from S-CSAT", "csat", [ROBUST, CLEAN], transfer=True),
+    CurveFigure("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", "esat", [ROBUST, CLEAN], "attack",
            transfer=True),
 ]
 
@@ -93,11 +93,11 @@ def curve_section(runs, figure_folder, figure, rankings):
     candidates = [r for r in runs if r.order != "named"]
     groups, paragraphs = [], [f"## {figure.title}", f"![{figure.title}](figures/{figure.name}.png)"]
     selected = pick(candidates, split=figure.split, transfer=figure.transfer, **usual)
-    for (data, name), in_group in grouped(selected, "data", "group").items():
+    for (data, name), in_group in grouped(selected, "data", "group_name").items():
         lines, setting = lines_of(in_group, figure.line_attribute), in_group[0].setting
         if figure.line_attribute != "order" and set(lines) == {usual_line}:
             continue  # these runs are in Fig. 6, 8 or 15
-        baselines = {line: pick(runs, data=data, group=name, attack="pgd", split=split)
+        baselines = {line: pick(runs, data=data, group_name=name, attack="pgd", split=split)
                      for line, split in BASELINES.items()}
         groups.append(figures.Group(data, name, lines, baselines, comparable_data(data, setting)))
         sizes = sorted({size for by_size in lines.values() for size in by_size})
@@ -159,7 +159,7 @@ def authors_attack_table(by_authors, by_pgd):
 def matrix_section(runs, figure_folder):
     """Fig. 2: bars for A_val and B_val, and the robust accuracies class by class."""
     title, paragraphs, i = "Fig. 2: CSAT on a single class", [], 0
-    for (data, name), in_group in grouped(pick(runs, transfer=False), "data", "group").items():
+    for (data, name), in_group in grouped(pick(runs, transfer=False), "data", "group_name").items():
         group = pick(in_group, attack="pgd")
         for weight, formula in claims.FIG2.items():
             single, by_authors = (claims.single_classes(pick(in_group, weight=weight, attack=attack))
@@ -223,10 +223,10 @@ def difficulty_section(rankings, figure_folder):
 def claims_section(runs):
     """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
     paragraphs = ["## The paper's claims"]
-    for (data, group), (rows, noise) in claims.claims(runs).items():
-        of_claims = claims.with_pgd(pick(runs, data=data, group=group))
+    for (data, group_name), (rows, noise) in claims.claims(runs).items():
+        of_claims = claims.with_pgd(pick(runs, data=data, group_name=group_name))
         baselines = [r for r in of_claims if r.split in BASELINES.values()]
-        paragraphs += [f"### {data}: {group}", markdown(["claim", "paper", "ours", "verdict"], rows),
+        paragraphs += [f"### {data}: {group_name}", markdown(["claim", "paper", "ours", "verdict"], rows),
                        str(noise), "" if "->" in data else claims.why_e_is_undecided(baselines)]
     return paragraphs if len(paragraphs) > 1 else []
 
@@ -251,7 +251,7 @@ def cost_section(runs, rankings, figure_folder):
     title = "Robust accuracy against the cost of training"
     ranking_costs = {hash_of_scores: ranking["cost"] for ranking in rankings.values()
                      for hash_of_scores in ranking.get("scores", {}).values()}
-    groups = {k: group for k, group in grouped(pick(runs, transfer=False), "data", "group").items()
+    groups = {k: group for k, group in grouped(pick(runs, transfer=False), "data", "group_name").items()
               if len({r.split for r in group}) > 1}
     if not groups:
         return [f"## {title}", "No runs yet."]

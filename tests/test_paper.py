@@ -46,7 +46,7 @@ def run(split, robust, clean=1.0, n=1000, **values):
         right.append(torch.from_numpy(place < np.rint(np.multiply(shares, n // 10))))
     A_classes = None if values.get("transfer") else values.get("A_classes")
     one = published_run("cpu-full-seed0")
-    vars(one).update({"split": split, "setting": SETTING, "group": "g", "A": 5000,
+    vars(one).update({"split": split, "setting": SETTING, "group_name": "g", "n_A": 5000,
                       "accuracy": evaluate.accuracies(*right, torch.from_numpy(y), CLASSES, A_classes),
                       "order": "named" if A_classes else "hardest", **values})
     return one
@@ -96,7 +96,7 @@ def test_verdicts_on_synthetic_results_whose_truth_is_known(truth, training, tes
     seeds, `test`: that of how often a setting gets a single example right. Each of the two decides once."""
     def setting(A, shift):
         chances = easy + shift + rng.normal(0, test, n)
-        return [run("esat", rng.random(n) < chances + rng.normal(0, training), n=n, seed=seed, A=A)
+        return [run("esat", rng.random(n) < chances + rng.normal(0, training), n=n, seed=seed, n_A=A)
                 for seed in range(3)]
     rng, holds, n = np.random.default_rng(1), 0, 500
     for draw in range(200):
@@ -130,17 +130,17 @@ def test_verdict_rules(rule, interval, expected):
 
 def everything():
     """Runs of three seeds with a clear order, as the paper has it. CSAT differs on its own class."""
-    runs = [*three("none", 0.02, 0.95, A=0), *three("full", 0.60, 0.85, A=50000)]
+    runs = [*three("none", 0.02, 0.95, n_A=0), *three("full", 0.60, 0.85, n_A=50000)]
     for A, *values in ((5000, 0.45, 0.20, 0.45), (25000, 0.59, 0.50, 0.58)):
         for order, robust in zip(("hardest", "easiest", "random"), values):
-            runs += three("esat", robust, A=A, order=order)
+            runs += three("esat", robust, n_A=A, order=order)
     for c, weight, own, others in (("cat", "balanced", 0.1, 0.38), ("automobile", "balanced", 0.9, 0.17),
                                    ("cat", "vanilla", 0.15, 0.15), ("automobile", "vanilla", 0.15, 0.15)):
         runs += three("csat", np.where(np.array(CLASSES) == c, own, others), A_classes=(c,), weight=weight)
     for weight, robust in (("vanilla", 0.1), ("balanced", 0.3), ("emphasis", 0.37)):
         runs += three("csat", robust, A_classes=tuple("abcdefghij"), weight=weight, **MOVED)
-    return [*runs, *three("full", 0.40, A=50000, **MOVED),
-            *three("esat", 0.42, A=15000, weight="emphasis", **MOVED)]
+    return [*runs, *three("full", 0.40, n_A=50000, **MOVED),
+            *three("esat", 0.42, n_A=15000, weight="emphasis", **MOVED)]
 
 
 def test_claims_get_the_verdict_of_their_interval():
@@ -241,7 +241,7 @@ def test_clean_accuracies_at_different_learning_rates_are_not_compared():
 @pytest.mark.parametrize("least,some,most,expected", [(20, 40, 60, "contradicted"), (25, 56.5, 60, "open")])
 def test_recovering_90_percent(least, some, most, expected):
     """Claim (c): the interval of a ratio by the delta method, and a verdict that counts no AT."""
-    none, half, full = (three(split, x / 100, n=10000, A=A) for split, x, A in (
+    none, half, full = (three(split, x / 100, n=10000, n_A=A) for split, x, A in (
         ("none", least, 0), ("esat", some, 25000), ("full", most, 50000)))
     pool, share = [*none, *half, *full], (some - least) / (most - least)
     _, *ends = stats.contrast([(1, half, None), (-share, full, None), (share - 1, none, None)], pool)
@@ -327,7 +327,7 @@ def test_repeats_are_no_seeds_and_groups_are_named_by_what_differs(capsys):
     heads = [published_run("cifar100-cpu-full-seed0-seed0", source={"seed": source}, seed=head)
              for source, head in ((0, 1), (0, 0), (1, 1))]
     assert results.without_repeats(heads) == heads[1:]
-    subsets = [run("csat", 0.5, order="random", A_classes=tuple(names), A=A, seed=seed)  # of two classes each
+    subsets = [run("csat", 0.5, order="random", A_classes=tuple(names), n_A=A, seed=seed)  # two classes each
                for names, A, seed in ((["cat", "dog"], 250, 0), (["cat", "ship"], 260, 1))]
     assert tables.lines_of(subsets, "order") == {"random": {2: subsets}}
     assert "note: 3 runs have the flags and seed of another" in capsys.readouterr().out
@@ -335,14 +335,14 @@ def test_repeats_are_no_seeds_and_groups_are_named_by_what_differs(capsys):
     runs[1].precision = runs[2].precision = "bf16"
     results.name_groups(runs)
     name = results.setting_as_text(runs[0].setting)
-    assert runs[0].group == runs[1].group == f"{name}, lr 0.1, 1 of 2 runs trained in bf16"
-    assert runs[2].group == f"{name}, lr 0.7, trained in bf16"
+    assert runs[0].group_name == runs[1].group_name == f"{name}, lr 0.1, 1 of 2 runs trained in bf16"
+    assert runs[2].group_name == f"{name}, lr 0.7, trained in bf16"
 
 
 def test_tables_of_curves(tmp_path):
-    runs = [run("full", 0.7, A=50000), run("esat", 0.6, A=25000, scores_hash="x"),
-            run("esat", 0.5, scores_hash="y"), run("esat", 0.4, A=25000, order="random"),
-            run("esat", 0.6, A=25000, order="random", seed=1)]
+    runs = [run("full", 0.7, n_A=50000), run("esat", 0.6, n_A=25000, scores_hash="x"),
+            run("esat", 0.5, scores_hash="y"), run("esat", 0.4, n_A=25000, order="random"),
+            run("esat", 0.6, n_A=25000, order="random", seed=1)]
     text = "\n".join(tables.curve_section(runs, tmp_path, FIG6, {}))
     assert "Missing runs of these lines: random at |A| = 5,000, the baseline no AT." in text
     assert "the runs by entropy used 2 different rankings" in text
@@ -360,8 +360,9 @@ def test_tables_of_curves(tmp_path):
 def test_in_short(tmp_path):
     """Of the largest group on CIFAR-10. AT costs 100 or, before a transfer, 200."""
     runs = [*three("full", 0.42, 0.65, cost=100), *three("esat", 0.20, 0.75, cost=26),
-            run("esat", 0.9, A=25000, group="small"), *three("full", 0.3, A=50000, cost=200, **MOVED),
-            *three("esat", 0.25, A=15000, w_A=9.33, weight="emphasis", cost=84, **MOVED)]
+            run("esat", 0.9, n_A=25000, group_name="small"),
+            *three("full", 0.3, n_A=50000, cost=200, **MOVED),
+            *three("esat", 0.25, n_A=15000, w_A=9.33, weight="emphasis", cost=84, **MOVED)]
     assert short.section(runs, tmp_path)[2].splitlines()[2:] == [
         "| hardest 10 % | 26 | 20.0 ± 1.0 | 75.0 ± 1.0 | 52.1 |",
         "| everything (AT) | 100 | 42.0 ± 1.0 | 65.0 ± 1.0 | 69.0 |",
@@ -520,7 +521,7 @@ def test_claims_are_of_pgd_and_entropy_and_the_papers_weights(other):
     more = three("csat", 0.9, A_classes=tuple(CLASSES), **other)
     for A, (order, robust) in itertools.product((5000, 15000, 25000), (
             ("hardest", 0.1), ("easiest", 0.3), ("random", 0.7))):
-        more += three("esat", robust, **{"A": A, "order": order, **other})
+        more += three("esat", robust, **{"n_A": A, "order": order, **other})
     before = values(everything())
     assert len(before) == 7
     assert values([*everything(), *more]) == before
@@ -545,8 +546,9 @@ def test_the_table_of_evaluations_has_clean_accuracy_before_robust(tmp_path):
 
 def test_a_baseline_with_random_start_is_in_the_group_of_its_runs():
     assert sat.command_line(["--random-start", "--split", "none"]).random_start
-    groups = {published_run(name, random_start=True).group for name in ("cpu-none-seed0", "cpu-full-seed0")}
-    assert len(groups) == 1
+    names = {published_run(name, random_start=True).group_name
+             for name in ("cpu-none-seed0", "cpu-full-seed0")}
+    assert len(names) == 1
 
 
 def test_one_eps_is_one_group():
@@ -555,7 +557,7 @@ def test_one_eps_is_one_group():
     result = load(path)
     typed = json.loads(json.dumps(result).replace("0.031372549", str(8 / 255)))
     assert typed != result
-    assert results.Run(path, typed).group == results.Run(path, result).group
+    assert results.Run(path, typed).group_name == results.Run(path, result).group_name
 
 
 def test_one_run_with_examples_of_a_part_has_the_interval_of_one():
@@ -603,7 +605,7 @@ def test_no_authors_claim_without_examples_of_the_class():
 
 
 def test_hard_and_easy_are_compared_at_the_smallest_share_that_has_both():
-    pool = [*three("esat", 0.5), *three("esat", 0.4, order="easiest"), run("esat", 0.3, A=2500)]
+    pool = [*three("esat", 0.5), *three("esat", 0.4, order="easiest"), run("esat", 0.3, n_A=2500)]
     row, = claims.esat_claims(pool, [], [], "cifar10")
     assert row[0] == "(d) at \\|A\\|/N = 0.1 hardest beats easiest"
     assert row[3] == "holds"
