@@ -114,8 +114,6 @@ def tensor_file(path):
     """The data set in a <name>.pt. UserError for a file that has another format."""
     content, parts = load(path, ("train", "test", "classes")), []
     classes = content["classes"]
-    if "folder" in content:
-        raise UserError(f"{path} is a copy of an image folder by an earlier version: delete it")
     if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)
             and len(set(classes)) == len(classes) > 1):
         raise UserError(f"{path}: classes must be a list of two or more different names")

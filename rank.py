@@ -189,19 +189,15 @@ def ranking_args(args):
 def ranking_folder(args):
     """The folder of the ranking that these flags describe, named as a run is: results/<dataset>/rank-<arch>,
     the flags that differ from the config, the seed. If another config's ranking has that name, a hash too."""
-    parent, name = args.results / args.dataset, runs.run_name(args, ["rank", args.arch], {"arch", "metrics"})
-    if args.run:
-        return parent / args.run
+    name = args.run or runs.run_name(args, ["rank", args.arch], {"arch", "metrics"})
+    folder = args.results / args.dataset / name
+    stored = runs.stored_flags(folder, "rank.json")
+    with_its_metrics = argparse.Namespace(**{**vars(args), "metrics": stored.get("metrics")})
+    if args.run or not stored or not runs.flag_differences(stored, with_its_metrics):
+        return folder
     flags_text = json.dumps({k: v for k, v in runs.identity(args).items() if k != "metrics"})
     short_hash = hashlib.sha256(flags_text.encode()).hexdigest()[:8]
-    earlier = f"rank-{args.arch}-seed{args.seed}"  # the name of an earlier version, whatever the flags
-    names = [name, earlier, f"rank-{args.arch}-{short_hash}-seed{args.seed}"]
-    stored = {name: runs.stored_flags(parent / name, "rank.json") for name in names}
-    for name in names:
-        with_its_metrics = argparse.Namespace(**{**vars(args), "metrics": stored[name].get("metrics")})
-        if stored[name] and not runs.flag_differences(stored[name], with_its_metrics):
-            return parent / name
-    return parent / (names[0] if not stored[names[0]] else names[2])
+    return folder.with_name(f"rank-{args.arch}-{short_hash}-seed{args.seed}")
 
 
 def metrics_of(folder):

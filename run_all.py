@@ -32,8 +32,8 @@ from runs import lock_exclusively
 
 # The flags by which the runs differ, and those with a variable of their own: EXTRA may not have them.
 NOT_IN_EXTRA = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--scores",
-       "--ranking", "--subset", "--weight", "--weight-factor", "--attack", "--seed", "--run", "--results",
-       "--data-dir")
+                "--ranking", "--subset", "--weight", "--weight-factor", "--attack", "--seed", "--run",
+                "--results", "--data-dir")
 # glibc keeps freed memory. Else it gives that of each large tensor back to the kernel, which has to zero it
 # page by page for the next one: a sixth of the time of a training step of PreActResNet-8 on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}

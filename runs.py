@@ -46,13 +46,9 @@ def run_name(args, first_words, in_first_words):
 
 
 def run_folder(args, first_words, in_first_words, final_file="result.json"):
-    """The folder results/<dataset>/<name> of a run, and what is_finished says of it. See run_name. A run of
-    an earlier version, whose name also has its flags of evaluation, keeps its folder."""
-    parent = args.results / args.dataset
-    folder = parent / (args.run or run_name(args, first_words, {*in_first_words, *EVALUATION}))
-    earlier = parent / (args.run or run_name(args, first_words, in_first_words))
-    if earlier.exists() and not folder.exists():
-        folder = earlier
+    """The folder results/<dataset>/<name> of a run, and what is_finished says of it. See run_name."""
+    name = args.run or run_name(args, first_words, {*in_first_words, *EVALUATION})
+    folder = args.results / args.dataset / name
     return folder, is_finished(folder, args, final_file)
 
 

@@ -71,8 +71,8 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
     result = {"args": runs.identity(args), "N": len(A), "A": int(A.sum()), "A_classes": A_classes, "w_A": w_A,
               "epoch": best.epoch, "selection": {**settings["select"], "n": len(select_index)},
               "device": common.device_name(device), "processes": process_count(),
-              "precision": "+".join(sorted({row.get("precision", "float32") for row in log})),
-              "compile": "+".join(sorted({row.get("compile", "off") for row in log})),
+              "precision": "+".join(sorted({row["precision"] for row in log})),
+              "compile": "+".join(sorted({row["compile"] for row in log})),
               "cost": {k: sum(row[k] for row in log) for k in COUNTED}, **more, **evaluation}
     if process_index() == 0:
         runs.save(folder / "robust.pt", per_example)

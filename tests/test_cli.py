@@ -266,7 +266,7 @@ def test_a_run_by_scores_of_ones_own_is_named_by_what_the_file_holds():
     for i, scores in enumerate((torch.arange(96.0), np.arange(96), -torch.arange(96.0))):
         torch.save(scores, f"{i}.pt")
         args = sat.command_line(["--scores", f"{i}.pt"])
-        sat.read_own_file(args)
+        sat.read_file_of_A(args)
         names.append(sat.run_folder(args)[0].name)
     assert names[0] == names[1]
     assert names[0] != names[2]

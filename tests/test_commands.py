@@ -57,15 +57,6 @@ def test_run_all_and_rank_py_name_a_ranking_alike():
         assert experiments.ranking_name(path, values) == rank.ranking_folder(args).name
 
 
-def test_a_ranking_that_an_earlier_version_named_by_its_network_alone_is_found():
-    args = config.parse("rank.py", "", RANK)
-    folder = Path("results/few/rank-preactresnet8-seed0")
-    assert rank.ranking_folder(args) != folder
-    folder.mkdir(parents=True)
-    runs.write_json(folder / "rank.json", {"args": {**runs.identity(args), "metrics": ["entropy"]}})
-    assert rank.ranking_folder(args) == folder
-
-
 def test_a_ranking_of_another_config_with_the_same_name_is_left_alone():
     args = config.parse("rank.py", "", RANK)
     folder = rank.ranking_folder(args)
@@ -120,17 +111,6 @@ def test_another_evaluation_of_a_finished_run_trains_nothing(monkeypatch, capsys
     assert sat.main(BY_RANKING)["accuracy"] == first["accuracy"], "the run keeps its own result"
 
 
-def test_a_run_of_an_earlier_version_keeps_the_flags_of_evaluation_in_its_name():
-    args = sat.command_line([*SAT, "--frac", "0.3"])
-    folder, _ = sat.run_folder(args)
-    assert "eval" not in folder.name
-    earlier = folder.with_name(runs.run_name(args, ["esat", "hardest", "0.3"], {
-        "split", "frac", "size", "order", "metric", "weight"}))
-    assert "eval-n=8" in earlier.name
-    earlier.mkdir(parents=True)
-    assert sat.run_folder(args) == (earlier, False)
-
-
 @pytest.mark.parametrize("words,others", [
     ("--frac 0.3", "--size 29"), ("--size 29", "--frac 0.3"), ("--frac 0.3", "--frac 0.301"),
     ("--split csat --size 3", "--split csat --frac 0.3")])
@@ -172,9 +152,9 @@ def test_files_of_ones_own(flag, content, A):
     """Scores are never an order: higher = harder. Of four examples, A has two."""
     torch.save(content, "file.pt")
     args = sat.command_line([f"--{flag}", "file.pt", *([] if flag == "subset" else ["--size", "2"])])
-    own = sat.read_own_file(args)
+    from_file = sat.read_file_of_A(args)
     chosen = subset.choose_A("esat", torch.zeros(4, dtype=torch.int64), ["a"], amount=args.size,
-                             subset=own.get("subset"), scores=own.get("scores"))
+                             subset=from_file.get("subset"), scores=from_file.get("scores"))
     assert chosen.nonzero()[:, 0].tolist() == A
 
 
@@ -220,7 +200,7 @@ def test_a_run_is_named_by_what_a_file_of_ones_own_holds(flag, one, same, other,
     for content in (one, same, other):
         torch.save(content, "file.pt")
         args = sat.command_line(words)
-        sat.read_own_file(args)
+        sat.read_file_of_A(args)
         names.append(sat.run_folder(args)[0].name)
     assert names[0] == names[1]
     assert names[0] != names[2]
