@@ -47,9 +47,10 @@ def main(argv=None):
     args = argparse.Namespace(**{**defaults, **vars(parser.parse_args(argv))})
     args.epochs += 1  # the first warms up
     device = common.set_up(args)
-    setting = (f"{args.arch}, batch {args.batch_size}, {args.image_side}x{args.image_side}, {args.attack}, "
-               f"{models.precision(args.amp, device)}, compile {args.compile}, {common.device_name(device)}")
-    say(f"one training step, augmentation included: {setting}; medians of {args.epochs - 1} epochs\n\n"
+    args.compile = models.choose_compilation(args.compile, device, 10**6)  # "auto": as in a long training
+    say(f"one training step, augmentation included: {args.arch}, batch {args.batch_size}, "
+        f"{args.image_side}x{args.image_side}, {args.attack}, {models.precision(args.amp, device)}, "
+        f"compile {args.compile}, {common.device_name(device)}; medians of {args.epochs - 1} epochs\n\n"
         "| \\|A\\|/N | ms a step | images/s | time relative to \\|A\\| = N | cost model |\n"
         "| --- | --- | --- | --- | --- |")
     step_seconds = measure(args, device)

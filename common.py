@@ -78,7 +78,7 @@ def check_environment():
 
 
 def can_compile(device):
-    """Whether torch.compile finds a compiler (on GPUs of C, for Triton, else of C++) and Python.h."""
+    """Whether torch.compile finds Python.h and a compiler: of C for a GPU (Triton), of C++ for a CPU."""
     if device.type == "cuda":
         compilers = [os.environ.get("CC", "gcc"), "clang"]
     else:

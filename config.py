@@ -113,14 +113,14 @@ def check_norm_has_eps(args, from_config):
 
 
 def settle_amount(args):
-    """UserError unless at most one flag says how large A is, and --split takes it. What a config says of A
-    gives way to another flag that is typed in its place, and to a --split that is typed and takes none."""
-    amounts, orders = {"frac", "size", "classes", "subset"}, {"scores", "ranking", "subset", "classes"}
+    """UserError if more than one flag says how large A is, or if --split does not take it. A value that the
+    config gives is dropped if a flag that replaces it is typed, or a --split that does not take it."""
+    amounts, sources = {"frac", "size", "classes", "subset"}, {"scores", "ranking", "subset", "classes"}
     if "order" in args.typed and args.order in ("random", "redrawn"):
-        orders.add("order")
+        sources.add("order")
     valid = AMOUNTS[args.split]
-    for name, in_its_place in {"frac": amounts, "size": amounts, "classes": amounts, "scores": orders,
-                               "ranking": orders, "subset": amounts | orders - {"order"}}.items():
+    for name, in_its_place in {"frac": amounts, "size": amounts, "classes": amounts, "scores": sources,
+                               "ranking": sources, "subset": amounts | sources - {"order"}}.items():
         is_valid = name in valid or name in ("scores", "ranking") and bool(valid)
         replaced = bool(args.typed & in_its_place)
         if name not in args.typed and (replaced or "split" in args.typed and not is_valid):

@@ -143,6 +143,8 @@ def publisher(name, root):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             say(f"downloading {name} to {root}")
             return read(root, download=True)
+    except UserError:  # which is a ValueError too
+        raise
     except (OSError, RuntimeError, KeyError, ValueError) as e:
         raise UserError(f"no {name} under {root} and no download ({' '.join(str(e).split())[:200]}): put "
                         f"{files}, or {name}.pt, or image folders {name}/train/<class>/ and "

@@ -46,9 +46,10 @@ def accuracy(right):
 
 
 def accuracies(clean, robust, y, classes, A_classes=None):
-    """Clean and robust accuracy of bool (n,) each: {"all", A_val and B_val if A consists of the classes
-    `A_classes`: {"clean", "robust": accuracy()}}, and "classes": {class: the same}. Each class also has which
-    of its examples were right, as bits in hexadecimal, for paired comparisons of runs."""
+    """The accuracies of `clean` and `robust`, bool (n,): {part: {"clean", "robust": accuracy()}}. The parts
+    are "all" and, if A consists of the classes `A_classes`, "A_val" and "B_val". "classes" holds the same for
+    each class, with "right": which of its examples were right, packed bits in hexadecimal, by which runs can
+    be compared in pairs."""
     parts, kinds = {"all": torch.ones_like(clean)}, {"clean": clean, "robust": robust}
     if A_classes:
         parts["A_val"] = torch.isin(y, torch.tensor([classes.index(c) for c in A_classes]))
@@ -165,6 +166,7 @@ class Watch:
         self.bar = common.progress(None, total=total, unit="example",
                                    desc=f"AutoAttack ({' '.join(attack_names)})")
         self.total, self.examples, self.attacked_now, self.robust = total, 0, 0, 0
+        self.of_total = f"{total:,}" + (" (process 0's)" if process_count() > 1 else "")
         self.warnings, self.warned_of, self.n_warnings_saved = [], set(), 0
         self.start_time, self.log = time.perf_counter(), logging.getLogger("auto-attack")
         self.level = self.log.level
@@ -186,7 +188,7 @@ class Watch:
         if record.levelno < logging.WARNING:
             self.bar.set_postfix_str(text[:60])
             if self.bar.disable and match:
-                say(f"  AutoAttack, examples {self.examples + 1:,} and on of {self.total:,}: "
+                say(f"  AutoAttack, from example {self.examples + 1:,} of {self.of_total} on: "
                     f"{float(match[2]):.1f} % robust after {match[1]}")
         else:
             self.warn(text)
@@ -219,8 +221,7 @@ class Watch:
         if self.bar.disable and self.attacked_now:
             seconds = (time.perf_counter() - self.start_time) / self.attacked_now
             remaining = common.duration(seconds * (self.total - self.examples))
-            whose = " of process 0" if process_count() > 1 else ""
-            say(f"  AutoAttack: {self.examples:,} of {self.total:,} examples{whose} done, "
+            say(f"  AutoAttack: {self.examples:,} of {self.of_total} examples done, "
                 f"{self.robust / self.examples:.1%} robust; {remaining} left")
 
 

@@ -234,8 +234,8 @@ def add_flags(parser, groups, defaults=DEFAULTS):
 
 
 def script_parser(script, doc, defaults, checkpoint_help=None, **options):
-    """The parser of a script: its flags, with `defaults` as their defaults. `checkpoint_help`: of its
-    argument CHECKPOINT, if it has one. `options`: are passed on to argparse."""
+    """The parser of a script: its flags, with `defaults` as their defaults. `checkpoint_help`: that
+    of its argument CHECKPOINT, if it has one. `options` are passed on to argparse."""
     usage = "CHECKPOINT [--flag VALUE ...]" if checkpoint_help else "[--flag VALUE ...]"
     parser = Parser(prog=script, usage=f"python {script} {usage}", description=doc, **options)
     if checkpoint_help:

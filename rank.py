@@ -94,7 +94,7 @@ def score(model, split, device, metrics, vog=None):
 
 def tables_of(scores, model, data, device):
     """The tables of rank.json: the classes hardest first (by the first metric), with clean errors on the 90 %
-    part of the test set (None for n = 0 examples), and Spearman's correlations between the metrics."""
+    part of the test set (None without examples), and Spearman's correlations between the metrics."""
     index = selection_and_final(len(data.test))[1]
     model.eval()
     with torch.no_grad():

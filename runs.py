@@ -250,7 +250,7 @@ def load(path, keys=()):
         raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__})") from None
     missing = [k for k in keys if not isinstance(value, dict) or k not in value]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: --force makes its run again")
+        raise UserError(f"{path} is incomplete (it lacks {', '.join(missing)}): make it again")
     return value
 
 

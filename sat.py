@@ -36,7 +36,7 @@ COUNTED = ("attacked", "forward", "backward", "forward_equivalents", "seconds") 
 
 @runs.unlocking
 def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **more):
-    """Makes the run in `folder`, or goes on with it: trains, selects a checkpoint by AutoAttack on 10 % of
+    """Makes the run in `folder`, or resumes it: trains, selects a checkpoint by AutoAttack on 10 % of
     the test set (Sec. 4), evaluates it on the other 90 %, and prints the result, to which `more` is added."""
     if runs.start_run(folder, args):
         return evaluate.result_of_finished_run(folder, args)
@@ -133,9 +133,10 @@ def check_attack(args):
 
 
 def read_file_of_A(args):
-    """What --scores, --ranking or --subset holds: {"scores": (N,)} or {"subset": bool (N,) or indices}, with
-    "chosen_by", what result.json says of it, its "path" and, with --scores, the "fingerprint" of its data (a
-    dict, or None). {} without them. In args a hash replaces the file: what it holds identifies the run."""
+    """The content of the file of --scores, --ranking or --subset: {"scores": (N,)} or {"subset": bool (N,) or
+    indices}, with "chosen_by" (what result.json says of it), "path" and, for --scores, "fingerprint" (of its
+    data, a dict or None). {} without such a flag. In args a hash of the content, which identifies the run,
+    replaces the path."""
     if args.scores:
         scores, fingerprint = read_scores(args.scores, args.metric)
         from_file = {"scores": scores, "fingerprint": fingerprint}

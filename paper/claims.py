@@ -166,7 +166,7 @@ def esat_by_share(runs):
 
 
 def esat_claims(runs, no_at, at, data):
-    """Claims (c), (d), (e) and (h), on ESAT and on AT, the end at which everything is attacked."""
+    """Claims (c), (d), (e) and (h), on ESAT, and on AT, which is ESAT with A = everything."""
     by_share = esat_by_share(runs)
     half = by_share.get(0.5, {}).get("hardest")
     if half and no_at and at:
@@ -174,15 +174,15 @@ def esat_claims(runs, no_at, at, data):
     for line, reference, rule, text in (("hardest", "easiest", "above", "hardest beats easiest"),
                                         ("random", "hardest", "not below", "random is competitive: at "
                                          f"most {MARGIN} points below hardest")):
-        shares = [share for share, orders in by_share.items() if {line, reference} <= set(orders)]
+        shares = [share for share, by_order in by_share.items() if {line, reference} <= set(by_order)]
         for share in shares[:1]:  # the smallest that both have
             yield compare(f"(d) at \\|A\\|/N = {share:g} {text}",
                           published_text("fig6", data, share, line, reference),
                           by_share[share][line], by_share[share][reference], runs, rule)
-    both = [orders for orders in by_share.values() if {"hardest", "easiest"} <= set(orders)]
+    both = [by_order for by_order in by_share.values() if {"hardest", "easiest"} <= set(by_order)]
     if len(both) > 1:
-        sides = [orders[order] for orders in (both[0], both[-1]) for order in ("hardest", "easiest")]
-        shrinkage = contrast([(weight, side, None) for weight, side in zip((1, -1, -1, 1), sides)], runs)
+        sides = [by_order[order] for by_order in (both[0], both[-1]) for order in ("hardest", "easiest")]
+        shrinkage = contrast([(sign, side, None) for sign, side in zip((1, -1, -1, 1), sides)], runs)
         ours = [mean_sd(side)[0] for side in sides]
         values = [published_accuracy("fig6", data, r.order, r.share, "robust") for r, *_ in sides]
         yield ("(h) the gain of hard over easy shrinks as \\|A\\| grows "
@@ -236,8 +236,9 @@ def complexity_claims(cifar10, cifar100):
 
 
 def authors_attack_claims(runs, authors_runs):
-    """Predictions made before the runs, (j), of the training attack of the authors' code in CSAT on a single
-    class: that A_val falls towards the paper's on cat, where PGD's is far higher, and not on automobile."""
+    """Claims (j), predictions made before the runs of CSAT on a single class: the training attack of the
+    authors' code lowers A_val of cat, which by PGD is far above the paper's, and leaves that of automobile as
+    it is."""
     single, by_authors = (single_classes(pick(rs, weight="balanced")) for rs in (runs, authors_runs))
     for c, rule, text in (("cat", "below", f"lowers A_val of cat by more than {MARGIN} points"),
                           ("automobile", "within", f"leaves A_val of automobile within {MARGIN} points")):

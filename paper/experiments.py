@@ -183,7 +183,7 @@ def stages(sections, figures, results, extra_values):
     wanted = [(source, targets, name) for section in sections for source, targets, names in SECTIONS[section]
               for name in names.split() if not figures or name in figures]
     for source, targets, figure_name in wanted:
-        plan, split = DATA[source], FIGURES[figure_name]["split"]
+        plan, kind = DATA[source], FIGURES[figure_name]["split"]
         path = HERE / f"configs/{plan.config}.yaml"
         more_flags = plan.flags.split()
         more_values = vars(script_parser("sat.py", "", DEFAULTS).parse_args(more_flags)) | extra_values
@@ -191,15 +191,15 @@ def stages(sections, figures, results, extra_values):
         base_flags = ["--config", str(path)]
         base_flags += ["--dataset", plan.dataset] if plan.dataset != flag_values["dataset"] else []
         ranking = f"{results}/{plan.dataset}/{ranking_name(path, extra_values)}"
-        if split != "single":
+        if kind != "single":
             passes = 5 if "vog" in plan.metrics else 4
             yield Stage(f"{source}: ranking (fig3)", "rank.py", ranking, "rank.json", "",
                         cost(flag_values, plan.dataset, passes),
                         [*base_flags, "--metrics", *plan.metrics.split()])
-        if split == "ranking":
+        if kind == "ranking":
             continue
-        files = [HERE / f"configs/transfer/{target}.yaml" for target in targets.split()]
-        target_settings = {path: DEFAULTS | from_yaml(path) | more_values for path in files}
+        target_paths = [HERE / f"configs/transfer/{target}.yaml" for target in targets.split()]
+        target_values = [DEFAULTS | from_yaml(path) | more_values for path in target_paths]
         baselines = [{"split": split, "seed": seed} for split in ("none", "full")
                      for seed in range(plan.seeds.get(split, 1))]
         title = f"{source} -> {targets}: {figure_name}" if targets else f"{source}: {figure_name}"
@@ -216,12 +216,12 @@ def stages(sections, figures, results, extra_values):
             yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder,
                         "result.json", needs, cost(flag_values, plan.dataset, 3, share, steps, robust_share),
                         [*base_flags, *words, *more_flags])
-            for path, target in target_settings.items():
-                target_name = f"{plan.dataset}-{name}-seed0"
-                its_cost = cost(target, target["dataset"], 1, robust_share=robust_share)
-                yield Stage(title, "transfer.py", f"{results}/{target['dataset']}/{target_name}",
-                            "result.json", folder, its_cost,
-                            [f"{folder}/best.pt", "--config", str(path), "--run", target_name, *more_flags])
+            for target_path, values in zip(target_paths, target_values):
+                target, target_name = values["dataset"], f"{plan.dataset}-{name}-seed0"
+                words = ["--config", str(target_path), "--run", target_name]
+                yield Stage(title, "transfer.py", f"{results}/{target}/{target_name}", "result.json", folder,
+                            cost(values, target, 1, robust_share=robust_share),
+                            [f"{folder}/best.pt", *words, *more_flags])
 
 
 def overview(all_stages):
@@ -244,8 +244,8 @@ def overview(all_stages):
         n_runs, n_transfers = (len(folders[title][column]) for column in ("runs", "transfers"))
         line = f"# {title:<42} {n_runs:6d} {n_transfers:9d} {len(new_costs[title]):5d}"
         for phase in (0, 1):  # training, evaluation
-            hours = [cost.hours[phase] for cost in new_costs[title]]
+            hours = [stage_cost.hours[phase] for stage_cost in new_costs[title]]
             text = "-" if None in hours else f"{sum(hours):.1f}"
-            line += f" {sum(cost.passes[phase] for cost in new_costs[title]):8.3g} {text:>9}"
+            line += f" {sum(stage_cost.passes[phase] for stage_cost in new_costs[title]):8.3g} {text:>9}"
         lines.append(line)
     return lines

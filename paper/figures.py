@@ -91,17 +91,17 @@ def curves(path, title, figure_name, groups, panels):
             for line in ("AT", "no AT"):
                 if ours := mean_sd(group.baselines[line], part, kind):
                     axis.axhline(ours[0], color=look(line)[0], linewidth=1, label=line)
-        for line, sizes in group.lines.items():
-            draw_line(axis, line, sizes, part, kind)
+        for line, by_size in group.lines.items():
+            draw_line(axis, line, by_size, part, kind)
         ylabel = f"{kind} accuracy (%)" if part == "all" else f"{kind}, {part} (%)"
         axis.set(xlabel="|A| / N", ylabel=ylabel, xlim=(0, 1.02))
         axis.set_ylim(0, min(100, 1.05 * max(axis.dataLim.y1, 1)))
     save(fig, path, title)
 
 
-def draw_line(axis, line, sizes, part, kind):
+def draw_line(axis, line, by_size, part, kind):
     """Draws one of our lines, with a bar of one standard deviation where there are several seeds."""
-    share_mean_sd = [(runs[0].share, *m) for runs in sizes.values() if (m := mean_sd(runs, part, kind))]
+    share_mean_sd = [(runs[0].share, *m) for runs in by_size.values() if (m := mean_sd(runs, part, kind))]
     if share_mean_sd:
         x, y, _ = zip(*share_mean_sd)
         colour, style, marker = look(line)

@@ -55,8 +55,8 @@ class Run:
         self.accuracy = result["accuracy"]
         # What must agree for two runs to stand in one table; `group_name` is its text.
         self.setting = {"N": self.N, **{k: v for k, v in args.items() if k not in NOT_SETTING},
-                        "n": self.accuracy["all"]["robust"]["n"], "eval_attacks": evaluation["attacks"],
-                        "norm": evaluation["norm"], "eps": evaluation["eps"],
+                        "n": self.accuracy["all"]["robust"]["n"], "norm": evaluation["norm"],
+                        "eps": evaluation["eps"], "eval_attacks": sorted(evaluation["attacks"]),
                         "labels": result["fingerprint"]["labels"]}
         if "precision" in evaluation:  # it is float32 in results that lack it
             self.setting["eval_precision"] = evaluation["precision"]
@@ -149,9 +149,9 @@ def name_groups(runs):
         settings = [group[0].setting for group in groups]
         names = [setting_as_text(setting) for setting in settings]
         for group, setting, name in zip(groups, settings, names):
-            if names.count(name) > 1:
-                name += "".join(f", {k.replace('_', ' ')} {v}" for k, v in setting.items()
-                                if k not in DESCRIBED and any(other.get(k) != v for other in settings))
+            same_name = [other for other, its_name in zip(settings, names) if its_name == name]
+            name += "".join(f", {k.replace('_', ' ')} {v}" for k, v in setting.items()
+                            if k not in DESCRIBED and any(other.get(k) != v for other in same_name))
             n_bf16 = sum(r.precision != "float32" for r in group)
             if n_bf16:
                 count_text = f"{n_bf16} of {len(group)} runs " if n_bf16 < len(group) else ""

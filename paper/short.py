@@ -53,10 +53,10 @@ def body_of_table(rows, at):
         if runs[0].w_A != 1:
             name += f", w_A {runs[0].w_A:.3g} ({runs[0].weight})"
         cost = f"{100 * statistics.fmean(r.cost for r in runs) / full_cost:.0f}" if at else "-"
-        robust, published = cell(runs), "-" if published is None else f"{published:.1f}"
+        robust, paper = cell(runs), "-" if published is None else f"{published:.1f}"
         if len(runs[0].A_classes) == 1:
-            robust, published = f"{cell(runs, 'B_val')} on B", f"{published} on B"
-        body.append([name, cost, robust, cell(runs, *CLEAN), published])
+            robust, paper = f"{cell(runs, 'B_val')} on B", f"{paper} on B"
+        body.append([name, cost, robust, cell(runs, *CLEAN), paper])
     return body
 
 

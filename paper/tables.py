@@ -33,11 +33,12 @@ CURVE_FIGURES = [
     CurveFigure("fig6", "Fig. 6: ESAT, A made of single examples", "esat", [ROBUST, CLEAN]),
     CurveFigure("fig12", "Fig. 12: ESAT by several difficulty metrics", "esat", [ROBUST, CLEAN], "metric"),
     CurveFigure("fig7", "Fig. 7: three loss weights, S-CSAT", "csat",
-           [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN], "weight", transfer=True),
+                [("source A_val", "robust"), ("source B_val", "robust"), ROBUST, CLEAN], "weight",
+                transfer=True),
     CurveFigure("fig8", "Fig. 8 and 14: transfer from S-ESAT", "esat", [ROBUST, CLEAN], transfer=True),
     CurveFigure("fig15", "Fig. 15: transfer from S-CSAT", "csat", [ROBUST, CLEAN], transfer=True),
     CurveFigure("fig16", "Fig. 16: PGD-7 and single-step FGSM-RS, S-ESAT", "esat", [ROBUST, CLEAN], "attack",
-           transfer=True),
+                transfer=True),
 ]
 
 
@@ -63,7 +64,8 @@ def paper_cells(runs, part, kind, published):
 def curve_table(figure, group):
     """The table of one group: our accuracies, and the paper's where it has a number."""
     rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items() if runs]
-    rows += [(line, runs, runs[0].share) for line, sizes in group.lines.items() for runs in sizes.values()]
+    rows += [(line, runs, runs[0].share) for line, by_size in group.lines.items()
+             for runs in by_size.values()]
     published = functools.partial(published_accuracy, figure.name, group.paper_data)
     kinds = [kind for kind in ("robust", "clean")
              if any(published(line, share, kind) is not None for line, _, share in rows)]
@@ -140,15 +142,15 @@ def authors_attack_table(by_authors, by_pgd):
     """CSAT by the authors' training attack beside PGD, each {class A: runs}. The accuracies after the last
     epoch, of runs with a log, stand beside those of the selected checkpoint."""
     head = ["A", "training attack", "seeds", "robust A_val %", "robust B_val %", "robust all %", "clean %"]
-    settings = [(a, attack, runs) for a in by_authors
-                for attack, runs in (("pgd", by_pgd.get(a, [])), ("pgd-authors", by_authors[a])) if runs]
+    sets_of_runs = [(a, attack, by_class[a]) for a in by_authors
+                    for attack, by_class in (("pgd", by_pgd), ("pgd-authors", by_authors)) if a in by_class]
     rows = [[a, attack, str(seed_count(runs)), *(cell(runs, part) for part in ("A_val", "B_val", "all")),
-             cell(runs, "all", "clean")] for a, attack, runs in settings]
-    n = {r.last_accuracies["n"] for _, _, runs in settings for r in runs if r.last_accuracies}
+             cell(runs, "all", "clean")] for a, attack, runs in sets_of_runs]
+    n = {r.last_accuracies["n"] for _, _, runs in sets_of_runs for r in runs if r.last_accuracies}
     if n:
         head += ["epochs selected"] + [f"{kind} % after the last epoch, on {max(n):,} selection examples"
                                        for kind in ("robust", "clean")]
-        for row, (_, _, runs) in zip(rows, settings):
+        for row, (_, _, runs) in zip(rows, sets_of_runs):
             row.append(" ".join(str(r.epoch) for r in runs))
             for kind in ("robust", "clean"):
                 values = [f"{100 * r.last_accuracies[kind]:.1f}" for r in runs if r.last_accuracies]

@@ -217,6 +217,8 @@ def test_caltech256_in_its_publishers_format(tmp_path, monkeypatch):
     assert not set(data.train.x.paths) & set(data.test.x.paths)
     assert data.train.x.paths == load_dataset("caltech256", tmp_path).train.x.paths
     assert data.train.pixels(torch.arange(12), "cpu").shape == (12, 3, 224, 224), "grey images become RGB"
+    (folder / "258.empty").mkdir()
+    refuses("caltech256", tmp_path, "^there are no images .* in .*/258.empty$")
 
 
 def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):

@@ -339,6 +339,21 @@ def test_repeats_are_no_seeds_and_groups_are_named_by_what_differs(capsys):
     assert runs[2].group_name == f"{name}, lr 0.7, trained in bf16"
 
 
+def test_groups_are_named_by_what_parts_them_from_those_of_the_same_name():
+    runs = [published_run("cpu-full-seed0", **args) for args in ({}, {"lr": 0.7}, {"epochs": 3, "steps": 9})]
+    results.name_groups(runs)
+    names = [results.setting_as_text(r.setting) for r in runs]
+    assert [r.group_name for r in runs] == [f"{names[0]}, lr 0.1", f"{names[1]}, lr 0.7", names[2]]
+
+
+def test_the_order_of_the_attacks_parts_no_groups():
+    """Else the seeds of one setting would stand in two groups, or a repeat count as a seed."""
+    path = HERE / "results-published/cifar10/cpu-full-seed0/result.json"
+    result = load(path)
+    turned = {**result, "settings": {**result["settings"], "attacks": result["settings"]["attacks"][::-1]}}
+    assert results.Run(path, turned).group_name == results.Run(path, result).group_name
+
+
 def test_tables_of_curves(tmp_path):
     runs = [run("full", 0.7, n_A=50000), run("esat", 0.6, n_A=25000, scores_hash="x"),
             run("esat", 0.5, scores_hash="y"), run("esat", 0.4, n_A=25000, order="random"),
@@ -487,7 +502,9 @@ def test_costs_are_those_of_the_cost_model_and_of_the_measured_rates():
 @pytest.mark.slow
 def test_bench_counts_by_the_cost_model(capsys):
     bench.main("--image-side 8 --batch-size 8 --epochs 2 --steps 2 --threads 1".split())
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "| " in line]
+    out = capsys.readouterr().out
+    assert "compile off, cpu" in out, "not auto: what it comes to"
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines() if "| " in line]
     rows = {float(row[0]): [float(v) for v in row[1:]] for row in lines[2:]}  # ms, images/s, relative, model
     assert list(rows) == [0, 0.1, 0.5, 1]
     assert [row[3] for row in rows.values()] == [0.43, 0.49, 0.71, 1.0], "(3 + 2 * 2 share) / 7"
