@@ -47,7 +47,7 @@ def from_yaml(path):
 
 
 def words_of(key, node, value_type):
-    """A line of a config as words of a command line: lr: 0.1 -> --lr=0.1."""
+    """A line of a config as words of a command line: lr: 0.1 -> --lr=0.1. value_type: of FLAGS."""
     is_list = isinstance(node, yaml.SequenceNode)
     items = [item.value for item in (node.value if is_list else [node])]
     unusable = any(not isinstance(item, str) or item in ("", "~", "null") for item in items)

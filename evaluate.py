@@ -165,7 +165,7 @@ class Watch:
     def __init__(self, attack_names, total):
         self.bar = common.progress(None, total=total, unit="example",
                                    desc=f"AutoAttack ({' '.join(attack_names)})")
-        self.total, self.examples, self.attacked_now, self.robust = total, 0, 0, 0
+        self.total, self.n_done, self.n_attacked, self.n_robust = total, 0, 0, 0
         self.of_total = f"{total:,}" + (" (process 0's)" if process_count() > 1 else "")
         self.warnings, self.warned_of, self.n_warnings_saved = [], set(), 0
         self.start_time, self.log = time.perf_counter(), logging.getLogger("auto-attack")
@@ -188,7 +188,7 @@ class Watch:
         if record.levelno < logging.WARNING:
             self.bar.set_postfix_str(text[:60])
             if self.bar.disable and match:
-                say(f"  AutoAttack, from example {self.examples + 1:,} of {self.of_total} on: "
+                say(f"  AutoAttack, from example {self.n_done + 1:,} of {self.of_total} on: "
                     f"{float(match[2]):.1f} % robust after {match[1]}")
         else:
             self.warn(text)
@@ -210,19 +210,19 @@ class Watch:
     def count(self, chunk, is_new):
         """Counts a chunk as done. `is_new`: it was attacked just now, not read from a file."""
         n = chunk["right"].shape[1]
-        self.examples, self.robust = self.examples + n, self.robust + int(chunk["right"][1].sum())
+        self.n_done, self.n_robust = self.n_done + n, self.n_robust + int(chunk["right"][1].sum())
         if is_new:
-            self.attacked_now += n
+            self.n_attacked += n
         else:
             for text in chunk["warnings"]:
                 self.warn(text)
             self.n_warnings_saved = len(self.warnings)
         self.bar.update(n)
-        if self.bar.disable and self.attacked_now:
-            seconds = (time.perf_counter() - self.start_time) / self.attacked_now
-            remaining = common.duration(seconds * (self.total - self.examples))
-            say(f"  AutoAttack: {self.examples:,} of {self.of_total} examples done, "
-                f"{self.robust / self.examples:.1%} robust; {remaining} left")
+        if self.bar.disable and self.n_attacked:
+            seconds = (time.perf_counter() - self.start_time) / self.n_attacked
+            remaining = common.duration(seconds * (self.total - self.n_done))
+            say(f"  AutoAttack: {self.n_done:,} of {self.of_total} examples done, "
+                f"{self.n_robust / self.n_done:.1%} robust; {remaining} left")
 
 
 def accuracy_lines(result):

@@ -178,7 +178,7 @@ FLAGS = {
         ("--force", False, bool, "repeat a finished run; the old one is kept until the new one is whole"),
     ],
 }
-SCRIPTS = {  # script: the groups whose flags it has
+GROUPS = {  # script: the groups of FLAGS that it has
     "sat.py": [group for group in FLAGS if group != "ranking"],
     "rank.py": ["network", "data", "training", "machine", "speed of training", "the run", "ranking"],
     "transfer.py": ["data", "threat model", "training", "evaluation (AutoAttack)",
@@ -195,7 +195,7 @@ def dest(flag):
 
 def dests(script):
     """The attributes of args that hold the flags of a script."""
-    return [dest(flag) for group in SCRIPTS[script] for flag, *_ in FLAGS[group]]
+    return [dest(flag) for group in GROUPS[script] for flag, *_ in FLAGS[group]]
 
 
 DEFAULTS = {dest(flag): default for group in FLAGS.values() for flag, default, *_ in group}
@@ -203,7 +203,7 @@ DEFAULTS = {dest(flag): default for group in FLAGS.values() for flag, default, *
 
 def only_flags_of(argv, script):
     """The words of a command line (flags and values) without the flags that the script does not have."""
-    names = {flag for group in SCRIPTS[script] for flag, *_ in FLAGS[group]}
+    names = {flag for group in GROUPS[script] for flag, *_ in FLAGS[group]}
     selected, keep = [], True
     for word in argv:
         if word.startswith("--"):
@@ -240,5 +240,5 @@ def script_parser(script, doc, defaults, checkpoint_help=None, **options):
     parser = Parser(prog=script, usage=f"python {script} {usage}", description=doc, **options)
     if checkpoint_help:
         parser.add_argument("checkpoint", type=file_path, help=checkpoint_help)
-    add_flags(parser, SCRIPTS[script], defaults)
+    add_flags(parser, GROUPS[script], defaults)
     return parser

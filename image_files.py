@@ -59,7 +59,8 @@ def unicode_name(name):
 
 
 def visible(folder, ignored):
-    """The sorted [(name, os.DirEntry)] of a folder. Hidden entries are put on the list ignored["hidden"]."""
+    """The sorted [(name, os.DirEntry)] of a folder. Hidden entries are put on ignored["hidden"],
+    a list of paths."""
     rows = []
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -31,7 +31,7 @@ from train import train
 # A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: the most robust
 # (Sec. 4); of these the one with the highest clean accuracy; of these the latest.
 Best = namedtuple("Best", "robust clean epoch", defaults=(-1, -1, 0))
-COUNTED = ("attacked", "forward", "backward", "forward_equivalents", "seconds")  # summed over the epochs
+SUMMED = ("attacked", "forward", "backward", "forward_equivalents", "seconds")  # over epochs: a run's cost
 
 
 @runs.unlocking
@@ -73,7 +73,7 @@ def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **m
               "device": common.device_name(device), "processes": process_count(),
               "precision": "+".join(sorted({row["precision"] for row in log})),
               "compile": "+".join(sorted({row["compile"] for row in log})),
-              "cost": {k: sum(row[k] for row in log) for k in COUNTED}, **more, **evaluation}
+              "cost": {k: sum(row[k] for row in log) for k in SUMMED}, **more, **evaluation}
     if process_index() == 0:
         runs.save(folder / "robust.pt", per_example)
         runs.write_json(folder / "result.json", result)

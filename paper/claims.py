@@ -8,7 +8,7 @@ import math
 import numpy
 from scipy.stats import spearmanr
 
-from paper.published import NAMES, comparable_data, fig2_accuracy, numbers, published_accuracy
+from paper.published import NAMES, comparable_dataset, fig2_accuracy, numbers, published_accuracy
 from paper.results import grouped, pick
 from paper.stats import (Noise, accuracy_on, contrast, difference, estimate, interval_text, mean_sd,
                          seed_count)
@@ -46,9 +46,9 @@ def compare(claim, published, runs, reference, noise_runs, rule, kind="robust", 
     return claim, published, ours, decision
 
 
-def published_text(figure_name, data, share, *lines, kind="robust"):
+def published_text(figure_name, dataset, share, *lines, kind="robust"):
     """The paper's accuracies on lines of a figure at |A|/N = share as text; "-" for one that it lacks."""
-    values = [published_accuracy(figure_name, data, line, share, kind) for line in lines]
+    values = [published_accuracy(figure_name, dataset, line, share, kind) for line in lines]
     return ", ".join("-" if value is None else f"{value:.1f}" for value in values)
 
 
@@ -135,11 +135,11 @@ def class_order_correlation(ranking, metric):
     return spearmanr(range(len(ranks)), ranks).statistic, len(ranks)
 
 
-def recovery_claim(runs, no_at, half, at, data):
+def recovery_claim(runs, no_at, half, at, dataset):
     """Claim (c): how much of AT's gain in robustness ESAT on the hardest half recovers."""
     ours, decision = "no significant gain of AT", "open"
     published = "-"
-    papers_half, papers_at = (published_accuracy("fig6", data, line, 0.5, "robust")
+    papers_half, papers_at = (published_accuracy("fig6", dataset, line, 0.5, "robust")
                               for line in ("hardest", "AT"))
     if papers_half and papers_at:
         published = f"{papers_half:.1f} of {papers_at:.1f}: {100 * papers_half / papers_at:.0f} %"
@@ -165,33 +165,33 @@ def esat_by_share(runs):
     return by_share
 
 
-def esat_claims(runs, no_at, at, data):
+def esat_claims(runs, no_at, at, dataset):
     """Claims (c), (d), (e) and (h), on ESAT, and on AT, which is ESAT with A = everything."""
     by_share = esat_by_share(runs)
     half = by_share.get(0.5, {}).get("hardest")
     if half and no_at and at:
-        yield recovery_claim(runs, no_at, half, at, data)
+        yield recovery_claim(runs, no_at, half, at, dataset)
     for line, reference, rule, text in (("hardest", "easiest", "above", "hardest beats easiest"),
                                         ("random", "hardest", "not below", "random is competitive: at "
                                          f"most {MARGIN} points below hardest")):
         shares = [share for share, by_order in by_share.items() if {line, reference} <= set(by_order)]
         for share in shares[:1]:  # the smallest that both have
             yield compare(f"(d) at \\|A\\|/N = {share:g} {text}",
-                          published_text("fig6", data, share, line, reference),
+                          published_text("fig6", dataset, share, line, reference),
                           by_share[share][line], by_share[share][reference], runs, rule)
     both = [by_order for by_order in by_share.values() if {"hardest", "easiest"} <= set(by_order)]
     if len(both) > 1:
         sides = [by_order[order] for by_order in (both[0], both[-1]) for order in ("hardest", "easiest")]
         shrinkage = contrast([(sign, side, None) for sign, side in zip((1, -1, -1, 1), sides)], runs)
         ours = [mean_sd(side)[0] for side in sides]
-        values = [published_accuracy("fig6", data, r.order, r.share, "robust") for r, *_ in sides]
+        values = [published_accuracy("fig6", dataset, r.order, r.share, "robust") for r, *_ in sides]
         yield ("(h) the gain of hard over easy shrinks as \\|A\\| grows "
                f"({sides[0][0].share:g} against {sides[2][0].share:g})",
                f"{values[0] - values[1]:+.1f}, {values[2] - values[3]:+.1f}" if all(values) else "-",
                f"{ours[0] - ours[1]:+.1f}, {ours[2] - ours[3]:+.1f}: {interval_text(shrinkage)}",
                verdict("above", shrinkage, sides, runs))
     if no_at and at and not why_e_is_undecided([*no_at, *at]):
-        low, high = (published_text("fig6", data, share, "hardest", kind="clean") for share in (0.1, 0.9))
+        low, high = (published_text("fig6", dataset, share, "hardest", kind="clean") for share in (0.1, 0.9))
         yield compare("(e) AT costs clean accuracy (no AT minus AT, clean)",
                       f"of ESAT hardest alone: {low} (10 %), {high} (90 %)",
                       no_at, at, runs, "above", "clean")
@@ -225,8 +225,8 @@ def complexity_claims(cifar10, cifar100):
         gains = [estimate([(1, hard, None), (-1, easy, None)], pool)
                  for (hard, easy), pool in zip(pairs, (cifar10, cifar100))]
         published = [hard - easy for hard, easy in (
-            [published_accuracy("fig6", data, order, share, "robust") for order in orders]
-            for data in ("cifar10", "cifar100"))]
+            [published_accuracy("fig6", dataset, order, share, "robust") for order in orders]
+            for dataset in ("cifar10", "cifar100"))]
         excess = difference(*gains)
         yield ("(i) abstract, (ii): hard examples beat easy ones by less \"with increasing complexity of "
                f"datasets\" (CIFAR-10 minus CIFAR-100), at \\|A\\|/N = {share:g}",
@@ -248,7 +248,7 @@ def authors_attack_claims(runs, authors_runs):
                           f"{fig2_accuracy(c, c)} ({c})", *sides, runs, rule, classes=[c])
 
 
-def transfer_claims(runs, data):
+def transfer_claims(runs, dataset):
     """Claims (f), on the weights in S-CSAT, and (g), on S-ESAT with 30 % against full AT."""
     csat = pick(runs, split="csat", order="hardest", metric="entropy")
     for (share,), same_size in sorted(grouped(csat, "share").items()):
@@ -256,14 +256,14 @@ def transfer_claims(runs, data):
             heavier, lighter = pick(same_size, weight=more), pick(same_size, weight=less)
             if heavier and lighter:
                 yield compare(f"(f) {same_size[0].size} hardest classes: {more} transfers more robustness "
-                              f"than {less}", published_text("fig7", data, share, more, less),
+                              f"than {less}", published_text("fig7", dataset, share, more, less),
                               heavier, lighter, runs, "above")
     at = pick(runs, split="full")
     at_30_percent = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy")
                      if round(r.share, 2) == 0.3]
     if at_30_percent and at:
         yield compare(f"(g) S-ESAT on the hardest 30 % transfers as robustly as AT (at most {MARGIN} points "
-                      "less)", published_text("fig8", data, 0.3, "hardest", "AT"), at_30_percent, at, runs,
+                      "less)", published_text("fig8", dataset, 0.3, "hardest", "AT"), at_30_percent, at, runs,
                       "not below")
 
 
@@ -274,21 +274,22 @@ def with_pgd(runs):
 
 
 def claims(runs):
-    """{(data, group_name): (rows (claim, paper, ours, verdict), Noise)}, on CIFAR-10 and transfers to it."""
-    tables, groups = {}, grouped(runs, "data", "group_name")
-    for data, group_name in sorted(groups, key=lambda names: "->" in names[0]):
-        pool = with_pgd(groups[data, group_name])
+    """{(dataset, group_name): (rows (claim, paper, ours, verdict), Noise)}, for CIFAR-10 and transfers to it.
+    """
+    tables, groups = {}, grouped(runs, "dataset", "group_name")
+    for dataset, group_name in sorted(groups, key=lambda names: "->" in names[0]):
+        pool = with_pgd(groups[dataset, group_name])
         no_at, at, rows = pick(pool, split="none"), pick(pool, split="full"), []
-        if data == "cifar100->cifar10":
-            rows += transfer_claims(pool, data)
-        elif data == "cifar10":
+        if dataset == "cifar100->cifar10":
+            rows += transfer_claims(pool, dataset)
+        elif dataset == "cifar10":
             rows += [row for weight in FIG2 for row in single_class_claims(pool, no_at, weight)]
-            rows += esat_claims(pool, no_at, at, data)
-            rows += complexity_claims(pool, [r for r in with_pgd(pick(runs, data="cifar100"))
+            rows += esat_claims(pool, no_at, at, dataset)
+            rows += complexity_claims(pool, [r for r in with_pgd(pick(runs, dataset="cifar100"))
                                              if r.conditions in [one.conditions for one in pool[:1]]])
-            rows += authors_attack_claims(pool, pick(groups[data, group_name], attack="pgd-authors"))
-        if rows and not comparable_data(data, pool[0].setting):
+            rows += authors_attack_claims(pool, pick(groups[dataset, group_name], attack="pgd-authors"))
+        if rows and not comparable_dataset(dataset, pool[0].setting):
             rows = [(claim, "-", ours, decision) for claim, _, ours, decision in rows]
         if rows:
-            tables[data, group_name] = sorted(rows, key=lambda row: row[0][:3]), Noise(pool)
+            tables[dataset, group_name] = sorted(rows, key=lambda row: row[0][:3]), Noise(pool)
     return tables

@@ -30,11 +30,11 @@ BARS, PALE = "± standard deviation", "the paper's (pale)"  # the last entries o
 @dataclass
 class Group:
     """The runs of one group in a figure of accuracy against |A|/N."""
-    data: str        # a data set, or source->target
+    dataset: str        # a data set, or source->target
     name: str
-    lines: dict      # {line: {|A|: runs}}
-    baselines: dict  # {"no AT": runs, "AT": runs}
-    paper_data: str  # published.comparable_data
+    lines: dict         # {line: {|A|: runs}}
+    baselines: dict     # {"no AT": runs, "AT": runs}
+    paper_dataset: str  # published.comparable_dataset
 
 
 def canvas(n, columns, width, height, **options):
@@ -48,10 +48,10 @@ def canvas(n, columns, width, height, **options):
     return fig, axes[:n]
 
 
-def heading(data, name, width=60):
-    """A group's title: `data`, and `name` in lines of `width` characters, unbroken within "n = 1,000"."""
+def heading(dataset, name, width=60):
+    """A group's title: `dataset`, and `name` in lines of `width` characters, unbroken within "n = 1,000"."""
     name = name.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
-    return "\n".join([data.replace("->", " → "), *textwrap.wrap(name, width)])
+    return "\n".join([dataset.replace("->", " → "), *textwrap.wrap(name, width)])
 
 
 def save(fig, path, title):
@@ -85,7 +85,7 @@ def curves(path, title, figure_name, groups, panels):
     for i, axis in enumerate(axes):
         group, (part, kind) = groups[i // len(panels)], panels[i % len(panels)]
         if i % len(panels) == 0:
-            axis.set_title(heading(group.data, group.name), loc="left", fontsize=7)
+            axis.set_title(heading(group.dataset, group.name), loc="left", fontsize=7)
         if part == "all":
             draw_published(axis, figure_name, group, kind)
             for line in ("AT", "no AT"):
@@ -116,7 +116,7 @@ def draw_published(axis, figure_name, group, kind):
     pale = {"alpha": 0.45, "linewidth": 0.8, "label": PALE}
     for line in ("AT", "no AT", *group.lines):
         colour, style, marker = look(line)
-        accuracies = {k / 10: published_accuracy(figure_name, group.paper_data, line, k / 10, kind)
+        accuracies = {k / 10: published_accuracy(figure_name, group.paper_dataset, line, k / 10, kind)
                       for k in range(11)}
         points = [(share, accuracy) for share, accuracy in accuracies.items() if accuracy is not None]
         if line in group.baselines and points:
@@ -126,7 +126,7 @@ def draw_published(axis, figure_name, group, kind):
                       **pale)
 
 
-def matrix(path, title, data, group_name, classes, single, no_at, at):
+def matrix(path, title, dataset, group_name, classes, single, no_at, at):
     """Fig. 2 of a group. Left: robust accuracy on A_val and B_val, as bars. Right: robust accuracy class by
     class, as a heat map. single: {class A: runs}."""
     rows = [c for c in classes if c in single]
@@ -153,7 +153,7 @@ def matrix(path, title, data, group_name, classes, single, no_at, at):
     right.set(yticks=range(len(rows)), yticklabels=rows, xlabel="robust accuracy on (%)")
     right.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     right.grid(False)
-    save(fig, path, heading(f"{title}, {data}", group_name, 120))
+    save(fig, path, heading(f"{title}, {dataset}", group_name, 120))
 
 
 def difficulty(path, title, rankings):
@@ -183,7 +183,7 @@ def draw_cost(path, title, groups, ranking_costs):
     """Robust accuracy of each run against the forward passes of its training, one panel for each group of
     runs. ranking_costs: {hash of scores: cost of the ranking}, which is added for the hollow marks."""
     fig, axes = canvas(len(groups), min(2, len(groups)), 4.2, 2.9)
-    for axis, ((data, group_name), runs) in zip(axes, groups.items()):
+    for axis, ((dataset, group_name), runs) in zip(axes, groups.items()):
         for split, label in {"none": "no AT", "full": "AT", "csat": "CSAT", "esat": "ESAT"}.items():
             colour, _, marker = look(label)
             plain = [(r.cost, mean_sd([r])[0], r.scores_hash) for r in runs if r.split == split]
@@ -196,5 +196,5 @@ def draw_cost(path, title, groups, ranking_costs):
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0), useMathText=True)
         axis.set(xlabel="training, in forward passes", ylabel="robust accuracy (%)", xlim=(0, None),
                  ylim=(0, None))
-        axis.set_title(heading(data, group_name), fontsize=7)
+        axis.set_title(heading(dataset, group_name), fontsize=7)
     save(fig, path, title)

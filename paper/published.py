@@ -15,12 +15,12 @@ def numbers():
     return load(HERE / "paper" / "published.json")
 
 
-def published_accuracy(figure_name, data, line, share, kind):
+def published_accuracy(figure_name, dataset, line, share, kind):
     """The paper's accuracy (percent) at |A|/N = share on a line of our figure (all have "AT" and "no AT"), or
-    None if it gives none. data: a data set, or source->target. kind: robust or clean."""
+    None if it gives none. dataset: a data set, or source->target. kind: robust or clean."""
     if line in ("AT", "no AT"):
         figure_name = "baselines"
-    value = numbers()["curves"].get(figure_name, {}).get(data, {}).get(kind, {}).get(line)
+    value = numbers()["curves"].get(figure_name, {}).get(dataset, {}).get(kind, {}).get(line)
     # One number, or {|A|/N as text: number}.
     return value.get(f"{round(share, 2):g}") if isinstance(value, dict) else value
 
@@ -34,10 +34,10 @@ def fig2_accuracy(a, c):
 
 
 @functools.cache
-def published_setting(data):
-    """The flags {dest: value} of the paper's runs on `data`, from configs/, and the N of their training set.
-    Empty for data that the paper does not have."""
-    source, *targets = data.split("->")
+def published_setting(dataset):
+    """The flags {dest: value} of the paper's runs on `dataset`, from configs/, and their N. Empty for a data
+    set that the paper does not have."""
+    source, *targets = dataset.split("->")
     files = [HERE / f"configs/transfer/{target}.yaml" for target in targets]
     if source not in numbers()["data sets"] or not all(file.exists() for file in files):
         return {}
@@ -49,15 +49,15 @@ def published_setting(data):
     return setting
 
 
-def comparable_data(data, setting):
-    """`data`, or "" if runs with another norm or eps than the paper's may not stand beside its numbers."""
-    threat_model = {k: v for k, v in published_setting(data).items() if k.split()[-1] in ("norm", "eps")}
-    return data if all(setting.get(k, v) == v for k, v in threat_model.items()) else ""
+def comparable_dataset(dataset, setting):
+    """`dataset`, or "" if runs with another norm or eps than the paper's may not stand beside its numbers."""
+    threat_model = {k: v for k, v in published_setting(dataset).items() if k.split()[-1] in ("norm", "eps")}
+    return dataset if all(setting.get(k, v) == v for k, v in threat_model.items()) else ""
 
 
-def differences_from_paper(data, setting):
+def differences_from_paper(dataset, setting):
     """A sentence that lists where our setting differs from the paper's. May be empty."""
-    published_flags, differences = published_setting(data), []
+    published_flags, differences = published_setting(dataset), []
     for k in (k for k, v in setting.items() if published_flags.get(k, v) != v):
         ours, published = ((" ".join(map(str, v)) or "none") if isinstance(v, list) else v
                            for v in (setting[k], published_flags[k]))

@@ -28,13 +28,14 @@ class Run:
         args, ranking = training["args"], training.get("ranking") or {}
         self.path = str(path.parent)
         self.transfer = bool(source)
-        self.data = target["dataset"]  # or source->target
+        self.dataset = target["dataset"]  # or source->target
         # Of training: float32, bf16 or bf16+float32. Older transfers say only the head's.
         self.precision = training.get("precision", result.get("precision", "float32"))
         self.seed = args["seed"]
         self.head_seed = target["seed"] if source else 0
         self.split, self.attack = args["split"], args["attack"]
-        self.metric, self.weight = args["metric"], args["weight"]
+        self.metric, self.weight = args["metric"], args["weight"]  # or "own <hash of a file>", "w_A <number>"
+        # --order, or "named" if A was given by class names or a file.
         self.order = "named" if args["classes"] or args.get("subset") else args["order"]
         if self.order in ("random", "redrawn"):
             self.metric = "entropy"  # no metric is used; this value puts them beside the runs by entropy
@@ -53,7 +54,8 @@ class Run:
         self.last_accuracies = last_accuracies(path.parent, result)
         # {part: {kind: {"n", "accuracy", "low", "high"}}}, "classes": {class: {kind: the same and "right"}}
         self.accuracy = result["accuracy"]
-        # What must agree for two runs to stand in one table; `group_name` is its text.
+        # What must agree for two runs to stand in one table, {flag: value} with N, n, "labels" (a hash) and,
+        # in a transfer, "target's <flag>"; `group_name` is its text.
         self.setting = {"N": self.N, **{k: v for k, v in args.items() if k not in NOT_SETTING},
                         "n": self.accuracy["all"]["robust"]["n"], "norm": evaluation["norm"],
                         "eps": evaluation["eps"], "eval_attacks": sorted(evaluation["attacks"]),
@@ -61,7 +63,7 @@ class Run:
         if "precision" in evaluation:  # it is float32 in results that lack it
             self.setting["eval_precision"] = evaluation["precision"]
         if source:
-            self.data = f"{source['dataset']}->{self.data}"
+            self.dataset = f"{source['dataset']}->{self.dataset}"
             self.setting |= {f"target's {k}": v for k, v in target.items() if k not in NOT_SETTING}
             self.setting |= {f"source's {k}": args[k] for k in ("norm", "eps")}
         # 8/255 and 0.031372549 are one eps.
@@ -87,8 +89,8 @@ class Run:
     def configuration(self):
         """Everything that identifies the run except its seeds, over which results are averaged."""
         names = self.A_classes if self.order == "named" else ()
-        return (self.data, self.group_name, self.transfer, self.split, self.order, self.metric, self.weight,
-                self.attack, self.size, names)
+        return (self.dataset, self.group_name, self.transfer, self.split, self.order, self.metric,
+                self.weight, self.attack, self.size, names)
 
     def right(self, kind, c):
         """Which test examples of class c were classified correctly, as bool (n,), in their order."""
@@ -144,7 +146,7 @@ def without_repeats(runs):
 def name_groups(runs):
     """Makes the name of each run's group readable: its most important settings, and those in which it differs
     from other groups of the same data and name."""
-    for data_runs in grouped(runs, "data").values():
+    for data_runs in grouped(runs, "dataset").values():
         groups = list(grouped(data_runs, "group_name").values())
         settings = [group[0].setting for group in groups]
         names = [setting_as_text(setting) for setting in settings]
@@ -203,7 +205,7 @@ def ranking_cautions(runs, rankings):
     for ranking in rankings.values():
         hashes.setdefault(ranking["fingerprint"]["name"], set()).update(ranking.get("scores", {}).values())
     outdated = [r for r in runs if r.scores_hash and not r.metric.startswith("own")
-                and r.scores_hash not in hashes.get(r.data.split("->")[0], {r.scores_hash})]
+                and r.scores_hash not in hashes.get(r.dataset.split("->")[0], {r.scores_hash})]
     if outdated:
         cautions.append(f"Caution: the ranking of {len(outdated)} of these runs is no longer there "
                         f"(the first: {outdated[0].path}).")
@@ -215,7 +217,7 @@ def write_csv(path, runs):
     rows = []
     for r in runs:
         ordered = r.split in ("csat", "esat")
-        row = {"run": r.path, "data": r.data, "split": r.split, "A": r.n_A, "N": r.N, "share": r.share,
+        row = {"run": r.path, "data": r.dataset, "split": r.split, "A": r.n_A, "N": r.N, "share": r.share,
                "order": r.order if ordered else "", "classes": ";".join(r.A_classes),
                "metric": r.metric if ordered and r.order in ("hardest", "easiest") else "",
                "weight": r.weight if ordered else "", "w_A": r.w_A, "attack": r.attack if r.n_A else "",

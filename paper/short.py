@@ -3,7 +3,7 @@ import functools
 import statistics
 
 from paper import claims, figures
-from paper.published import comparable_data, fig2_accuracy, published_accuracy
+from paper.published import comparable_dataset, fig2_accuracy, published_accuracy
 from paper.results import grouped, pick
 from paper.stats import cell
 from paper.tables import BASELINES, CLEAN, ROBUST, lines_of, markdown
@@ -14,14 +14,15 @@ NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Cost: pas
          "CIFAR-10.")
 
 
-def largest_group(runs, data):
-    """Of the groups of runs on `data` the one with the most runs by PGD. May be empty."""
-    return max(grouped(pick(runs, data=data, attack="pgd"), "group_name").values(), key=len, default=[])
+def largest_group(runs, dataset):
+    """Of the groups of runs on `dataset` the one with the most runs by PGD. May be empty."""
+    return max(grouped(pick(runs, dataset=dataset, attack="pgd"), "group_name").values(), key=len, default=[])
 
 
-def rows_of_runs(group, paper_data):
-    """Yields (name of A, runs, the paper's robust accuracy) on CIFAR-10. paper_data: of comparable_data."""
-    published = functools.partial(published_accuracy, "fig6", paper_data, kind="robust")
+def rows_of_runs(group, paper_dataset):
+    """Yields (name of A, runs, the paper's robust accuracy) on CIFAR-10. paper_dataset: of
+    comparable_dataset."""
+    published = functools.partial(published_accuracy, "fig6", paper_dataset, kind="robust")
     yield "nothing (no AT)", pick(group, split="none"), published("no AT", 0)
     by_share = claims.esat_by_share(pick(group, weight="vanilla"))
     for share, orders in ((0.1, ("easiest", "hardest", "random")), (0.5, ("hardest", "random"))):
@@ -31,16 +32,16 @@ def rows_of_runs(group, paper_data):
     yield "everything (AT)", pick(group, split="full"), published("AT", 1)
     single = claims.single_classes(pick(group, weight="balanced"))
     for name, c in (("hardest", "cat"), ("easiest", "automobile")):
-        yield f"{name} class ({c})", single.get(c, []), fig2_accuracy(c, "B_val") if paper_data else None
+        yield f"{name} class ({c})", single.get(c, []), fig2_accuracy(c, "B_val") if paper_dataset else None
 
 
-def transfer_rows(moved, paper_data):
+def transfer_rows(moved, paper_dataset):
     """Like rows_of_runs, for transfers from CIFAR-100 to CIFAR-10."""
     esat = pick(moved, split="esat", order="hardest", metric="entropy", weight="emphasis")
     for name, line, share, runs in (
             ("hardest 30 %", "hardest", 0.3, [r for r in esat if round(r.share, 3) == 0.3]),
             ("everything", "AT", 1, pick(moved, split="full"))):
-        yield f"transfer: {name}", runs, published_accuracy("fig8", paper_data, line, share, "robust")
+        yield f"transfer: {name}", runs, published_accuracy("fig8", paper_dataset, line, share, "robust")
 
 
 def body_of_table(rows, at):
@@ -66,10 +67,10 @@ def section(runs, figure_folder):
     if not group:
         return []
     baselines = {line: pick(group, split=split) for line, split in BASELINES.items()}
-    paper_data = comparable_data("cifar10", group[0].setting)
-    body = body_of_table(rows_of_runs(group, paper_data), baselines["AT"])
+    paper_dataset = comparable_dataset("cifar10", group[0].setting)
+    body = body_of_table(rows_of_runs(group, paper_dataset), baselines["AT"])
     if moved:
-        body += body_of_table(transfer_rows(moved, comparable_data(MOVED, moved[0].setting)),
+        body += body_of_table(transfer_rows(moved, comparable_dataset(MOVED, moved[0].setting)),
                               pick(moved, split="full"))
     if not body:
         return []
@@ -78,7 +79,7 @@ def section(runs, figure_folder):
     lines = lines_of(pick(group, split="esat", metric="entropy", weight="vanilla"), "order")
     if lines:
         title = "ESAT: accuracy by the share of the examples that are attacked"
-        drawn = figures.Group("cifar10", group[0].group_name, lines, baselines, paper_data)
+        drawn = figures.Group("cifar10", group[0].group_name, lines, baselines, paper_dataset)
         figures.curves(figure_folder / "short", title, "fig6", [drawn], [ROBUST, CLEAN])
         paragraphs.insert(1, f"![{title}](figures/short.png)")
     return paragraphs

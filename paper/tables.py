@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import flags
 from paper import claims, figures
-from paper.published import (NAMES, comparable_data, differences_from_paper, fig2_accuracy,
+from paper.published import (NAMES, comparable_dataset, differences_from_paper, fig2_accuracy,
                              numbers, published_accuracy)
 from paper.results import grouped, pick, ranking_cautions, result_files
 from paper.stats import cell, mean_sd, no_at_cell, seed_count
@@ -66,7 +66,7 @@ def curve_table(figure, group):
     rows = [(line, runs, float(line == "AT")) for line, runs in group.baselines.items() if runs]
     rows += [(line, runs, runs[0].share) for line, by_size in group.lines.items()
              for runs in by_size.values()]
-    published = functools.partial(published_accuracy, figure.name, group.paper_data)
+    published = functools.partial(published_accuracy, figure.name, group.paper_dataset)
     kinds = [kind for kind in ("robust", "clean")
              if any(published(line, share, kind) is not None for line, _, share in rows)]
     head, body = [figure.line_attribute, "\\|A\\|", "\\|A\\|/N", "w_A", "seeds"], []
@@ -95,19 +95,19 @@ def curve_section(runs, figure_folder, figure, rankings):
     candidates = [r for r in runs if r.order != "named"]
     groups, paragraphs = [], [f"## {figure.title}", f"![{figure.title}](figures/{figure.name}.png)"]
     selected = pick(candidates, split=figure.split, transfer=figure.transfer, **usual)
-    for (data, name), in_group in grouped(selected, "data", "group_name").items():
+    for (dataset, name), in_group in grouped(selected, "dataset", "group_name").items():
         lines, setting = lines_of(in_group, figure.line_attribute), in_group[0].setting
         if figure.line_attribute != "order" and set(lines) == {usual_line}:
             continue  # these runs are in Fig. 6, 8 or 15
-        baselines = {line: pick(runs, data=data, group_name=name, attack="pgd", split=split)
+        baselines = {line: pick(runs, dataset=dataset, group_name=name, attack="pgd", split=split)
                      for line, split in BASELINES.items()}
-        groups.append(figures.Group(data, name, lines, baselines, comparable_data(data, setting)))
+        groups.append(figures.Group(dataset, name, lines, baselines, comparable_dataset(dataset, setting)))
         sizes = sorted({size for by_size in lines.values() for size in by_size})
         missing = [f"{line} at |A| = {size:,}" for line, by_size in lines.items() for size in sizes
                    if size not in by_size]
         missing += [f"the baseline {line}" for line in baselines if not baselines[line]]
-        paragraphs += [f"### {data}: {name}", curve_table(figure, groups[-1]),
-                       differences_from_paper(data, setting), ranking_cautions(in_group, rankings),
+        paragraphs += [f"### {dataset}: {name}", curve_table(figure, groups[-1]),
+                       differences_from_paper(dataset, setting), ranking_cautions(in_group, rankings),
                        f"Missing runs of these lines: {', '.join(missing)}." if missing else ""]
     if not groups:
         return [paragraphs[0], "No runs yet."]
@@ -161,7 +161,7 @@ def authors_attack_table(by_authors, by_pgd):
 def matrix_section(runs, figure_folder):
     """Fig. 2: bars for A_val and B_val, and the robust accuracies class by class."""
     title, paragraphs, i = "Fig. 2: CSAT on a single class", [], 0
-    for (data, name), in_group in grouped(pick(runs, transfer=False), "data", "group_name").items():
+    for (dataset, name), in_group in grouped(pick(runs, transfer=False), "dataset", "group_name").items():
         group = pick(in_group, attack="pgd")
         for weight, formula in claims.FIG2.items():
             single, by_authors = (claims.single_classes(pick(in_group, weight=weight, attack=attack))
@@ -171,18 +171,18 @@ def matrix_section(runs, figure_folder):
             i += 1
             file = "fig2" if i == 1 else f"fig2-{i}"
             classes, setting = list(group[0].accuracy["classes"]), group[0].setting
-            comparable = comparable_data(data, setting) == "cifar10"
+            comparable = comparable_dataset(dataset, setting) == "cifar10"
             missing = [f"A = {c}" for c in classes if c not in single]
             missing += [f"the baseline {line}" for line, split in BASELINES.items()
                         if not pick(group, split=split)]
-            figures.matrix(figure_folder / file, f"{title}, {weight}", data, name, classes, single,
+            figures.matrix(figure_folder / file, f"{title}, {weight}", dataset, name, classes, single,
                            pick(group, split="none"), pick(group, split="full"))
-            paragraphs += [f"![{title}](figures/{file}.png)", f"### {data}: {formula}; {name}",
+            paragraphs += [f"![{title}](figures/{file}.png)", f"### {dataset}: {formula}; {name}",
                            "In brackets: the paper's." if comparable else "",
                            matrix_table(group, classes, single, comparable),
                            f"Missing runs: {', '.join(missing)}." if missing else "",
                            claims.agreement_with_fig2(classes, single) if comparable else "",
-                           differences_from_paper(data, setting)]
+                           differences_from_paper(dataset, setting)]
             if by_authors:
                 paragraphs += ["With the training attack of the authors' code, beside PGD:",
                                authors_attack_table(by_authors, single)]
@@ -195,17 +195,17 @@ def difficulty_section(rankings, figure_folder):
     title, paragraphs, drawn, fig3 = "Fig. 3: class entropy and class error", [], {}, numbers()["fig3"]
     fig3_by_class = dict(zip(fig3["classes"], zip(fig3["mean_entropy_nats"], fig3["error_fraction"])))
     for path, ranking in rankings.items():
-        rows, data = ranking["classes_hardest_first"], ranking["fingerprint"]["name"]
-        name = f"{data}: {ranking['args']['arch']}, {ranking['epochs']} epochs"
+        rows, dataset = ranking["classes_hardest_first"], ranking["fingerprint"]["name"]
+        name = f"{dataset}: {ranking['args']['arch']}, {ranking['epochs']} epochs"
         name += f" ({path.parent.name})" if name in drawn else ""
         drawn[name] = rows
         metrics = [m for m in flags.METRICS if m in rows[0]]
         head, body = ["class, hardest first", *metrics, "clean error %", "n"], []
-        head += ["paper entropy", "paper error %"] if data == "cifar10" else []
+        head += ["paper entropy", "paper error %"] if dataset == "cifar10" else []
         for r in rows if len(rows) <= 20 else rows[:10] + rows[-10:]:
             error = "-" if r["clean_error"] is None else f"{100 * r['clean_error']:.1f}"
             body.append([r["class"], *(f"{r[m]:.4f}" for m in metrics), error, str(r["n"])])
-            if data == "cifar10":
+            if dataset == "cifar10":
                 published = fig3_by_class.get(NAMES.get(r["class"], r["class"]))
                 body[-1] += [f"{published[0]:.4f}", f"{100 * published[1]:.1f}"] if published else ["-", "-"]
         notes = [f"Spearman's correlation of {pair} over examples: {rho:.3f}."
@@ -225,11 +225,11 @@ def difficulty_section(rankings, figure_folder):
 def claims_section(runs):
     """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
     paragraphs = ["## The paper's claims"]
-    for (data, group_name), (rows, noise) in claims.claims(runs).items():
-        of_claims = claims.with_pgd(pick(runs, data=data, group_name=group_name))
+    for (dataset, group_name), (rows, noise) in claims.claims(runs).items():
+        of_claims = claims.with_pgd(pick(runs, dataset=dataset, group_name=group_name))
         baselines = [r for r in of_claims if r.split in BASELINES.values()]
-        paragraphs += [f"### {data}: {group_name}", markdown(["claim", "paper", "ours", "verdict"], rows),
-                       str(noise), "" if "->" in data else claims.why_e_is_undecided(baselines)]
+        paragraphs += [f"### {dataset}: {group_name}", markdown(["claim", "paper", "ours", "verdict"], rows),
+                       str(noise), "" if "->" in dataset else claims.why_e_is_undecided(baselines)]
     return paragraphs if len(paragraphs) > 1 else []
 
 
@@ -253,7 +253,7 @@ def cost_section(runs, rankings, figure_folder):
     title = "Robust accuracy against the cost of training"
     ranking_costs = {hash_of_scores: ranking["cost"] for ranking in rankings.values()
                      for hash_of_scores in ranking.get("scores", {}).values()}
-    groups = {k: group for k, group in grouped(pick(runs, transfer=False), "data", "group_name").items()
+    groups = {k: group for k, group in grouped(pick(runs, transfer=False), "dataset", "group_name").items()
               if len({r.split for r in group}) > 1}
     if not groups:
         return [f"## {title}", "No runs yet."]

@@ -24,7 +24,7 @@ from runs import load
 
 CLASSES = experiments.CIFAR10
 FIG5, FIG6, *_ = tables.CURVE_FIGURES
-MOVED = {"transfer": True, "data": "cifar100->cifar10", "n_classes": 100}
+MOVED = {"transfer": True, "dataset": "cifar100->cifar10", "n_classes": 100}
 SETTING = {**published.published_setting("cifar10"), "n": 1000}
 
 
@@ -193,7 +193,8 @@ def test_hard_and_easy_examples_on_two_data_sets():
     def rows(other):
         return [row for row in claims.claims([*ours, *other])["cifar10", "g"][0] if row[0][:3] == "(i)"]
     ours = [*three("esat", 0.45), *three("esat", 0.20, order="easiest")]
-    hard, easy = three("esat", 0.24, data="cifar100"), three("esat", 0.15, order="easiest", data="cifar100")
+    hard = three("esat", 0.24, dataset="cifar100")
+    easy = three("esat", 0.15, order="easiest", dataset="cifar100")
     excess = stats.difference(*(stats.estimate([(1, one, None), (-1, other, None)], [*one, *other])
                                 for one, other in ((ours[:3], ours[3:]), (hard, easy))))
     (_, *row), = rows([*hard, *easy])
@@ -314,10 +315,10 @@ def test_every_setting_that_is_not_the_papers_is_named():
             ("target's epochs", 3, "target's epochs 3 (40)"), ("N", 5000, "N 5000 (50000)")):
         assert text in published.differences_from_paper("cifar100->cifar10", {**ours, key: value})
     one = published_run("cifar100-cpu-full-seed0-seed0", source={"eps": 2.0})
-    assert "source's eps 2.0 (0.5)" in published.differences_from_paper(one.data, one.setting)
-    assert published.comparable_data(one.data, one.setting) == ""
+    assert "source's eps 2.0 (0.5)" in published.differences_from_paper(one.dataset, one.setting)
+    assert published.comparable_dataset(one.dataset, one.setting) == ""
     for other, data in (({}, "cifar10"), ({"norm": "linf"}, ""), ({"eps": 1.0}, "")):
-        assert published.comparable_data("cifar10", {**SETTING, **other}) == data
+        assert published.comparable_dataset("cifar10", {**SETTING, **other}) == data
 
 
 def test_repeats_are_no_seeds_and_groups_are_named_by_what_differs(capsys):
@@ -546,7 +547,7 @@ def test_claims_are_of_pgd_and_entropy_and_the_papers_weights(other):
 
 
 def test_the_ranking_of_a_transfer_is_sought_among_those_of_its_source():
-    moved = run("esat", 0.5, transfer=True, data="cifar100->cifar10", scores_hash="x")
+    moved = run("esat", 0.5, transfer=True, dataset="cifar100->cifar10", scores_hash="x")
     for data, scores, caution in (("cifar100", "y", True), ("cifar100", "x", False), ("cifar10", "y", False)):
         ranking = {"fingerprint": {"name": data}, "scores": {"entropy": scores}}
         text = results.ranking_cautions([moved], {"rank.json": ranking})
