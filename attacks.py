@@ -69,11 +69,13 @@ def random_start(x, eps, norm, generator=None):
 
 def check_logits(model, x, y):
     """Raises ValueError unless the model gives logits (N, C) of two classes or more for images like x, and
-    the labels y are among these classes. It looks at the first image alone."""
+    the labels y are among these classes. It runs the model on the first image alone."""
     try:
         with eval_mode(model), torch.no_grad():
             logits = model(x[:1])
     except RuntimeError as e:
+        if isinstance(e, torch.cuda.OutOfMemoryError):
+            raise
         raise ValueError(f"the model does not take {x.dtype} images {tuple(x.shape[1:])} on {x.device} "
                          f"({str(e).splitlines()[0]}); for autoattack make it float32: model.float()") from e
     shape = tuple(getattr(logits, "shape", ()))
@@ -134,7 +136,7 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step_fun
 
     It starts at delta = `start`, for instance random_start(x, eps, norm), or at 0. The model is attacked in
     eval mode; its mode, parameters and their .grad are left as they were. `step_function` does one iteration,
-    say a compiled pgd_step. Raises ValueError as check() does; check_input=False skips this wait of a GPU.
+    say a compiled pgd_step. Raises ValueError as check() does; check_input=False leaves it out (a GPU waits).
     """
     if check_input:
         check(model, x, y, norm, eps, start, steps, step_size)
@@ -235,9 +237,8 @@ def has_zero_gradient(model, x, y):
 def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.nullcontext):
     """AutoAttack on one batch. Returns (clean, robust), bool (N,) each. `precision` is as in autoattack.
 
-    Raises ValueError as check() does, FloatingPointError for logits that are not finite, which the package
-    would count as robust, and ArithmeticError for images outside ball or box, or if more are right after it.
-    """
+    Raises ValueError as check() does, FloatingPointError for logits that are not finite (the package takes
+    them for robust), ArithmeticError for images outside ball or box, or if more are right after it."""
     from pyautoattack import AutoAttack
     check(model, x, y, norm, eps)
     clean = finite_logits(model, x).argmax(1) == y
@@ -269,9 +270,8 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
     they change the result. The package logs its progress and warnings to the logger "auto-attack". This
     function warns there if apgd-ce is the only attack and its gradient is 0 for more than 1 % of the right
-    examples (a saturated softmax). With precision=f the attack runs in the context f(), as of TF32. Clean
-    accuracy is measured outside f(); an example whose adversarial image is right there is attacked again
-    there. Raises what attack_batch does.
+    examples (a saturated softmax). With precision=f the attack runs in the context f(), as of TF32, and again
+    without it on what is right without it, as clean accuracy is measured. Raises what attack_batch does.
     """
     if batch_size < 1 or len(x) != len(y):
         raise ValueError(f"{len(x)} images, {len(y)} labels, batch_size {batch_size}: give a label for each")

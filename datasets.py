@@ -26,7 +26,8 @@ TABLE_1 = {  # classes, training images, test images
 
 def read_dataset(name, root, side=None):
     """(train, test, classes) of the data set `name` under the folder `root`. UserError if it is not there or
-    cannot be used. A publisher's small images are saved as <name>.pt. `side`: as in image_folder()."""
+    cannot be used. A publisher's small images are saved as <name>.pt. `side`: the --side of streamed images,
+    if the user gave one: then small images that are not square or not of one size are streamed, too."""
     path, folder = root / f"{name}.pt", root / name
     # The paper's sets need train/: torchvision has a folder caltech256/ as well.
     is_image_folder = (folder / "train" if name in TABLE_1 else folder).is_dir() and name != "imagenet200"

@@ -63,7 +63,8 @@ def stored_flags(folder, final_file):
 
 
 def is_finished(folder, args, final_file):
-    """Whether the run has its `final_file` and is not to be repeated. UserError if it has other flags."""
+    """Whether the run has its `final_file` and is not to be repeated. UserError if the folder has a run,
+    finished or begun, by other flags."""
     if args.force:
         return False
     if stored := stored_flags(folder, final_file):

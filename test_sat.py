@@ -233,6 +233,13 @@ def test_autoattack_is_not_trusted_blindly(result, message, monkeypatch):
     assert not attacks.autoattack(model, x, y, eps=0.1)[1].any(), "what was wrong is not robust"
 
 
+def test_a_full_gpu_is_not_taken_for_a_network_that_does_not_fit():
+    model, (x, y) = net(), images()
+    model.forward = mock.Mock(side_effect=torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        attacks.pgd(model, x, y, eps=0.1, step_size=0.1)
+
+
 def chosen(split, **options):
     """The indices of A among seven examples. Class a has the highest sum of scores, c the highest mean."""
     y, scores = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([0.7, 0.1, 0.9, 0.7, 0.2, 0.9, 0.7])

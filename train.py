@@ -29,7 +29,7 @@ def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
     """One SGD step on Eq. 2. Returns (loss, logits), detached.
 
     x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64
-    (perhaps none, or one twice); w (b,) and w_sum: as sat_loss takes them. attack(x, y) returns adversarial
+    (perhaps none, or one repeatedly); w (b,), w_sum: as sat_loss takes them. attack(x, y) returns adversarial
     examples, as functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does (if net is distributed, of
     net.module); with `start` (|a|, C, H, W) it is attack(x, y, start=start). It must not write to .grad.
     """
@@ -136,7 +136,7 @@ class EpochSums:
 
     def __init__(self, device):
         self.totals = torch.zeros(3, device=device)  # loss, right predictions, steps
-        self.first_bad = torch.zeros((), device=device)  # the first step that is not finite; inf for none
+        self.first_bad = torch.zeros((), device=device)  # the first step not finite; reset(): inf
 
     def reset(self):
         """Starts an epoch."""

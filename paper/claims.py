@@ -260,7 +260,7 @@ def transfer_claims(runs, dataset):
                               heavier, lighter, runs, "above")
     at = pick(runs, split="full")
     at_30_percent = [r for r in pick(runs, split="esat", order="hardest", weight="emphasis", metric="entropy")
-                     if round(r.share, 2) == 0.3]
+                     if round(r.share, 3) == 0.3]
     if at_30_percent and at:
         yield compare(f"(g) S-ESAT on the hardest 30 % transfers as robustly as AT (at most {MARGIN} points "
                       "less)", published_text("fig8", dataset, 0.3, "hardest", "AT"), at_30_percent, at, runs,

@@ -111,7 +111,7 @@ class Cost:
 
 
 def cost(flag_values, dataset, plain_passes, share=0.0, attack_steps=0, robust_share=None):
-    """The Cost of training on a data set by `flag_values`, {flag: value}, and of AutoAttack on the result.
+    """The Cost of training on a data set by `flag_values`, {dest: value}, and of AutoAttack on the result.
     plain_passes: of an example and epoch, without attacks. share: |A|/N. robust_share: of the test examples,
     None if nothing is evaluated."""
     (n, n_test, side), epochs, evaluation = IMAGES[dataset], flag_values["epochs"], 0

@@ -22,7 +22,7 @@ def published_accuracy(figure_name, dataset, line, share, kind):
         figure_name = "baselines"
     value = numbers()["curves"].get(figure_name, {}).get(dataset, {}).get(kind, {}).get(line)
     # One number, or {|A|/N as text: number}.
-    return value.get(f"{round(share, 2):g}") if isinstance(value, dict) else value
+    return value.get(f"{round(share, 3):g}") if isinstance(value, dict) else value
 
 
 def fig2_accuracy(a, c):

@@ -135,7 +135,8 @@ def interval(value, variance, df):
 
 
 def contrast(terms, noise_runs, kind="robust"):
-    """The sum of weight * accuracy over terms with its 95 % interval: (value, low, high). See estimate."""
+    """The sum of weight * accuracy over terms, [(weight, runs, classes)], as (value, low, high) with its 95 %
+    interval. See estimate."""
     return interval(*estimate(terms, noise_runs, kind))
 
 

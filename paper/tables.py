@@ -197,7 +197,7 @@ def difficulty_section(rankings, figure_folder):
     for path, ranking in rankings.items():
         rows, dataset = ranking["classes_hardest_first"], ranking["fingerprint"]["name"]
         name = f"{dataset}: {ranking['args']['arch']}, {ranking['epochs']} epochs"
-        name += f" ({path.parent.name})" if name in drawn else ""
+        name += f" ({path.parent})" if name in drawn else ""
         drawn[name] = rows
         metrics = [m for m in flags.METRICS if m in rows[0]]
         head, body = ["class, hardest first", *metrics, "clean error %", "n"], []
