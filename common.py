@@ -191,13 +191,16 @@ def script(main):
         tell_torchrun(f"error: {e}")
         code = 2
     except KeyboardInterrupt as e:
-        say("stopped: the same command, without --force, goes on from the last epoch or AutoAttack "
-            "chunk that was saved", sys.stderr)
+        say("stopped: the same command, without --force if it trains, goes on from the last epoch or "
+            "AutoAttack chunk that was saved", sys.stderr)
         code = 128 + e.args[0]
     except RuntimeError as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(e).split())[:200]
             sys.exit(f"error: torch.compile failed ({reason}): give --compile off")
+        if type(e).__name__ == "OutOfMemoryError":
+            sys.exit(f"error: {process_prefix()}the GPU's memory is full: free some, or lower --batch-size "
+                     "(training) or --eval-batch (AutoAttack)")
         signs_of_loss = ["DataLoader worker"]
         if process_count() > 1:
             signs_of_loss += ["gloo", "NCCL", "Connection closed", "Connection reset"]

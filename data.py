@@ -40,7 +40,8 @@ class Split:
         `device`. `crop_seeds`: for each batch a list with a seed for the crop of each streamed image."""
         if self.streamed:
             crop_seeds = crop_seeds or [[None] * len(index) for index in batches]
-            images = self.x.load([list(zip(index.tolist(), s)) for index, s in zip(batches, crop_seeds)])
+            items = [list(zip(index.tolist(), seeds)) for index, seeds in zip(batches, crop_seeds)]
+            images = self.x.load(items, device)
         else:
             images = (self.x[index.to(self.x.device)] for index in batches)
         for x in images:

@@ -129,7 +129,6 @@ def autoattack_accuracy(model, data, index, settings, folder):
     parts_of_key = [weights_hash(model.state_dict()), without_images, index.tolist(), settings]
     key = json.dumps(parts_of_key, sort_keys=True)
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
     chunks = list(enumerate(index.split(settings["batch_size"])))[process_index()::process_count()]
     device = next(model.parameters()).device
     right = torch.zeros(2, len(index), dtype=torch.int32, device=device)  # clean, robust
@@ -150,6 +149,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
                         seed=settings["seed"] + c, precision=precision)), "warnings": watch.new_warnings()}
                 except (ArithmeticError, ValueError) as e:
                     raise UserError(str(e)) from None
+                folder.mkdir(parents=True, exist_ok=True)  # an equal evaluation that ends deletes it
                 runs.save(path, chunk)
             first = c * settings["batch_size"]
             right[:, first:first + len(indices)] = chunk["right"].to(device)
@@ -252,7 +252,7 @@ def result_of_finished_run(folder, args):
     if settings == {**stored, "precision": result["args"].get("eval_precision") or "float32"}:
         say(f"{folder} is finished (--force repeats it)\n{accuracy_lines(result)}")
         return result
-    say(f"{folder} is finished (--force repeats it); its best.pt is evaluated again by the new flags")
+    say(f"{folder} is finished (--force repeats it); its best.pt is evaluated by the new flags")
     path = folder / "best.pt"
     return {**result, **evaluate_checkpoint(path, *load_model(path), args)}
 
@@ -268,7 +268,7 @@ def evaluate_checkpoint(path, model, ckpt, args, force=False):
     file, chunk_folder = (path.with_name(f"eval-{key}{end}") for end in (".json", "-chunks"))
     if file.exists() and not force:
         result = runs.load(file, ("settings", "accuracy"))
-        say(f"{file} is there already (--force repeats it)\n{accuracy_lines(result)}")
+        say(f"{file} is there already (evaluate.py --force repeats it)\n{accuracy_lines(result)}")
         return result
     say(f"evaluating {path} ({data.name}, epoch {ckpt['epoch']}) on {device}")
     _, result = evaluate(model.to(device), data, settings, chunk_folder, ckpt["A_classes"])

@@ -259,14 +259,15 @@ class ImageFiles(Dataset):
             image = T.resized_crop(image, *box, [self.side, self.side])
         return T.pil_to_tensor(image)
 
-    def load(self, batches):
-        """Yields a uint8 tensor (n, 3, side, side) for each list of (position, seed) in `batches`."""
+    def load(self, batches, device):
+        """Yields a uint8 tensor (n, 3, side, side) for each list of (position, seed) in `batches`, on the CPU
+        (for a GPU as `device` in memory that is copied fast)."""
         try:
             with contextlib.ExitStack() as stack:  # as many files as the processes need, or torch would print
                 for _ in range(10 * self.workers):  # a traceback of its own
                     stack.enter_context(open(os.devnull))
             yield from DataLoader(self, batch_sampler=batches, num_workers=self.workers,
-                                  pin_memory=torch.cuda.is_available())
+                                  pin_memory=torch.device(device).type == "cuda")
         except UserError as e:  # from a worker, the message is a traceback
             raise UserError(str(e).splitlines()[-1].removeprefix("common.UserError: ")) from None
         except (OSError, RuntimeError) as e:

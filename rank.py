@@ -213,8 +213,11 @@ def scores_for(args, data, device):
     path = folder / "scores.pt"
     check_metrics([args.metric], data)
     if not from_process_0(path.exists()):
-        say(f"there is no {path}: ranking the examples first")
         rank_args.metrics = metrics_of(folder)
+        if args.metric not in (rank_args.metrics or flags.METRICS):  # refused before it is trained, not after
+            raise UserError(f"{folder} was begun with --metrics {' '.join(rank_args.metrics)}, without "
+                            f"{args.metric}: make it again with rank.py --force")
+        say(f"there is no {path}: ranking the examples first")
         rank_examples(folder, rank_args, data, device)
     if not path.exists():
         raise UserError(f"{folder} has a rank.json, but no scores.pt: make it again with rank.py --force")

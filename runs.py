@@ -124,6 +124,7 @@ def start_run(folder, args, final_file="result.json"):
     except BlockingIOError:
         say(f"{folder} is being made by another process: waiting for it")
         lock_exclusively(lock_file)
+        args.force &= "force" in args.typed  # else it is of an outdated run, which was just repeated
     if is_finished(folder, args, final_file):
         end_run(folder)
         return from_process_0(True)

@@ -184,7 +184,8 @@ def run_folder(args):
 
 def folder_of_same_size(args, folder, n):
     """The folder of an earlier run with these flags and the same |A|, of n examples or classes, given in
-    another way, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets its amount."""
+    another way, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets its amount. Runs
+    with names of their own (--run) are left alone."""
     size = subset_size(args.frac or args.size, n)
     for path in sorted(folder.parent.glob("[!.]*/args.json")):  # not .old-<run>, which --force put aside
         stored = {}
@@ -194,7 +195,7 @@ def folder_of_same_size(args, folder, n):
         value = amount["frac"] or amount["size"]
         same_flags = argparse.Namespace(**{**vars(args), **amount})
         is_alike = value and not runs.flag_differences(stored, same_flags)  # --split too, so the unit of n
-        if is_alike and subset_size(value, n) == size:
+        if is_alike and subset_size(value, n) == size and run_folder(same_flags)[0] == path.parent:
             vars(args).update(amount)
             return path.parent
     return folder

@@ -126,6 +126,43 @@ def test_the_same_A_by_another_amount_is_the_same_run(words, others, monkeypatch
     assert len(models) == 1, "another |A| is another run"
 
 
+@pytest.mark.parametrize("words", ["--frac 0.3", "--size 29"])
+def test_a_run_with_a_name_of_its_own_is_not_taken_for_one_of_the_same_A(words):
+    """As those of run_all.sh digits, for which README's commands would else be finished."""
+    args = sat.command_line([*SAT, "--frac", "0.3", "--run", "quick"])
+    folder = sat.run_folder(args)[0]
+    folder.mkdir(parents=True)
+    runs.write_json(folder / "args.json", runs.identity(args))
+    other = sat.command_line([*SAT, *words.split()])
+    default = sat.run_folder(other)[0]
+    assert sat.folder_of_same_size(other, default, 96) == default
+
+
+@pytest.mark.parametrize("typed", [set(), {"force"}])
+def test_an_outdated_run_is_repeated_once_by_two_commands(typed, monkeypatch):
+    """The second has waited for the first. A --force that was typed counts."""
+    def lock(file, options=0):
+        if options:
+            runs.write_json(folder / "result.json", {"args": runs.identity(args)})
+            raise BlockingIOError
+    args = sat.command_line(ONE_EPOCH)
+    args.force, args.typed, folder = True, typed, R
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(runs, "lock_exclusively", lock)
+    assert runs.start_run(folder, args) is (typed == set())
+
+
+def test_a_metric_that_a_stopped_ranking_lacks_is_refused_before_the_ranking(monkeypatch):
+    args = sat.command_line([*SAT, "--metric", "svar"])
+    folder = rank.ranking_folder(rank.ranking_args(args))
+    folder.mkdir(parents=True)
+    runs.write_json(folder / "args.json", {**runs.identity(rank.ranking_args(args)), "metrics": ["entropy"]})
+    models = trained(monkeypatch)
+    with pytest.raises(UserError, match="begun with --metrics entropy, without svar"):
+        sat.main([*SAT, "--metric", "svar"])
+    assert models == []
+
+
 def test_main_returns_the_result_and_load_model_a_network_in_eval_mode(monkeypatch):
     def attack_batch(*a, **k):
         logging.getLogger("auto-attack").warning("zero gradient on 3 of 5 points")
