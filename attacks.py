@@ -136,7 +136,7 @@ def pgd(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None, step_fun
 
     It starts at delta = `start`, for instance random_start(x, eps, norm), or at 0. The model is attacked in
     eval mode; its mode, parameters and their .grad are left as they were. `step_function` does one iteration,
-    say a compiled pgd_step. Raises ValueError as check() does; check_input=False leaves it out (a GPU waits).
+    say a compiled pgd_step. Raises ValueError as check() does; check_input=False saves the wait for a GPU.
     """
     if check_input:
         check(model, x, y, norm, eps, start, steps, step_size)
@@ -270,8 +270,8 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
     they change the result. The package logs its progress and warnings to the logger "auto-attack". This
     function warns there if apgd-ce is the only attack and its gradient is 0 for more than 1 % of the right
-    examples (a saturated softmax). With precision=f the attack runs in the context f(), as of TF32, and again
-    without it on what is right without it, as clean accuracy is measured. Raises what attack_batch does.
+    examples (a saturated softmax). With precision=f the attack runs in the context f(), as of TF32; outside
+    it clean accuracy is measured, and what is still right is attacked again. Raises as attack_batch does.
     """
     if batch_size < 1 or len(x) != len(y):
         raise ValueError(f"{len(x)} images, {len(y)} labels, batch_size {batch_size}: give a label for each")

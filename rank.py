@@ -183,7 +183,8 @@ def rank_examples(folder, args, data, device):
 def ranking_args(args):
     """The flags of the ranking by which sat.py, run with `args`, chooses A: its flags of training, seed 0."""
     values = {dest: getattr(args, dest, None) for dest in flags.dests("rank.py")}
-    return argparse.Namespace(**{**values, "seed": 0, "run": None, "force": False, "base": args.base})
+    return argparse.Namespace(**{**values, "seed": 0, "run": None, "force": False, "base": args.base,
+                                 "typed": args.typed})
 
 
 def ranking_folder(args):

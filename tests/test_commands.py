@@ -138,6 +138,15 @@ def test_a_run_with_a_name_of_its_own_is_not_taken_for_one_of_the_same_A(words):
     assert sat.folder_of_same_size(other, default, 96) == default
 
 
+def test_two_runs_that_want_one_ranking_wait_for_each_other(monkeypatch):
+    def lock(file, options=0):
+        if options:
+            raise BlockingIOError
+    args = rank.ranking_args(sat.command_line(ONE_EPOCH))
+    monkeypatch.setattr(runs, "lock_exclusively", lock)
+    assert not runs.start_run(rank.ranking_folder(args), args, "rank.json")
+
+
 @pytest.mark.parametrize("typed", [set(), {"force"}])
 def test_an_outdated_run_is_repeated_once_by_two_commands(typed, monkeypatch):
     """The second has waited for the first. A --force that was typed counts."""
