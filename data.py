@@ -63,12 +63,11 @@ class DataSet:
 
     @functools.cached_property
     def images_hash(self):
-        """A hash of all pixels; of streamed images, of the names and sizes of all files and of the contents
-        of the test files."""
+        """A hash of all pixels; of streamed images, of the names and sizes of the files."""
         sha256 = hashlib.sha256()
         for split in (self.train, self.test):
             if split.streamed:
-                sha256.update(split.x.digest(contents=split is self.test))
+                sha256.update(split.x.digest())
             else:
                 sha256.update(split.x.cpu().contiguous().numpy())
         return sha256.hexdigest()[:16]
@@ -104,7 +103,7 @@ class DataSet:
 def open_dataset(args, device):
     """The DataSet that the flags ask for. UserError unless it suits the batch size, an l2 eps and the split
     of the test set."""
-    data = load_dataset(args.dataset, args.data_dir, device, given_side(args), args.workers)
+    data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
     selection_and_final(len(data.test))
     n, least = len(data.train), 2 * process_count()
     if not least <= args.batch_size <= n:
@@ -120,29 +119,23 @@ def open_dataset(args, device):
     return data
 
 
-def given_side(args):
-    """The --side of streamed images, None if it has its default and was not typed."""
-    return args.side if "side" in args.typed or args.side != DEFAULTS["side"] else None
-
-
 def check_unchanged(args, fingerprint, path):
     """UserError if `fingerprint`, of the finished run in `path`, is not that of the user's own data set as it
     is now. The data sets of the paper are taken not to change, and one that is gone cannot be compared."""
     name, root = args.dataset, args.data_dir
     is_there = (root / f"{name}.pt").exists() or (root / name).is_dir()
     if is_there and name not in (*DIGITS, *TABLE_1):
-        check_fingerprint(load_dataset(name, root, "cpu", given_side(args)), fingerprint, path)
+        check_fingerprint(load_dataset(name, root, "cpu", args.side), fingerprint, path)
 
 
-def load_dataset(name, data_dir, device="cpu", side=None, workers=0):
+def load_dataset(name, data_dir, device="cpu", side=DEFAULTS["side"], workers=0):
     """The DataSet `name`, its images on `device` or streamed. Process 0 is first: it alone downloads. `side`:
-    of streamed images, 224 if it is None; small images that cannot be kept in memory need one."""
+    of streamed images."""
     if process_index() > 0:
         barrier()
-    train, test, classes = read_dataset(name, Path(data_dir), side)
+    train, test, classes = read_dataset(name, Path(data_dir))
     if process_index() == 0:
         barrier()
-    side = side or DEFAULTS["side"]
     splits = [Split(x.to(device) if isinstance(x, torch.Tensor) else ImageFiles(x, side, workers), y)
               for x, y in (train, test)]
     return DataSet(name, *splits, classes)

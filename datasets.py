@@ -14,8 +14,8 @@ import functools
 import numpy as np
 import torch
 
-from common import HERE, UserError, process_index, say
-from image_files import class_files, class_folders, file_keys, image_folder, note_ignored
+from common import HERE, UserError, say
+from image_files import class_files, class_folders, image_folder
 from runs import load, save
 
 DIGITS = {"digits": (0, 9), "digits0-4": (0, 4), "digits5-9": (5, 9)}  # first and last class
@@ -24,10 +24,9 @@ TABLE_1 = {  # classes, training images, test images
     "caltech256": (257, 24485, 6122), "flowers102": (102, 1020, 1020), "svhn": (10, 73257, 26032)}
 
 
-def read_dataset(name, root, side=None):
+def read_dataset(name, root):
     """(train, test, classes) of the data set `name` under the folder `root`. UserError if it is not there or
-    cannot be used. A publisher's small images are saved as <name>.pt. `side`: the --side of streamed images,
-    if the user gave one: then small images that are not square or not of one size are streamed, too."""
+    cannot be used. A publisher's small images are saved as <name>.pt."""
     path, folder = root / f"{name}.pt", root / name
     # The paper's sets need train/: torchvision has a folder caltech256/ as well.
     is_image_folder = (folder / "train" if name in TABLE_1 else folder).is_dir() and name != "imagenet200"
@@ -36,7 +35,7 @@ def read_dataset(name, root, side=None):
     if path.exists():
         train, test, classes = tensor_file(path)
     elif is_image_folder:
-        train, test, classes = image_folder(folder, side=side)
+        train, test, classes = image_folder(folder)
     else:
         train, test, classes = publisher(name, root)
     check_dataset(name, root, train, test, classes)
@@ -51,8 +50,7 @@ def read_dataset(name, root, side=None):
 
 
 def check_dataset(name, root, train, test, classes):
-    """UserError if a data set cannot be used. Warns of duplicates, and if one of Table 1 has another number
-    of images."""
+    """UserError if a data set cannot be used. Warns if one of Table 1 has another number of images."""
     title = f"{name} under {root}"
     for part, (x, y) in (("train", train), ("test", test)):
         if len(x) != len(y) or y.min() < 0 or y.max() >= len(classes):
@@ -68,8 +66,6 @@ def check_dataset(name, root, train, test, classes):
         if isinstance(x, torch.Tensor) and x.max() <= 1:
             raise UserError(f"{title}: no pixel of {part} is above 1; valid: 0 to 255. Multiply floats in "
                             "[0, 1] by 255 before they become uint8")
-    if process_index() == 0:
-        warn_of_duplicates(title, *train, *test)
     if name in TABLE_1:
         n_classes, n_train, n_test = TABLE_1[name]
         if len(classes) != n_classes:
@@ -77,27 +73,6 @@ def check_dataset(name, root, train, test, classes):
         if (len(train[1]), len(test[1])) != (n_train, n_test):
             say(f"warning: {name} has {len(train[1]):,} / {len(test[1]):,} images here, and {n_train:,} / "
                 f"{n_test:,} in the paper (Table 1)")
-
-
-def warn_of_duplicates(title, x, y, x_test, y_test):
-    """Warns of test images that are training images too, and of images in several classes, if they are more
-    than one in a thousand: CIFAR-100 has a handful of each."""
-    if isinstance(x, torch.Tensor):
-        keys, test_keys = ([hash(image.tobytes()) for image in images.numpy()] for images in (x, x_test))
-        at_least = ""
-    else:
-        keys, test_keys = file_keys(x, x_test)
-        at_least = "at least "
-    first_label, in_two_classes, train_keys = {}, set(), set(keys)
-    shared = sum(key in train_keys for key in test_keys)
-    if shared > len(y_test) / 1000:
-        say(f"warning: {at_least}{shared:,} of the {len(y_test):,} test images of {title} are training "
-            "images too: accuracies on them say little about new images")
-    for key, label in zip([*keys, *test_keys], [*y.tolist(), *y_test.tolist()]):
-        if first_label.setdefault(key, label) != label:
-            in_two_classes.add(key)
-    if len(in_two_classes) > (len(y) + len(y_test)) / 1000:
-        say(f"warning: {at_least}{len(in_two_classes):,} images of {title} are in more than one class")
 
 
 def digits(name):
@@ -182,11 +157,9 @@ def caltech256(root, download):
     """Caltech-256, split by a fixed permutation into 80 % train and 20 % test, as many as in the paper."""
     from torchvision.datasets import Caltech256
     Caltech256(root, download=download)  # only to find or download the files
-    folder, ignored = root / "caltech256" / "256_ObjectCategories", {"hidden": [], "other": []}
-    folders = class_folders(folder, ignored)
-    classes = list(folders)
-    paths, y = class_files(folder, folders, classes, ignored)
-    note_ignored(folder, ignored)
+    folder = root / "caltech256" / "256_ObjectCategories"
+    classes = class_folders(folder)
+    paths, y = class_files(folder, classes)
     order, n_train = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)), int(0.8 * len(y))
     train, test = order[:n_train].sort().values, order[n_train:].sort().values
     parts = [([paths[i] for i in index.tolist()], y[index]) for index in (train, test)]

@@ -251,7 +251,7 @@ def stages_to_make(args, all_stages, results, launcher):
     todo = {}
     for stage in all_stages:
         words = [*stage.arguments, *flags.only_flags_of(args.extra_words, stage.script)]
-        # Without --run, EXTRA would be in the name, and sat.py would take another run with the same |A|.
+        # Without --run, EXTRA would be in the name.
         if stage.script == "sat.py" and "--run" not in words:
             words += ["--run", Path(stage.folder).name]
         words += ["--results", results, "--data-dir", os.environ.get("DATA") or "data"]

@@ -8,8 +8,6 @@ Files in: the data; the scores.pt of the ranking by the same training flags, whi
 or --scores, --ranking or --subset.
 Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
-import argparse
-import contextlib
 import inspect
 from collections import namedtuple
 
@@ -182,25 +180,6 @@ def run_folder(args):
                                                "scores", "ranking", "subset", "weight", "weight_factor"})
 
 
-def folder_of_same_size(args, folder, n):
-    """The folder of an earlier run with these flags and the same |A|, of n examples or classes, given in
-    another way, as --size 648 is --frac 0.5 of 1,297; `folder` if there is none. args gets its amount. Runs
-    with names of their own (--run) are left alone."""
-    size = subset_size(args.frac or args.size, n)
-    for path in sorted(folder.parent.glob("[!.]*/args.json")):  # not .old-<run>, which --force put aside
-        stored = {}
-        with contextlib.suppress(UserError):  # a file that cannot be read is of no run
-            stored = runs.load(path, ("dataset",))
-        amount = {name: stored.get(name) for name in ("frac", "size")}
-        value = amount["frac"] or amount["size"]
-        same_flags = argparse.Namespace(**{**vars(args), **amount})
-        is_alike = value and not runs.flag_differences(stored, same_flags)  # --split too, so the unit of n
-        if is_alike and subset_size(value, n) == size and run_folder(same_flags)[0] == path.parent:
-            vars(args).update(amount)
-            return path.parent
-    return folder
-
-
 def is_outdated(folder, args):
     """Whether the ranking by which the finished run in `folder` chose A has been made again, with other
     scores. Then the run is repeated, and a line says so."""
@@ -243,12 +222,6 @@ def main(argv=None):
     if is_finished and not is_outdated(folder, args):
         return evaluate.result_of_finished_run(folder, args)
     data = open_dataset(args, device)
-    if (args.frac or args.size) and not (args.run or args.force or folder.exists()):
-        n = len(data.classes) if args.split == "csat" else len(data.train)
-        folder = folder_of_same_size(args, folder, n)
-        is_finished = from_process_0(runs.is_finished(folder, args, "result.json"))
-        if is_finished and not is_outdated(folder, args):
-            return evaluate.result_of_finished_run(folder, args)
     args.force |= is_finished  # of an outdated run
     settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}
     A, chosen_by = choose_subset(args, data, from_file, device)

@@ -111,33 +111,6 @@ def test_another_evaluation_of_a_finished_run_trains_nothing(monkeypatch, capsys
     assert sat.main(BY_RANKING)["accuracy"] == first["accuracy"], "the run keeps its own result"
 
 
-@pytest.mark.parametrize("words,others", [
-    ("--frac 0.3", "--size 29"), ("--size 29", "--frac 0.3"), ("--frac 0.3", "--frac 0.301"),
-    ("--split csat --size 3", "--split csat --frac 0.3")])
-def test_the_same_A_by_another_amount_is_the_same_run(words, others, monkeypatch):
-    own = torch.arange(96.0)
-    torch.save(own, "own.pt")
-    argv = [*SAT, *ONE, "--scores", "own.pt"]
-    first = sat.main([*argv, *words.split()])
-    models = trained(monkeypatch)
-    assert sat.main([*argv, *others.split()])["weights"] == first["weights"]
-    assert models == []
-    sat.main([*argv, *words.split()[:-1], {"0.3": "0.5", "29": "30", "3": "4"}[words.split()[-1]]])
-    assert len(models) == 1, "another |A| is another run"
-
-
-@pytest.mark.parametrize("words", ["--frac 0.3", "--size 29"])
-def test_a_run_with_a_name_of_its_own_is_not_taken_for_one_of_the_same_A(words):
-    """As those of run_all.sh digits, for which README's commands would else be finished."""
-    args = sat.command_line([*SAT, "--frac", "0.3", "--run", "quick"])
-    folder = sat.run_folder(args)[0]
-    folder.mkdir(parents=True)
-    runs.write_json(folder / "args.json", runs.identity(args))
-    other = sat.command_line([*SAT, *words.split()])
-    default = sat.run_folder(other)[0]
-    assert sat.folder_of_same_size(other, default, 96) == default
-
-
 def test_two_runs_that_want_one_ranking_wait_for_each_other(monkeypatch):
     def lock(file, options=0):
         if options:
@@ -424,14 +397,6 @@ def test_a_run_that_is_stopped_in_a_notebook_is_unlocked(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sat.main(ONE_EPOCH)
     assert runs.LOCKS == {}
-
-
-def test_a_file_that_is_of_no_run_does_not_stop_another(monkeypatch):
-    Path("results/few/notes").mkdir(parents=True)
-    Path("results/few/notes/args.json").write_text('{"lr": 1}')
-    args = sat.command_line([*SAT, "--frac", "0.3"])
-    folder, _ = sat.run_folder(args)
-    assert sat.folder_of_same_size(args, folder, 96) == folder
 
 
 def test_the_order_of_decays_does_not_rename_a_run():

@@ -413,24 +413,3 @@ def test_a_run_does_not_go_on_with_the_A_of_another_ranking():
     torch.save({**ranking, "entropy": -ranking["entropy"]}, RANKING / "scores.pt")
     with pytest.raises(UserError, match="last.pt was trained with another A: give another --run"):
         sat.main(argv)
-
-
-def test_a_run_goes_on_by_another_amount_and_not_as_the_one_put_aside(capsys):
-    argv = [*SAT, *ONE, "--order", "random"]
-    sat.main([*argv, "--frac", "0.3"])
-    stop_in(sat.main, [*argv, "--frac", "0.3", "--force"], "save_epoch")  # the first one is .old-<run>
-    capsys.readouterr()
-    sat.main([*argv, "--size", "29"])
-    assert "going on after epoch 1 of results/few/esat-random-0.3-" in capsys.readouterr().out
-    assert len(list(Path("results/few").iterdir())) == 1
-
-
-def test_the_size_of_an_esat_run_beside_it_does_not_stop_a_csat_run():
-    """29 examples are no number of 10 classes."""
-    esat, csat = (sat.command_line([*SAT, "--order", "random", *words])
-                  for words in (["--size", "29"], ["--split", "csat", "--frac", "0.4"]))
-    folder, other_folder = sat.run_folder(esat)[0], Path("results/few/y")
-    folder.mkdir(parents=True)
-    runs.write_json(folder / "args.json", runs.identity(esat))
-    assert sat.folder_of_same_size(csat, other_folder, 10) == other_folder
-    assert sat.folder_of_same_size(esat, other_folder, 96) == folder
