@@ -7,7 +7,6 @@ import contextlib
 import functools
 import logging
 import numbers
-import warnings
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -22,13 +21,14 @@ def eval_mode(model):
     """Puts the model into eval mode, and afterwards each module into its own. ValueError for a function."""
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module")
-    training = [m for m in model.modules() if m.training]
+    training = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        model.train(training[0][1])  # train() does more in some modules, as in LoRA layers
+        for module, was_training in training:
+            module.training = was_training
 
 
 def l2_norm(delta):
@@ -87,11 +87,11 @@ def check_logits(model, x, y):
 
 
 def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
-    """Raises ValueError for invalid arguments. Warns of step sizes that are probably mistakes."""
+    """Raises ValueError for invalid arguments."""
     check_norm(norm)
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() forbids the gradients of an attack: use torch.no_grad()")
-    if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)):
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
         raise ValueError(f"x is a {type(x).__name__}, y a {type(y).__name__}: give images, labels as tensors")
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}: give images (N, C, H, W) as floats")
@@ -106,9 +106,6 @@ def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
         raise ValueError(f"start is {tuple(start.shape)}: give finite numbers in x's shape {tuple(x.shape)}")
     if not isinstance(steps, numbers.Integral) or steps < 0 or not 0 <= step_size < float("inf"):
         raise ValueError(f"{steps} steps of {step_size}: give a whole number, 0 or more, and a finite size")
-    if steps and eps > 0 and (step_size == 0 or norm == "linf" and step_size > 2 * eps):
-        warnings.warn(f"step_size = {step_size}: steps of 0 change nothing, and steps of linf above 2 eps = "
-                      f"{2 * eps} lead to a corner of the ball", stacklevel=3)
     if len(x):
         check_logits(model, x, y)
 
@@ -195,15 +192,14 @@ class Attack(NamedTuple):
     It must leave nothing in .grad: use torch.autograd.grad, not backward().
     """
     function: Callable
-    gradient_steps: Optional[int] = None      # on an example, by which costs are counted; None: --steps
-    random_start: bool = False                # it takes `start`, and always gets a random one
-    step_function: Optional[Callable] = None  # does one iteration; --compile compiles it
+    gradient_steps: Optional[int] = None  # on an example, by which costs are counted; None: --steps
+    random_start: bool = False            # it takes `start`, and always gets a random one
 
 
 ATTACKS = {  # an attack of your own is one more line
-    "pgd": Attack(pgd, step_function=pgd_step),
-    "fgsm-rs": Attack(fgsm_rs, gradient_steps=1, random_start=True, step_function=pgd_step),
-    "pgd-authors": Attack(pgd_authors, step_function=pgd_step),
+    "pgd": Attack(pgd),
+    "fgsm-rs": Attack(fgsm_rs, gradient_steps=1, random_start=True),
+    "pgd-authors": Attack(pgd_authors),
 }
 
 
@@ -215,6 +211,14 @@ def usable_attacks(attacks, n_classes):
         raise ValueError(f"{' '.join(attacks) or 'no attack'} on {n_classes} classes: valid are "
                          f"{' '.join(usable_attacks(STANDARD, n_classes))}")
     return usable
+
+
+def square_takes(height, width, norm):
+    """Whether AutoAttack's Square takes this size. In L2 its first tiles overrun 12, 14, 18, 19 and 24."""
+    tile = height // 5
+    first = (height - 5 * tile) // 2
+    fits = tile == 1 or tile > 1 and all(first + n // tile * tile <= n for n in (height, width))
+    return norm == "linf" or fits
 
 
 def finite_logits(model, x):
@@ -241,6 +245,9 @@ def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.
     them for robust), ArithmeticError for images outside ball or box, or if more are right after it."""
     from pyautoattack import AutoAttack
     check(model, x, y, norm, eps)
+    if "square" in attacks and not square_takes(*x.shape[2:], norm):
+        raise ValueError(f"AutoAttack's square takes no images of {x.shape[2]}x{x.shape[3]} pixels in l2: "
+                         "leave it out, or resize them")
     clean = finite_logits(model, x).argmax(1) == y
     with precision(), torch.random.fork_rng([x.device] if x.is_cuda else []):  # the package seeds torch
         logits = finite_logits(model, x)
@@ -279,7 +286,8 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     with eval_mode(model):
         device = next(model.parameters(), x).device
         trainable = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)  # backward passes go to the input alone, and .grad stays as it was
+        for p in trainable:  # backward passes go to the input alone, and .grad stays as it was
+            p.requires_grad_(False)
         try:
             for b, i in enumerate(range(0, len(y), batch_size)):
                 batch = slice(i, i + batch_size)

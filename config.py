@@ -4,6 +4,7 @@ A config is one flat YAML file of flag values. They pass through argparse as if 
 line: same types, same choices, same errors.
 """
 import argparse
+import inspect
 from pathlib import Path
 
 import yaml
@@ -103,8 +104,10 @@ def check_norm_has_eps(args, from_config):
     if len(norms) > 1:
         source, given = "--norm", args.typed
     needed = ["eps"]
-    if "step_size" in args.base and args.attack != "fgsm-rs":  # whose step is always 1.25 eps
-        needed.append("step_size")
+    if "step_size" in args.base:
+        from attacks import ATTACKS  # imported here, as in flags.attack_name
+        if "step_size" in inspect.signature(ATTACKS[args.attack].function).parameters:
+            needed.append("step_size")
     missing = [f"--{name}".replace("_", "-") for name in needed if name not in given]
     if missing:
         usual = {"--eps": "8/255 in linf, 0.5 in l2 on 32x32", "--step-size": "2/255 in linf, 0.1 in l2"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+import attacks
 from common import UserError, barrier, process_count, process_index, say
 from datasets import DIGITS, TABLE_1, read_dataset
 from flags import DEFAULTS
@@ -101,8 +102,8 @@ class DataSet:
 
 
 def open_dataset(args, device):
-    """The DataSet that the flags ask for. UserError unless it suits the batch size, an l2 eps and the split
-    of the test set."""
+    """The DataSet that the flags ask for. UserError unless it suits the batch size, an l2 eps, the attacks
+    and the split of the test set."""
     data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
     selection_and_final(len(data.test))
     n, least = len(data.train), 2 * process_count()
@@ -113,6 +114,11 @@ def open_dataset(args, device):
     if getattr(args, "norm", None) == "l2" and args.eps > largest:
         raise UserError(f"--eps {args.eps:g}: l2 reaches {largest:.4g} on images of {data.name}, as pixels "
                         "are in [0, 1] (divide an eps for pixels up to 255 by 255)")
+    names = {*getattr(args, "select_attacks", ()), *getattr(args, "eval_attacks", ())}
+    height, width = data.train.x.shape[2:]
+    if "square" in names and not attacks.square_takes(height, width, args.norm):
+        raise UserError(f"AutoAttack's square takes no images of {height}x{width} pixels in l2: give "
+                        "--select-attacks and --eval-attacks without it, or resize the images")
     if n % args.batch_size >= 0.05 * n:
         say(f"note: each epoch leaves out {n % args.batch_size} of the {n:,} training images, others each "
             f"time: they do not fill a batch of {args.batch_size} (--batch-size)")

@@ -146,7 +146,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
                     chunk = {"right": torch.stack(attacks.autoattack(
                         model, data.test.pixels(indices, "cpu"), data.test.y[indices], eps=settings["eps"],
                         norm=settings["norm"], attacks=settings["attacks"], batch_size=len(indices),
-                        seed=settings["seed"] + c, precision=precision)), "warnings": watch.new_warnings()}
+                        seed=settings["seed"] + c, precision=precision)), "warnings": watch.new_warnings}
                 except (ArithmeticError, ValueError) as e:
                     raise UserError(str(e)) from None
                 folder.mkdir(parents=True, exist_ok=True)  # an equal evaluation that ends deletes it
@@ -155,7 +155,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
             right[:, first:first + len(indices)] = chunk["right"].to(device)
             watch.count(chunk, is_new)
     clean, robust = common.all_reduce(right).bool().cpu()
-    return clean, robust, common.all_texts(watch.warnings)
+    return clean, robust, common.all_texts(list(watch.warnings.values()))
 
 
 class Watch:
@@ -167,7 +167,8 @@ class Watch:
                                    desc=f"AutoAttack ({' '.join(attack_names)})")
         self.total, self.n_done, self.n_attacked, self.n_robust = total, 0, 0, 0
         self.of_total = f"{total:,}" + (" (process 0's)" if process_count() > 1 else "")
-        self.warnings, self.warned_of, self.n_warnings_saved = [], set(), 0
+        self.new_warnings = []  # since the last chunk
+        self.warnings = {}      # {text without its numbers: text}, each kind once
         self.start_time, self.log = time.perf_counter(), logging.getLogger("auto-attack")
         self.level = self.log.level
 
@@ -191,32 +192,20 @@ class Watch:
                 say(f"  AutoAttack, from example {self.n_done + 1:,} of {self.of_total} on: "
                     f"{float(match[2]):.1f} % robust after {match[1]}")
         else:
-            self.warn(text)
+            self.new_warnings.append(text)
         return False
 
-    def warn(self, text):
-        """Shows and keeps a warning, unless one that differs in numbers alone has been shown."""
-        without_numbers = re.sub(r"\d", "", text)
-        if without_numbers not in self.warned_of:
-            self.warned_of.add(without_numbers)
-            self.warnings.append(text)
-            say(f"AutoAttack warns: {text}")
-
-    def new_warnings(self):
-        """The warnings that no chunk has yet."""
-        new, self.n_warnings_saved = self.warnings[self.n_warnings_saved:], len(self.warnings)
-        return new
-
     def count(self, chunk, is_new):
-        """Counts a chunk as done. `is_new`: it was attacked just now, not read from a file."""
+        """Counts a chunk as done, and shows its warnings. `is_new`: it was not read from a file."""
+        for text in chunk["warnings"]:
+            kind = re.sub(r"\d", "", text)
+            if kind not in self.warnings:
+                self.warnings[kind] = text
+                say(f"AutoAttack warns: {text}")
+        self.new_warnings = []
         n = chunk["right"].shape[1]
         self.n_done, self.n_robust = self.n_done + n, self.n_robust + int(chunk["right"][1].sum())
-        if is_new:
-            self.n_attacked += n
-        else:
-            for text in chunk["warnings"]:
-                self.warn(text)
-            self.n_warnings_saved = len(self.warnings)
+        self.n_attacked += n if is_new else 0
         self.bar.update(n)
         if self.bar.disable and self.n_attacked:
             seconds = (time.perf_counter() - self.start_time) / self.n_attacked

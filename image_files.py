@@ -36,6 +36,8 @@ def visible(folder):
 def class_folders(folder):
     """The names of the class folders in `folder`, sorted. UserError for fewer than two."""
     names = [path.name for path in visible(folder) if path.is_dir()]
+    if bad := [name for name in names if name != name.encode(errors="replace").decode()]:
+        raise UserError(f"{folder} has a class folder whose name is not UTF-8, {bad[0]!r}: rename it")
     if len(names) < 2:
         raise UserError(f"{folder} has the class folders {names}: two or more are needed")
     return names
@@ -90,7 +92,7 @@ def small_images(paths):
         if max(height, width) > SMALL or height != width or images and height != len(images[0]):
             if images or max(height, width) <= SMALL:
                 say(f"note: {path} is {width}x{height} pixels. As the images of {root} are not all square, "
-                    f"of one size and at most {SMALL}x{SMALL}, they are resized to --side")
+                    f"of one size and at most {SMALL}x{SMALL}, all are resized to --side (32 or more)")
             return None
         images.append(np.asarray(image))  # (H, W, 3)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

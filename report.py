@@ -42,10 +42,11 @@ def main(argv=None):
     results.name_groups(runs)
     figure_folder = args.results / "figures"
     sections = [short.section(runs, figure_folder),
-                tables.claims_section(runs), tables.matrix_section(runs, figure_folder),
+                tables.claims_section(runs, rankings), tables.matrix_section(runs, figure_folder),
                 tables.difficulty_section(rankings, figure_folder),
                 *(tables.curve_section(runs, figure_folder, f, rankings) for f in tables.CURVE_FIGURES),
-                tables.cost_section(runs, rankings, figure_folder), tables.evaluation_section(args.results)]
+                tables.cost_section(runs, rankings, figure_folder),
+                tables.other_section(runs), tables.evaluation_section(args.results)]
     paragraphs = ["# Results",
                   "Accuracies in percent. One run: value [95 % Wilson interval]; several seeds: mean ± "
                   "standard deviation over seeds. Robust: classified correctly, also under the attack that "

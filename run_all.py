@@ -42,101 +42,25 @@ STOPPED = (130, 143, -2, -15)  # exit codes of a stage that Ctrl-C or SIGTERM ha
 LOOK = 2  # seconds between looks for what other copies have finished or given up
 
 
-class Job:
-    """A stage that this copy makes: a process that writes the stage's log and holds the lock on it. The
-    kernel drops the lock when the last process that holds it ends, the stage's own included: the run of a
-    copy that was killed is neither lost nor made twice."""
-
-    def __init__(self, stage, command, log, environment):
-        self.stage, self.command, self.log, self.start_time = stage, command, log, time.monotonic()
-        self.n_shown = os.fstat(log.fileno()).st_size
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, env=environment,
-                                        stderr=subprocess.STDOUT, pass_fds=[log.fileno()])
-
-    def show(self):
-        """Prints what is new in the log."""
-        while text := os.pread(self.log.fileno(), 2**16, self.n_shown):
-            self.n_shown += len(text)
-            sys.stdout.buffer.write(text)
-            sys.stdout.flush()
-
-    def seconds(self):
-        """How long it has been running."""
-        return time.monotonic() - self.start_time
-
-
-class Display:
-    """What people see: the output of the stages if one is made at a time, else one line about all of them,
-    rewritten in place on a terminal and printed when its numbers change elsewhere.
-
-    stages: those that are not finished. n_done: how many are. n_slots: how many are made at once."""
-
-    def __init__(self, stages, n_done, n_slots):
-        unit = "passes" if any(None in stage.cost.hours for stage in stages) else "hours"
-        self.work = {stage.folder: sum(getattr(stage.cost, unit)) for stage in stages}
-        self.n_stages, self.n_slots, self.start_time = len(stages) + n_done, n_slots, time.monotonic()
-        self.line, self.n_failed, self.work_here, self.seconds_here = "", 0, 0, 0
-
-    def started(self, job):
-        """Shows the command of a job."""
-        if self.n_slots == 1:
-            print(f"\n> {shlex.join(job.command)}", flush=True)
-
-    def ended(self, job, code):
-        """Counts a job that has ended, and says that it failed. code: its exit code."""
-        if self.n_slots == 1:
-            job.show()
-        elif code:
-            clear_line = "\r\x1b[K" if sys.stdout.isatty() else ""
-            print(f"{clear_line}{job.stage.folder} failed (exit code {code}): see {job.log.name}", flush=True)
-        if code:
-            self.n_failed += 1
-            self.work[job.stage.folder] = 0  # none was done
-        else:
-            self.work_here += self.work[job.stage.folder]
-            self.seconds_here += job.seconds()
-
-    def update(self, left, jobs):
-        """Shows how the jobs go on. left: the stages that are not started, by folder."""
-        if self.n_slots == 1:
-            for job in jobs:
-                job.show()
-            return
-        n_done = self.n_stages - len(left) - len(jobs) - self.n_failed
-        line = f"{n_done} done, {len(jobs)} running, {len(left)} left"
-        line += f", {self.n_failed} failed" if self.n_failed else ""
-        if sys.stdout.isatty():
-            print(f"\r{line}{self.time_left(left, jobs)}\x1b[K", end="", flush=True)
-        elif line != self.line:
-            print(f"{line}{self.time_left(left, jobs)}", flush=True)
-        self.line = line
-
-    def time_left(self, left, jobs):
-        """The time that remains, as text: by the time of this copy's stages or, where several copies are
-        faster, by what all have finished since the start. Empty while no stage has been finished."""
-        if not self.work_here:
-            return ""
-        slot_speed = self.work_here / self.seconds_here
-        not_done = [*left, *(job.stage.folder for job in jobs)]
-        work_done = sum(self.work.values()) - sum(self.work[folder] for folder in not_done)
-        speed = max(slot_speed * self.n_slots, work_done / (time.monotonic() - self.start_time))
-        work = sum(self.work[folder] for folder in left)
-        work += sum(max(self.work[job.stage.folder] - slot_speed * job.seconds(), 0) for job in jobs)
-        return f"; about {common.duration(work / speed)} to go"
-
-
 def stage_is_finished(stage):
     """Whether a stage has been made."""
     return Path(stage.folder, stage.final_file).exists()
 
 
-def start_next(left, ended, results, environment):
-    """Starts the first stage that can be made now. Returns its Job, or None if there is no such stage. Takes
-    it, and what other copies have finished, out of `left`, {folder: (stage, command)}. ended: the folders of
-    the stages that are finished, or that failed here."""
+def start_next(left, ended, results, environment, to_log):
+    """Starts the first stage that can be made now. Returns (folder, process, log), or None if there is no
+    such stage. Takes it out of `left`, {folder: (stage, command)}, and moves what other copies have finished,
+    and what needs a stage that failed, from there to `ended`, {folder: exit code}.
+
+    The log is also the stage's lock, which the process holds too: the run of a copy that was killed is
+    neither lost nor made twice. to_log: whether the output goes there, or to the terminal."""
     for folder, (stage, command) in list(left.items()):
         if stage_is_finished(stage):
-            ended.add(folder)
+            ended[folder] = 0
+            del left[folder]
+        elif ended.get(stage.needs):
+            print(f"{folder} is left out, since {stage.needs} failed", flush=True)
+            ended[folder] = 1
             del left[folder]
         elif not stage.needs or stage.needs in ended:
             name = os.path.relpath(folder, results).replace("/", "_")
@@ -145,7 +69,11 @@ def start_next(left, ended, results, environment):
                 lock_exclusively(log, fcntl.LOCK_NB)
                 if not stage_is_finished(stage):  # in the meantime
                     del left[folder]
-                    return Job(stage, command, log, environment)
+                    output = {"stdout": log, "stderr": subprocess.STDOUT} if to_log else {}
+                    print(f"> {folder}, see {log.name}" if to_log else f"\n> {shlex.join(command)}",
+                          flush=True)
+                    return folder, subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment,
+                                                    pass_fds=[log.fileno()], **output), log
             except BlockingIOError:
                 pass  # another copy makes it
             log.close()
@@ -156,46 +84,61 @@ def make_all(todo, results, environments):
     """Makes the stages {folder: (stage, command)}: as many at once as there are environments, in this order,
     except that those that have to wait for another one, here or in another copy, are put off."""
     left = {folder: item for folder, item in todo.items() if not stage_is_finished(item[0])}
-    ended, jobs, next_look = todo.keys() - left.keys(), {}, 0  # jobs: {index of the environment: Job}
-    display = Display([stage for stage, _ in left.values()], len(ended), len(environments))
+    work = {folder: sum(stage.cost.passes) for folder, (stage, _) in left.items()}
+    ended, jobs = dict.fromkeys(todo.keys() - left.keys(), 0), {}  # jobs: {index of the environment: job}
+    start_time, next_look, is_waiting = time.monotonic(), 0, False
     try:
         while left or jobs:
-            for slot, job in list(jobs.items()):
-                code = job.process.poll()
+            for slot, (folder, process, log) in list(jobs.items()):
+                code = process.poll()
                 if code in STOPPED:
                     raise KeyboardInterrupt(signal.SIGINT)
                 if code is not None:
-                    display.ended(job, code)
-                    ended.add(job.stage.folder)
-                    jobs.pop(slot).log.close()
+                    ended[folder] = code
+                    jobs.pop(slot)
+                    log.close()
+                    print(f"{folder} {f'failed (exit code {code})' if code else 'is finished'}; "
+                          f"{progress_text(len(todo), ended, work, start_time)}", flush=True)
                     next_look = 0
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + LOOK
                 for slot in range(len(environments)):
-                    if slot not in jobs and (job := start_next(left, ended, results, environments[slot])):
+                    if slot not in jobs and (job := start_next(left, ended, results, environments[slot],
+                                                               to_log=len(environments) > 1)):
                         jobs[slot] = job
-                        display.started(job)
-            display.update(left, jobs.values())
+                if left and not jobs and not is_waiting:
+                    print(f"waiting for another run_all.sh, which makes some of the {len(left)} stages left",
+                          flush=True)
+                is_waiting = not jobs
             time.sleep(0.1)
     finally:
-        if sys.stdout.isatty() and len(environments) > 1:
-            print()
-        stop(jobs.values())
-        if len(environments) == 1:
-            display.update(left, jobs.values())
+        stop([process for _, process, _ in jobs.values()])
 
 
-def stop(jobs):
-    """Ends the jobs, which can be resumed. Ctrl-C and a cluster's signals reach them too. Only those
+def progress_text(n_stages, ended, work, start_time):
+    """How many stages are done, and the time that remains by the work since the start. work: {folder: cost}
+    of the stages that were not finished then; ended: {folder: exit code}."""
+    n_failed = sum(code != 0 for code in ended.values())
+    text = f"{len(ended) - n_failed} of {n_stages} done" + (f", {n_failed} failed" if n_failed else "")
+    work_done = sum(cost for folder, cost in work.items() if ended.get(folder) == 0)
+    work_left = sum(cost for folder, cost in work.items() if folder not in ended)
+    if work_done:
+        remaining = common.duration((time.monotonic() - start_time) * work_left / work_done)
+        text += f", about {remaining} to go"
+    return text
+
+
+def stop(processes):
+    """Ends the stages, which can be resumed. Ctrl-C and a cluster's signals reach them too. Only those
     that still run after 5 seconds get SIGTERM, as a second signal would interrupt a clean end."""
     deadline = time.monotonic() + 5
-    while any(job.process.poll() is None for job in jobs) and time.monotonic() < deadline:
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
-    for job in jobs:
-        if job.process.poll() is None:
-            job.process.terminate()
-    for job in jobs:
-        job.process.wait()
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        process.wait()
 
 
 def stage_environments(n, extra_values):
@@ -291,7 +234,7 @@ def main(argv=None):
     code = subprocess.run(report).returncode
     missing = [folder for folder, (stage, _) in todo.items() if not stage_is_finished(stage)]
     if missing:
-        sys.exit("\n  ".join([f"\n{len(missing)} missing (see their logs):", *missing]))
+        sys.exit("\n  ".join([f"\n{len(missing)} missing:", *missing]))
     sys.exit(code)
 
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import time
@@ -248,6 +249,9 @@ def load(path, keys=()):
         raise UserError(f"there is no file {path}") from None
     except PermissionError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is damaged, or holds more than plain types and torch tensors (numpy arrays: "
+                        "give torch.from_numpy of them)") from None
     except Exception as e:  # torch raises many kinds on a truncated or foreign file
         raise UserError(f"{path} is truncated or not a file of this project ({type(e).__name__})") from None
     missing = [k for k in keys if not isinstance(value, dict) or k not in value]

@@ -642,15 +642,35 @@ def linear(weight=1.0, bias=0.0):
     return model
 
 
-@pytest.mark.parametrize("norm,eps,step_size,warns", [
-    ("l2", 0.5, 0.0, True), ("linf", 0.1, 0.3, True), ("linf", 0.0, 0.1, False), ("l2", 0.0, 0.0, False),
-    ("l2", 0.5, 2.0, False), ("linf", 1.0, 2.0, False)])
-def test_a_step_that_is_hardly_meant_is_warned_of(norm, eps, step_size, warns, recwarn):
-    x, y = images(n_classes=2)
-    attacks.pgd(linear(), x, y, eps=eps, norm=norm, step_size=step_size)
-    messages = [str(warning.message) for warning in recwarn]
-    assert [message.partition(":")[0] for message in messages] == [f"step_size = {step_size}"] * warns
-    assert all(warning.filename == __file__ for warning in recwarn), "the line that called pgd"
+@pytest.mark.parametrize("side", [5, 9, 11, 12, 13, 14, 18, 19, 20, 24])
+def test_sizes_that_square_does_not_take(side):
+    """In L2 its tiles overrun some, which the package tells by a RuntimeError."""
+    x, y = torch.full((2, 1, side, side), 0.5), torch.zeros(2, dtype=torch.int64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(side * side, 2))
+    nn.init.zeros_(model[1].weight)
+    model[1].bias.data = torch.tensor([1.0, 0.0])
+    if side in (12, 14, 18, 19, 24):
+        with pytest.raises(ValueError, match=f"^AutoAttack's square takes no images of {side}x{side} pixels"):
+            attacks.autoattack(model, x, y, eps=0.5, attacks=["square"])
+        with mock.patch.object(attacks, "square_takes", return_value=True), pytest.raises(RuntimeError):
+            attacks.autoattack(model, x, y, eps=0.5, attacks=["square"])
+    else:
+        assert attacks.autoattack(model, x, y, eps=0.5, attacks=["square"])[1].all()
+
+
+def test_modules_whose_train_and_eval_do_more_are_put_back():
+    """As LoRA layers, which merge their weights in eval()."""
+    class Merging(nn.Flatten):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+    model = nn.Sequential(Merging(), nn.Dropout().eval(), nn.Linear(64, 2))
+    x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
+    attacks.pgd(model, x, y, eps=0.5, step_size=0.1)
+    assert [module.training for module in model] == [True, False, True]
+    assert not model[0].merged
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -794,11 +814,11 @@ def test_people_see_the_progress_of_a_resumed_evaluation_and_each_kind_of_warnin
         for text in ("5 points", "other", "other"):
             log.warning(text)
         watch.start_time = time.perf_counter() - 30  # half a minute of attacks on five examples
-        watch.count({"right": torch.zeros(2, 5), "warnings": []}, is_new=True)
+        watch.count({"right": torch.zeros(2, 5), "warnings": watch.new_warnings}, is_new=True)
     log.warning("afterwards")
     assert [record.message for record in caplog.records] == ["afterwards"], "the logger is as before"
-    assert watch.warnings == ["3 points", "other"], "as in an evaluation that was not stopped"
-    assert watch.new_warnings() == ["other"], "that of a saved chunk belongs to no other"
+    assert [*watch.warnings.values()] == ["3 points", "other"], "as in an evaluation that was not stopped"
+    assert watch.new_warnings == [], "those of a saved chunk belong to no other"
     out = capsys.readouterr().out
     assert out.startswith("AutoAttack warns: 3 points\n")
     assert out.count("AutoAttack warns") == 2

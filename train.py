@@ -124,8 +124,8 @@ def training_attack(model, A, w_A, args, device, compilation="off"):
     kwargs = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
               "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
               "check_input": False}
-    if compilation != "off" and entry.step_function:
-        kwargs["step_function"] = models.compiled(entry.step_function, device, compilation)
+    if compilation != "off":
+        kwargs["step_function"] = models.compiled(attacks.pgd_step, device, compilation)
     parameters = inspect.signature(entry.function).parameters
     return functools.partial(entry.function, model, **{k: v for k, v in kwargs.items() if k in parameters})
 

@@ -123,7 +123,7 @@ def cost(flag_values, dataset, plain_passes, share=0.0, attack_steps=0, robust_s
             evaluation += times * examples * (first + robust_share * sum(others))
     all_passes = (n * epochs * (plain_passes + 2 * share * attack_steps), evaluation)
     rates = RATES.get((flag_values["arch"], side, flag_values["batch_size"]))
-    if rates is None or flag_values["device"] == "cpu" or flag_values["amp"] == "off":
+    if rates is None or flag_values["device"] == "cpu" or "off" in map(flag_values.get, ("amp", "compile")):
         return Cost(all_passes, (None, None))
     step_ms, evaluation_rate = rates
     # A pass of a ranking or a transfer, which were not timed, counts as a third of a step without attacks.

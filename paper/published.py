@@ -26,9 +26,11 @@ def published_accuracy(figure_name, dataset, line, share, kind):
 
 
 def fig2_accuracy(a, c):
-    """Fig. 2's robust accuracy (percent) on class `c` or "B_val" for CSAT on `a`; None for other names."""
+    """Fig. 2's robust accuracy (percent) on class `c` or "B_val" for CSAT on `a`, or of "AT"; None for
+    other names."""
     fig2, a, c = numbers()["fig2"], NAMES.get(a, a), NAMES.get(c, c)
     rows = dict(zip(fig2["classes"], fig2["robust_rows_are_A"]))
+    rows["AT"] = fig2["AT_robust"]
     row = {"B_val": fig2["robust_B_val"].get(a), **dict(zip(fig2["classes"], rows.get(a, [])))}
     return row.get(c)
 

@@ -1,6 +1,7 @@
 """Reads the results of finished runs, result.json and rank.json, checks them, and groups those that may stand
 in one table."""
 import csv
+import glob
 import io
 import itertools
 import json
@@ -34,13 +35,14 @@ class Run:
         self.seed = args["seed"]
         self.head_seed = target["seed"] if source else 0
         self.split, self.attack = args["split"], args["attack"]
-        self.metric, self.weight = args["metric"], args["weight"]  # or "own <hash of a file>", "w_A <number>"
+        self.metric = args["metric"]  # or "own <file> <its hash>"
+        self.weight = args["weight"]  # or "w_A <number>"
         # --order, or "named" if A was given by class names or a file.
         self.order = "named" if args["classes"] or args.get("subset") else args["order"]
         if self.order in ("random", "redrawn"):
             self.metric = "entropy"  # no metric is used; this value puts them beside the runs by entropy
         elif file_hash := args.get("scores") or args.get("ranking") or args.get("subset"):
-            self.metric = f"own {file_hash}"
+            self.metric = f"own {ranking.get('file', '')} {file_hash}"
         if args["weight_factor"]:
             self.weight = f"w_A {args['weight_factor']:g}"
         self.n_A, self.N, self.w_A = training["A"], training["N"], training["w_A"]
@@ -52,6 +54,7 @@ class Run:
         self.epoch = result["epoch"]  # of the checkpoint that was selected
         self.decays = sum(self.epoch > decay for decay in target["lr_decays"])  # of the learning rate, so far
         self.last_accuracies = last_accuracies(path.parent, result)
+        self.in_table = False  # of the report; tables.py sets it
         # {part: {kind: {"n", "accuracy", "low", "high"}}}, "classes": {class: {kind: the same and "right"}}
         self.accuracy = result["accuracy"]
         # What must agree for two runs to stand in one table, {flag: value} with N, n, "labels" (a hash) and,
@@ -62,6 +65,8 @@ class Run:
                         "labels": result["fingerprint"]["labels"]}
         if "precision" in evaluation:  # it is float32 in results that lack it
             self.setting["eval_precision"] = evaluation["precision"]
+        if training.get("processes", 1) > 1:  # each has batch statistics of its own
+            self.setting["processes"] = training["processes"]
         if source:
             self.dataset = f"{source['dataset']}->{self.dataset}"
             self.setting |= {f"target's {k}": v for k, v in target.items() if k not in NOT_SETTING}
@@ -108,9 +113,9 @@ def last_accuracies(folder, result):
 
 
 def result_files(folder, name):
-    """The files below `folder` that match the pattern `name`, except those that --force put aside."""
-    paths = sorted(Path(folder).glob(f"**/{name}"))
-    return [path for path in paths if "/.old-" not in f"/{path.relative_to(folder).as_posix()}"]
+    """The files below `folder` that match the pattern `name`, through links to folders too, except those in
+    hidden folders: .old-<run>, which --force put aside."""
+    return sorted(Path(folder, path) for path in glob.glob(f"**/{name}", root_dir=folder, recursive=True))
 
 
 def read_runs(folder):
@@ -119,6 +124,8 @@ def read_runs(folder):
     for path in result_files(folder, "result.json"):
         try:
             runs.append(Run(path, load(path)))
+        except UserError:  # which is a ValueError too
+            raise
         except (KeyError, TypeError, AttributeError, ValueError) as e:  # or its log.jsonl
             raise UserError(f"{path} is not a result of this project ({e!r}): move its folder away") from None
     return runs
@@ -193,8 +200,9 @@ def pick(runs, **values):
 
 
 def ranking_cautions(runs, rankings):
-    """A sentence for each metric whose runs used different rankings, and one if runs used a ranking that is
-    not among those of their data, if there are any. May be empty. rankings: of read_rankings."""
+    """A sentence for each metric whose runs used different rankings, one if runs used a ranking that is not
+    among those of their data, if there are any, and one if some transfers, not all, have a source that is
+    not among the runs. May be empty. rankings: of read_rankings."""
     by_metric = grouped([r for r in runs if r.scores_hash], "metric")
     cautions = []
     for (metric,), metric_runs in by_metric.items():
@@ -209,6 +217,10 @@ def ranking_cautions(runs, rankings):
     if outdated:
         cautions.append(f"Caution: the ranking of {len(outdated)} of these runs is no longer there "
                         f"(the first: {outdated[0].path}).")
+    lost = [r for r in runs if r.transfer and "source all" not in r.accuracy]
+    if 0 < len(lost) < sum(r.transfer for r in runs):
+        cautions.append(f"Caution: the source of {len(lost)} of these transfers is no longer there, perhaps as "
+                        f"it was made again (the first: {lost[0].path}).")
     return " ".join(cautions)
 
 
@@ -217,9 +229,10 @@ def write_csv(path, runs):
     rows = []
     for r in runs:
         ordered = r.split in ("csat", "esat")
+        by_scores = ordered and r.order in ("hardest", "easiest")
         row = {"run": r.path, "data": r.dataset, "split": r.split, "A": r.n_A, "N": r.N, "share": r.share,
                "order": r.order if ordered else "", "classes": ";".join(r.A_classes),
-               "metric": r.metric if ordered and r.order in ("hardest", "easiest") else "",
+               "metric": r.metric if by_scores or r.metric.startswith("own") else "",
                "weight": r.weight if ordered else "", "w_A": r.w_A, "attack": r.attack if r.n_A else "",
                "seed": r.seed, "head_seed": r.head_seed if r.transfer else "",
                **{k: r.setting.get(k, "") for k in ("arch", "epochs", "norm", "eps", "n")},

@@ -87,6 +87,12 @@ def curve_table(figure, group):
     return markdown(head, body)
 
 
+def mark_as_shown(runs):
+    """Notes that these runs are in a table."""
+    for r in runs:
+        r.in_table = True
+
+
 def curve_section(runs, figure_folder, figure, rankings):
     """A figure of accuracy against |A|/N and its tables, one for each group of runs."""
     usual = {"order": "hardest", "metric": "entropy", "attack": "pgd",
@@ -102,6 +108,7 @@ def curve_section(runs, figure_folder, figure, rankings):
         baselines = {line: pick(runs, dataset=dataset, group_name=name, attack="pgd", split=split)
                      for line, split in BASELINES.items()}
         groups.append(figures.Group(dataset, name, lines, baselines, comparable_dataset(dataset, setting)))
+        mark_as_shown([*in_group, *baselines["AT"], *baselines["no AT"]])
         sizes = sorted({size for by_size in lines.values() for size in by_size})
         missing = [f"{line} at |A| = {size:,}" for line, by_size in lines.items() for size in sizes
                    if size not in by_size]
@@ -115,24 +122,32 @@ def curve_section(runs, figure_folder, figure, rankings):
     return paragraphs
 
 
+def class_cells(runs, a, classes, comparable):
+    """Fig. 2's robust accuracies on each class of runs with the class `a` as A, or of "AT" or "no AT". If
+    `comparable`, with the paper's in brackets."""
+    cells = []
+    for c in classes:
+        values = [r.accuracy["classes"][c]["robust"]["accuracy"] for r in runs]
+        cells.append("-" if None in values else f"{100 * statistics.fmean(values):.0f}")
+        if comparable and fig2_accuracy(a, c) is not None:
+            cells[-1] += f" ({fig2_accuracy(a, c)})"
+    return cells
+
+
 def matrix_table(group_runs, classes, single, comparable):
     """Fig. 2's table, with a row for each class A that has runs. If `comparable`, the paper's numbers stand
     in brackets."""
     rows = []
     for a in (c for c in classes if c in single):
-        runs, cells = single[a], []
-        for c in classes:
-            values = [r.accuracy["classes"][c]["robust"]["accuracy"] for r in runs]
-            cells.append("-" if None in values else f"{100 * statistics.fmean(values):.0f}")
-            if comparable and fig2_accuracy(a, c) is not None:
-                cells[-1] += f" ({fig2_accuracy(a, c)})"
+        runs = single[a]
         rows.append([a, str(len(runs)), cell(runs, "A_val"), cell(runs, "B_val"),
                      no_at_cell(pick(group_runs, split="none"), runs),
                      *paper_cells(runs, "B_val", "robust", fig2_accuracy(a, "B_val") if comparable else None),
-                     cell(runs), *cells])
+                     cell(runs), *class_cells(runs, a, classes, comparable)])
     for line, split in BASELINES.items():
         if baseline := pick(group_runs, split=split):
-            rows.append([line, str(len(baseline)), *["-"] * 5, cell(baseline), *["-"] * len(classes)])
+            rows.append([line, str(len(baseline)), *["-"] * 5, cell(baseline),
+                         *class_cells(baseline, line, classes, comparable)])
     head = ["A", "seeds", "robust A_val %", "robust B_val %", "no AT on that B %", "paper B_val %",
             "difference", "robust all %"]
     return markdown([*head, *(f"on {c} %" for c in classes)], rows)
@@ -168,6 +183,8 @@ def matrix_section(runs, figure_folder):
                                   for attack in ("pgd", "pgd-authors"))
             if not single:
                 continue
+            mark_as_shown([*sum([*single.values(), *by_authors.values()], []), *pick(group, split="none"),
+                           *pick(group, split="full")])
             i += 1
             file = "fig2" if i == 1 else f"fig2-{i}"
             classes, setting = list(group[0].accuracy["classes"]), group[0].setting
@@ -222,14 +239,27 @@ def difficulty_section(rankings, figure_folder):
     return [f"## {title}", f"![{title}](figures/fig3.png)", *paragraphs]
 
 
-def claims_section(runs):
+def other_section(runs):
+    """The runs that are in no other table: with A, weights or attacks that no figure of the paper has."""
+    rows = []
+    for same in grouped(pick(runs, in_table=False), "configuration").values():
+        r = same[0]
+        rows.append([r.path, r.dataset, f"{r.n_A:,}", f"{r.n_A / r.N:.2f}", f"{r.w_A:.3g}",
+                     r.attack if r.n_A else "-", str(seed_count(same)), cell(same), cell(same, *CLEAN)])
+    head = ["run, the first of its seeds", "data", "\\|A\\|", "\\|A\\|/N", "w_A", "training attack", "seeds",
+            "robust %", "clean %"]
+    return ["## Runs in no other table", markdown(head, rows)] if rows else []
+
+
+def claims_section(runs, rankings):
     """The paper's claims on CIFAR-10 and on transfers to it, each with a verdict."""
     paragraphs = ["## The paper's claims"]
     for (dataset, group_name), (rows, noise) in claims.claims(runs).items():
         of_claims = claims.with_pgd(pick(runs, dataset=dataset, group_name=group_name))
         baselines = [r for r in of_claims if r.split in BASELINES.values()]
         paragraphs += [f"### {dataset}: {group_name}", markdown(["claim", "paper", "ours", "verdict"], rows),
-                       str(noise), "" if "->" in dataset else claims.why_e_is_undecided(baselines)]
+                       str(noise), "" if "->" in dataset else claims.why_e_is_undecided(baselines),
+                       ranking_cautions(of_claims, rankings)]
     return paragraphs if len(paragraphs) > 1 else []
 
 

@@ -263,7 +263,9 @@ def test_bad_image_folders(tmp_path):
             (tmp_path / name / folder).mkdir()
         refuses(name, tmp_path, message)
     for name, classes, message in (
-            ("svhn", ("cat", "dog"), "has 2 classes, not 10"), ("one", ("cat",), "'cat'.: two or more are")):
+            ("svhn", ("cat", "dog"), "has 2 classes, not 10"), ("one", ("cat",), "'cat'.: two or more are"),
+            ("bytes", ("caf\udce9", "cat"), r"not UTF-8, 'caf\\udce9': rename it"),
+            ("digits", ("cat", "dog"), "digits is built in, and .* has a data set of this name: give")):
         write_images(tmp_path / name, classes=classes)
         refuses(name, tmp_path, message)
     (tmp_path / "none" / "train").mkdir(parents=True)
@@ -408,6 +410,17 @@ def test_small_images_of_two_sizes_are_streamed(size, tmp_path, capsys):
     assert data.train.pixels(torch.arange(12), "cpu").shape == (12, 3, 40, 40)
     assert re.search(f"note: .*cat/0.png is {size[1]}x{size[0]} pixels. .* resized to --side\n",
                      capsys.readouterr().out)
+
+
+def test_a_size_that_square_does_not_take(tmp_path):
+    write_images(tmp_path / "pets", side=24)
+    words = ["--dataset", "pets", "--data-dir", str(tmp_path), "--batch-size", "4"]
+    for more in ([], ["--eval-attacks", "apgd-ce", "--select-attacks", "square"]):
+        with pytest.raises(UserError, match="square takes no images of 24x24 pixels in l2: give --select"):
+            open_dataset(sat.command_line([*words, *more]), "cpu")
+    for more in (["--eval-attacks", "apgd-ce", "--select-attacks", "apgd-ce"],
+                 ["--norm", "linf", "--eps", "0.1", "--step-size", "0.1"]):
+        open_dataset(sat.command_line([*words, *more]), "cpu")
 
 
 @pytest.mark.parametrize("batch,noted", [(128, True), (100, True), (60, False), (43, False)])

@@ -637,7 +637,7 @@ def test_other_attacks_do_not_undecide_claim_e():
     none, at, other = (published_run(name) for name in ("cpu-none-seed0", "cpu-full-seed0", "cpu-full-seed1"))
     other.attack, other.decays = "fgsm-rs", 1
     results.name_groups([none, at, other])
-    text = "\n".join(tables.claims_section([none, at, other]))
+    text = "\n".join(tables.claims_section([none, at, other], {}))
     assert "(e) AT costs clean accuracy" in text
     assert "(e) has no row" not in text
 
@@ -648,3 +648,49 @@ def test_results_below_a_folder_that_force_put_aside(tmp_path):
         (tmp_path / folder / "result.json").touch()
     assert results.result_files(tmp_path, "result.json") == []
     assert len(results.result_files(tmp_path / ".old-r", "result.json")) == 1
+
+
+def test_a_linked_folder_of_a_data_set_is_read(tmp_path):
+    (tmp_path / "disk/cifar10/r").mkdir(parents=True)
+    (tmp_path / "disk/cifar10/r/result.json").touch()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/cifar10").symlink_to(tmp_path / "disk/cifar10")
+    assert results.result_files(tmp_path / "results", "result.json") == [
+        tmp_path / "results/cifar10/r/result.json"]
+
+
+def test_runs_that_no_figure_has_are_in_a_table(tmp_path):
+    """Those of the user's own subset and weight, by another attack, and baselines on their own."""
+    others = [run("esat", 0.3, order="named", n_A=700, metric="own mask.npy 1234"),
+              run("esat", 0.3, weight="w_A 5"), run("csat", 0.3, attack="fgsm-rs"), run("full", 0.4)]
+    in_figure = run("esat", 0.2, path="results/in-figure")
+    for group in ([in_figure], [*others, in_figure]):
+        for r in group:
+            r.in_table = False
+        for figure in tables.CURVE_FIGURES:
+            tables.curve_section(group, tmp_path, figure, {})
+    rows = tables.other_section([*others, in_figure])[1].splitlines()[2:]
+    assert len(rows) == 3, "AT is beside the run of Fig. 6"
+    assert in_figure.path not in "".join(rows)
+    assert tables.other_section([in_figure]) == []
+
+
+def test_runs_by_several_processes_are_no_seeds_of_runs_by_one():
+    """Batch statistics are each process's own."""
+    path = HERE / "results-published/cifar10/cpu-none-seed0/result.json"
+    result = load(path)
+    one, four = (results.Run(path, {**result, "processes": n}) for n in (1, 4))
+    assert one.group_name != four.group_name
+    results.name_groups([one, four])
+    assert four.group_name.endswith(", processes 4")
+
+
+def test_a_transfer_whose_source_was_made_again_is_named():
+    moved = [run("esat", 0.3, **MOVED, seed=seed, weights_hash=str(seed), scores_hash="") for seed in range(3)]
+    sources = [run("esat", 0.2, seed=seed, weights_hash=str(seed)) for seed in range(3)]
+    for n, cautions in ((3, ""), (2, "the source of 1 of these transfers is no longer there"), (0, "")):
+        for r in moved:
+            r.accuracy = {k: v for k, v in r.accuracy.items() if not k.startswith("source")}
+        results.add_source_accuracies([*moved, *sources[:n]])
+        assert cautions in (text := results.ranking_cautions(moved, {}))
+        assert bool(text) == bool(cautions)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +39,7 @@ def test_mistakes_in_the_words_of_run_all(argv, env, expected, monkeypatch):
 
 
 def test_every_stage_of_sat_py_has_the_name_that_the_list_expects(monkeypatch, capsys):
-    """Else sat.py would take a finished run with the same A and another name, and the stage stay missing."""
+    """Else the stage would stay missing."""
     monkeypatch.delenv("EXTRA", raising=False)
     run_all.main(["--dry-run", "cifar10", "fig6"])
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if "sat.py" in line]
@@ -148,14 +147,15 @@ def test_several_run_alls_make_each_run_once_and_name_those_that_fail(start):
         out, errors = process.communicate(timeout=300)
         outputs.append(out)
         assert process.returncode == 1
-        assert re.search(f"1 missing.*\n.*{FIG2[2]}", errors)
+        assert re.search(f"1 missing:\n.*{FIG2[2]}", errors)
         assert (FIG2[9] / "result.json").exists(), "it goes on after a failure"
-        assert "no such luck" in log.read_text()
-    assert "no such luck" in outputs[0]
+        assert ("no such luck" in log.read_text()) == (jobs == "2")
+        assert ("no such luck" in errors) == (jobs == "1"), "one stage at a time writes to the terminal"
+        assert f"{FIG2[2]} failed (exit code 1); " in out
+        n = len(folders_of("digits"))
+        assert f"{FIG2[9]} is finished; {n - 1} of {n} done, 1 failed, about 0 s to go\n" in out
     assert "glibc keeps 0 blocks" in outputs[0], "on CPUs alone"
-    assert f"{FIG2[2]} failed (exit code 1): see {log}\n" in outputs[1]
-    n = len(folders_of("digits"))
-    assert f"\n{n - 1} done, 0 running, 0 left, 1 failed; about 0 s to go\n" in outputs[1]
+    assert f"> {FIG2[2]}, see {log}\n" in outputs[1]
 
 
 @pytest.mark.slow
@@ -219,22 +219,20 @@ def test_gpus_and_cores_are_divided(monkeypatch, tmp_path, visible, values, jobs
     assert run_all.stage_environments(jobs, values)[0]["OMP_NUM_THREADS"] == "3", "the user's own value wins"
 
 
-def test_the_line_on_a_terminal_and_the_time_that_remains(monkeypatch, capsys):
-    """Of five equal stages one took 100 s: two slots need 200 s for four, less what two have run for."""
-    all_stages = list(experiments.stages(["cifar10"], ["fig6"], "r", {}))
-    equal = [stage for stage in all_stages if "random-0.5" in stage.folder][:5]
-    display = run_all.Display(equal, 7, 2)
-    display.start_time -= 1000
-    left = [stage.folder for stage in equal[3:]]
-    first, *jobs = (SimpleNamespace(stage=stage, seconds=lambda: 40) for stage in equal[:3])
-    first.seconds = lambda: 100
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    display.update([stage.folder for stage in equal[2:]], jobs[:1])
-    display.ended(first, 0)
-    display.update(left, jobs)
-    assert capsys.readouterr().out == ("\r8 done, 1 running, 3 left\x1b[K"
-                                       "\r8 done, 2 running, 2 left; about 3 min to go\x1b[K")
-    display.start_time += 975  # as if other copies had finished this one in 25 s
-    assert display.time_left(left, jobs) == "; about 80 s to go"
-    display.ended(SimpleNamespace(stage=equal[4], log=SimpleNamespace(name="log")), 1)
-    assert display.time_left(left[:1], jobs) == "; about 55 s to go", "a run that failed did no work"
+@pytest.mark.slow
+def test_what_needs_a_failed_stage_is_left_out(start):
+    failed = "rank-preactresnet8-seed0"
+    process = start("digits", "fig6", FAILS=failed)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "esat-hardest-0.1-seed0 is left out, since results/digits/rank-preactresnet8-seed0 failed\n" in out
+    assert not any("hardest" in call or "easiest" in call for call in calls())
+    assert any("--order random" in call for call in calls())
+    assert "esat-hardest-0.1-seed0" in errors.partition("missing:")[2]
+
+
+def test_the_time_that_remains():
+    """Of stages that cost 1, 3 and 4, those of 1 and 3 were done in 100 s; one was finished before."""
+    work, ended = {"a": 1, "b": 3, "c": 4, "d": 9}, {"before": 0, "a": 0, "b": 0, "d": 2}
+    text = run_all.progress_text(5, ended, work, time.monotonic() - 100)
+    assert text == "3 of 5 done, 1 failed, about 2 min to go"
