@@ -219,8 +219,8 @@ def ranking_cautions(runs, rankings):
                         f"(the first: {outdated[0].path}).")
     lost = [r for r in runs if r.transfer and "source all" not in r.accuracy]
     if 0 < len(lost) < sum(r.transfer for r in runs):
-        cautions.append(f"Caution: the source of {len(lost)} of these transfers is no longer there, perhaps as "
-                        f"it was made again (the first: {lost[0].path}).")
+        cautions.append(f"Caution: the source of {len(lost)} of these transfers is no longer there, as after "
+                        f"--force (the first: {lost[0].path}).")
     return " ".join(cautions)
 
 

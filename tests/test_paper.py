@@ -686,8 +686,8 @@ def test_runs_by_several_processes_are_no_seeds_of_runs_by_one():
 
 
 def test_a_transfer_whose_source_was_made_again_is_named():
-    moved = [run("esat", 0.3, **MOVED, seed=seed, weights_hash=str(seed), scores_hash="") for seed in range(3)]
-    sources = [run("esat", 0.2, seed=seed, weights_hash=str(seed)) for seed in range(3)]
+    moved, sources = ([run("esat", 0.3, **values, seed=seed, weights_hash=str(seed), scores_hash="")
+                       for seed in range(3)] for values in (MOVED, {}))
     for n, cautions in ((3, ""), (2, "the source of 1 of these transfers is no longer there"), (0, "")):
         for r in moved:
             r.accuracy = {k: v for k, v in r.accuracy.items() if not k.startswith("source")}
