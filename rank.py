@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import time
 
 import torch
 from scipy.stats import spearmanr
@@ -133,7 +134,6 @@ def check_metrics(metrics, data):
                         "svar")
 
 
-@runs.unlocking
 def rank_examples(folder, args, data, device):
     """Makes the ranking in `folder`, going on from last.pt if there is one: trains without attacks, averages
     the scores of all epochs (Eq. 3), writes scores.pt and rank.json. args: rank.py's flags."""
@@ -143,39 +143,41 @@ def rank_examples(folder, args, data, device):
     say(f"ranking {data.name} ({len(data.train):,} training images, {len(data.classes)} classes) by "
         f"{', '.join(metrics)} over {args.epochs} epochs of non-robust training; {args.arch} on "
         f"{common.device_name(device)} -> {folder}")
-    if runs.start_run(folder, args, "rank.json"):
-        return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
-    torch.manual_seed(args.seed)
-    model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
-    state = runs.resume(folder, args, data, ("sums", "vog"))
-    sums, log = (state["sums"], state["log"]) if state else ({}, [])
-    vog = Vog(data.train, device, state and state["vog"]) if "vog" in metrics else None
-    saves = runs.Saves()
-    # A = {}: a non-robust classifier, so that difficulty does not depend on adversarial training (Sec. 3.3).
-    empty_A = torch.zeros(len(data.train), dtype=torch.bool)
-    for state in train(model, data.train, empty_A, 1.0, args, device, state):
-        sums = {m: s + sums.get(m, 0) for m, s in score(model, data.train, device, metrics, vog).items()}
-        log = [*log, state["row"]]
-        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, "
-            "{seconds:.1f} s".format(**log[-1]))
-        if from_process_0(saves.are_due()) or state["epoch"] == args.epochs:  # vog.state() is of all
-            more = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
-            if process_index() == 0:
-                runs.save_epoch(folder, runs.checkpoint(model, data, args, state["epoch"], **more))
-            saves.done()
-    scores = {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
-    if any(m != "vog" and s.min() == s.max() for m, s in scores.items()):
-        raise UserError(f"all examples have the same score, so that nothing can be ranked: training diverged "
-                        f"(loss {log[-1]['loss']:.3g}, accuracy {log[-1]['train_accuracy']:.3f}); lower --lr")
-    scoring_passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
-    provenance = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
-    result = {**provenance, "cost": sum(row["forward_equivalents"] for row in log) + scoring_passes,
-              "scores": {m: tensor_hash(s) for m, s in scores.items()},
-              **tables_of(scores, model, data, device)}
-    if process_index() == 0:
-        runs.save(folder / "scores.pt", {**scores, **provenance})
-        runs.write_json(folder / "rank.json", result)
-    runs.end_run(folder)
+    with runs.making(folder, args, "rank.json") as is_finished:
+        if is_finished:
+            return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
+        torch.manual_seed(args.seed)
+        model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
+        state = runs.resume(folder, args, data, ("sums", "vog"))
+        sums, log = (state["sums"], state["log"]) if state else ({}, [])
+        vog = Vog(data.train, device, state and state["vog"]) if "vog" in metrics else None
+        save_time = time.monotonic()
+        # A = {}: a non-robust classifier: difficulty does not depend on adversarial training (Sec. 3.3).
+        empty_A = torch.zeros(len(data.train), dtype=torch.bool)
+        for state in train(model, data.train, empty_A, 1.0, args, device, state):
+            sums = {m: s + sums.get(m, 0) for m, s in score(model, data.train, device, metrics, vog).items()}
+            log = [*log, state["row"]]
+            say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, "
+                "{seconds:.1f} s".format(**log[-1]))
+            is_due = time.monotonic() - save_time >= runs.SAVE_SECONDS
+            if from_process_0(is_due) or state["epoch"] == args.epochs:  # vog.state() is of all processes
+                more = {"optimizer": state["optimizer"], "sums": sums, "log": log, "vog": vog and vog.state()}
+                if process_index() == 0:
+                    runs.save_epoch(folder, runs.checkpoint(model, data, args, state["epoch"], **more))
+                save_time = time.monotonic()
+        scores = {m: (vog.scores() if m == "vog" else sums[m] / args.epochs).float() for m in metrics}
+        if any(m != "vog" and s.min() == s.max() for m, s in scores.items()):
+            raise UserError("all examples have the same score, so that nothing can be ranked: training "
+                            f"diverged (loss {log[-1]['loss']:.3g}, accuracy "
+                            f"{log[-1]['train_accuracy']:.3f}); lower --lr")
+        scoring_passes = len(data.train) * args.epochs * (2 if vog else 1)  # VoG also goes back to the pixels
+        provenance = {"args": runs.identity(args), "fingerprint": data.fingerprint(), "epochs": args.epochs}
+        result = {**provenance, "cost": sum(row["forward_equivalents"] for row in log) + scoring_passes,
+                  "scores": {m: tensor_hash(s) for m, s in scores.items()},
+                  **tables_of(scores, model, data, device)}
+        if process_index() == 0:
+            runs.save(folder / "scores.pt", {**scores, **provenance})
+            runs.write_json(folder / "rank.json", result)
     common.barrier()  # the files are there for all processes
     say(f"{table(folder)}\nwrote {folder}/scores.pt and rank.json")
 

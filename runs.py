@@ -3,21 +3,18 @@ imports torch only where it reads or writes tensors."""
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-import time
 import uuid
 from pathlib import Path
 
 from common import UserError, from_process_0, process_index, say
 
 SAVE_SECONDS = 60
-LOCKS = {}  # {folder: lock file} of the runs that this process is making
 # Attributes of args that say where a run is made and how fast, not what it is.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
                 "results", "run", "force"}
@@ -108,66 +105,46 @@ def lock_exclusively(file, options=0):
         say(f"warning: {file.name} cannot be locked ({e.strerror}): do not start the same run twice at once")
 
 
-def start_run(folder, args, final_file="result.json"):
-    """Locks the run's folder until end_run or the end of this process, and makes it, with args.json, in
-    process 0. Waits while another process makes the same run. Returns whether the run is finished. With
-    --force a finished run is kept as .old-<run> until end_run: a repeat that fails loses nothing."""
+@contextlib.contextmanager
+def making(folder, args, final_file="result.json"):
+    """A context that locks the run's folder and makes it, with args.json, in process 0. It waits while
+    another process makes the same run, and yields whether the run is finished. With --force a finished run is
+    kept as .old-<run> until the context ends: a repeat that fails loses nothing."""
     if process_index() > 0:
-        return from_process_0(None)
+        yield from_process_0(None)
+        return
+    old = folder.with_name(f".old-{folder.name}")
     lock = folder.parents[1] / ".locks" / f"{folder.parent.name}-{folder.name}"  # --force moves the folder
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        lock_file = LOCKS[folder] = LOCKS.get(folder) or open(lock, "w")
+        lock_file = open(lock, "w")
     except OSError as e:
         raise UserError(f"cannot write {lock}: {e.strerror}; give another --results") from None
-    try:
-        lock_exclusively(lock_file, fcntl.LOCK_NB)
-    except BlockingIOError:
-        say(f"{folder} is being made by another process: waiting for it")
-        lock_exclusively(lock_file)
-        args.force &= "force" in args.typed  # else it is of an outdated run, which was just repeated
-    if is_finished(folder, args, final_file):
-        end_run(folder)
-        return from_process_0(True)
-    if (folder / final_file).exists():
-        old = folder.with_name(f".old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    elif args.force and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for temporary in folder.glob("*.part"):  # of a killed process
-        temporary.unlink(missing_ok=True)
-    write_json(folder / "args.json", identity(args))
-    return from_process_0(False)
-
-
-def end_run(folder):
-    """Deletes what a finished run leaves behind and unlocks its folder, in process 0."""
-    if process_index() == 0:
-        for leftover in (folder.with_name(f".old-{folder.name}"), folder / "chunks"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        unlock(folder)
-
-
-def unlock(folder):
-    """Unlocks the folder of a run, if this process has locked it."""
-    if folder in LOCKS:
-        with LOCKS.pop(folder) as lock:  # closing is not enough while a loader process has the file, too
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_UN)
-
-
-def unlocking(make):
-    """Decorates make(folder, ...): a run that fails or is stopped is unlocked, though its process may live
-    on, as a notebook's does."""
-    @functools.wraps(make)
-    def wrapper(folder, *args, **kwargs):
+    with lock_file:
         try:
-            return make(folder, *args, **kwargs)
-        finally:
-            unlock(folder)
-    return wrapper
+            try:
+                lock_exclusively(lock_file, fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{folder} is being made by another process: waiting for it")
+                lock_exclusively(lock_file)
+                args.force &= "force" in args.typed  # else it is of an outdated run, which was just repeated
+            finished = is_finished(folder, args, final_file)
+            if not finished:
+                if (folder / final_file).exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    folder.rename(old)
+                elif args.force and folder.exists():
+                    shutil.rmtree(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                for temporary in folder.glob("*.part"):  # of a killed process
+                    temporary.unlink(missing_ok=True)
+                write_json(folder / "args.json", identity(args))
+            yield from_process_0(finished)
+            for leftover in (old, folder / "chunks"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        finally:  # closing is not enough while a loader process has the file, too
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock_file, fcntl.LOCK_UN)
 
 
 def resume(folder, args, data, keys=()):
@@ -211,22 +188,6 @@ def save(path, value):
     """torch.save of plain types and tensors, atomically."""
     import torch
     atomic(path, lambda f: torch.save(value, f))
-
-
-class Saves:
-    """When a training is saved: a minute after the last time (SAVE_SECONDS). Each time costs a part of a
-    second, and an epoch on a GPU may take only a second."""
-
-    def __init__(self):
-        self.done()
-
-    def done(self):
-        """Notes that it was saved just now."""
-        self.time = time.monotonic()
-
-    def are_due(self):
-        """Whether SAVE_SECONDS have passed since the last save."""
-        return time.monotonic() - self.time >= SAVE_SECONDS
 
 
 def save_epoch(folder, state):

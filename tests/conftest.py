@@ -36,7 +36,6 @@ def one_step(model, x, y, *, eps, norm, attacks, seed, precision):
 def workplace(tmp_path, monkeypatch):
     """An empty working folder with the data set "few", whose epoch is three steps. AutoAttack is one step."""
     monkeypatch.setattr(attacks, "attack_batch", one_step)
-    monkeypatch.setattr(runs, "LOCKS", {})
     monkeypatch.setattr(runs, "SAVE_SECONDS", 0)  # after every epoch
     monkeypatch.chdir(tmp_path)
     digits = data.load_dataset("digits", "data")

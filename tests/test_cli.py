@@ -193,7 +193,7 @@ def test_files_of_a_run_that_somebody_has_edited():
     edits = [("args", []), ("args", {}), ("classes", 3), ("classes", [*range(10)]), ("classes", ["x"] * 10),
              ("A_classes", ["zebra"]), ("epoch", None), ("model", {}), ("arch", "vgg")]
     for content, message in [
-            (["no", "dict"], "lacks model"), ({"model": Malicious()}, "holds more than plain types and torch"),
+            (["no", "dict"], "lacks model"), ({"model": Malicious()}, "holds more than plain types"),
             ({**ckpt, "model": frozen, "head": "mlp"}, "is itself a transferred network; give the best.pt"),
             *(({**ckpt, "A_classes": None, key: value}, "is not a checkpoint of") for key, value in edits)]:
         torch.save(content, "edited.pt")

@@ -117,7 +117,8 @@ def test_two_runs_that_want_one_ranking_wait_for_each_other(monkeypatch):
             raise BlockingIOError
     args = rank.ranking_args(sat.command_line(ONE_EPOCH))
     monkeypatch.setattr(runs, "lock_exclusively", lock)
-    assert not runs.start_run(rank.ranking_folder(args), args, "rank.json")
+    with runs.making(rank.ranking_folder(args), args, "rank.json") as is_finished:
+        assert not is_finished
 
 
 @pytest.mark.parametrize("typed", [set(), {"force"}])
@@ -131,7 +132,8 @@ def test_an_outdated_run_is_repeated_once_by_two_commands(typed, monkeypatch):
     args.force, args.typed, folder = True, typed, R
     folder.mkdir(parents=True)
     monkeypatch.setattr(runs, "lock_exclusively", lock)
-    assert runs.start_run(folder, args) is (typed == set())
+    with runs.making(folder, args) as is_finished:
+        assert is_finished is (typed == set())
 
 
 def test_a_metric_that_a_stopped_ranking_lacks_is_refused_before_the_ranking(monkeypatch):
@@ -337,8 +339,8 @@ def test_a_published_run_is_found_by_its_own_flags_alone():
 def test_a_ranking_begun_with_other_metrics_is_finished_with_them():
     args = rank.ranking_args(sat.command_line(BY_RANKING))
     args.metrics = ["svar", "entropy"]
-    runs.start_run(RANKING_1, args, "rank.json")
-    runs.end_run(RANKING_1)  # stopped in its first epoch
+    with runs.making(RANKING_1, args, "rank.json"):
+        pass  # stopped in its first epoch
     sat.main(BY_RANKING)
     assert runs.load(RANKING_1 / "rank.json")["args"]["metrics"] == ["svar", "entropy"]
     rank.main([*RANK, *ONE])  # finished
@@ -391,12 +393,14 @@ def test_the_table_of_a_ranking_is_in_the_order_of_its_first_column(capsys):
 
 def test_a_run_that_is_stopped_in_a_notebook_is_unlocked(monkeypatch):
     def stop(*args):
-        assert runs.LOCKS
+        locked.append(subprocess.run(lock).returncode)
         raise KeyboardInterrupt
+    lock, locked = ["flock", "--nonblock", "results/.locks/few-r", "true"], []
     monkeypatch.setattr(sat, "train", stop)
     with pytest.raises(KeyboardInterrupt):
         sat.main(ONE_EPOCH)
-    assert runs.LOCKS == {}
+    assert locked == [1]
+    assert subprocess.run(lock).returncode == 0
 
 
 def test_the_order_of_decays_does_not_rename_a_run():

@@ -191,9 +191,9 @@ def test_folders_of_names_in_other_scripts_stay_distinct():
 def test_other_flags_are_refused_and_force_keeps_the_old_run_until_the_new_one_is_whole(capsys):
     stop_in(sat.main, ONE_EPOCH, "save_epoch")
     words, before = [*ONE_EPOCH, "--lr", "0.2"], (R / "args.json").read_bytes()
-    for function, *given in ((sat.main, words), (runs.start_run, R, sat.command_line(words))):
+    for make in (lambda: sat.main(words), runs.making(R, sat.command_line(words)).__enter__):
         with pytest.raises(UserError, match=r"other flags \(lr: 0.1 there, 0.2 now\): give another --run"):
-            function(*given)
+            make()
     assert (R / "args.json").read_bytes() == before
     sat.main([*words, "--force"])
     assert "going on" not in capsys.readouterr().out, "one that is not finished starts again"
@@ -216,14 +216,15 @@ def test_locks_end_with_their_runs(monkeypatch):
 
     def batches(*a):
         locks.append((locked(RANKING_1), locked(R)))
-        duplicates.extend(os.dup(f.fileno()) for f in runs.LOCKS.values())  # as a loader process has them
+        duplicates.extend(os.dup(int(path.name)) for path in list(Path("/proc/self/fd").iterdir())
+                          if ".locks" in os.path.realpath(path))  # as a loader process has them
         return real(*a)
     real, locks, duplicates = train.training_batches, [], []
     monkeypatch.setattr(train, "training_batches", batches)
     sat.main([*SAT, *ONE, "--run", "r", "--seed", "3"])
     assert locks == [(True, False), (False, True)], "while sat.py makes the ranking, and while it trains"
-    assert runs.LOCKS == {}
     assert not locked(R)
+    assert duplicates
     for duplicate in duplicates:
         os.close(duplicate)
 
