@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import UserError, from_process_0, process_index, say
 
-SAVE_SECONDS = 60
+SAVE_SECONDS = 60  # between two saves of a training, whose epoch may take only a second on a GPU
 # Attributes of args that say where a run is made and how fast, not what it is.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
                 "results", "run", "force"}
