@@ -26,9 +26,9 @@ def eval_mode(model):
     try:
         yield
     finally:
-        model.train(training[0][1])  # train() does more in some modules, as in LoRA layers
-        for module, was_training in training:
-            module.training = was_training
+        for module, was_training in training:  # parents first
+            if module.training != was_training:
+                module.train(was_training)  # not only a flag: LoRA layers merge their weights in it
 
 
 def l2_norm(delta):
@@ -241,8 +241,9 @@ def has_zero_gradient(model, x, y):
 def attack_batch(model, x, y, *, eps, norm, attacks, seed, precision=contextlib.nullcontext):
     """AutoAttack on one batch. Returns (clean, robust), bool (N,) each. `precision` is as in autoattack.
 
-    Raises ValueError as check() does, FloatingPointError for logits that are not finite (the package takes
-    them for robust), ArithmeticError for images outside ball or box, or if more are right after it."""
+    Raises ValueError as check() does, and for sizes that square does not take; FloatingPointError for logits
+    that are not finite (the package takes them for robust); ArithmeticError for images outside ball or box,
+    or if more are right after it."""
     from pyautoattack import AutoAttack
     check(model, x, y, norm, eps)
     if "square" in attacks and not square_takes(*x.shape[2:], norm):

@@ -202,13 +202,15 @@ def script(main):
             sys.exit(f"error: {process_prefix()}the GPU's memory is full: free some, or lower --batch-size "
                      "(training) or --eval-batch (AutoAttack)")
         signs_of_loss = ["DataLoader worker"]
+        advice = "the same command goes on"
+        if "DataLoader worker" in str(e):
+            advice += ", with --workers 0 if this happens again"
         if process_count() > 1:
             signs_of_loss += ["gloo", "NCCL", "Connection closed", "Connection reset"]
         if not any(word in str(e) for word in signs_of_loss):
             raise
         reason = " ".join(str(e).split())[:100]
-        print(f"error: {process_prefix()}another process is gone ({reason}); the same command goes on",
-              file=sys.stderr)
+        print(f"error: {process_prefix()}another process is gone ({reason}); {advice}", file=sys.stderr)
         code = 1
     if process_count() > 1:  # at once: gloo's threads now and then abort a process while Python shuts down
         sys.stdout.flush()

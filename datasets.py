@@ -32,7 +32,7 @@ def read_dataset(name, root):
     is_image_folder = (folder / "train" if name in TABLE_1 else folder).is_dir() and name != "imagenet200"
     if name in DIGITS:
         if path.exists() or folder.exists():
-            raise UserError(f"{name} is built in, and {root} has a data set of this name: give it another")
+            raise UserError(f"{name} is built in, and {root} has a data set of this name: rename that one")
         return digits(name)
     if path.exists():
         train, test, classes = tensor_file(path)

@@ -192,16 +192,21 @@ class Watch:
                 say(f"  AutoAttack, from example {self.n_done + 1:,} of {self.of_total} on: "
                     f"{float(match[2]):.1f} % robust after {match[1]}")
         else:
+            self.warn(text)
             self.new_warnings.append(text)
         return False
 
+    def warn(self, text):
+        """Shows and keeps a warning, unless one that differs in numbers alone has been shown."""
+        kind = re.sub(r"\d", "", text)
+        if kind not in self.warnings:
+            self.warnings[kind] = text
+            say(f"AutoAttack warns: {text}")
+
     def count(self, chunk, is_new):
-        """Counts a chunk as done, and shows its warnings. `is_new`: it was not read from a file."""
+        """Counts a chunk as done, and keeps its warnings. `is_new`: it was not read from a file."""
         for text in chunk["warnings"]:
-            kind = re.sub(r"\d", "", text)
-            if kind not in self.warnings:
-                self.warnings[kind] = text
-                say(f"AutoAttack warns: {text}")
+            self.warn(text)
         self.new_warnings = []
         n = chunk["right"].shape[1]
         self.n_done, self.n_robust = self.n_done + n, self.n_robust + int(chunk["right"][1].sum())

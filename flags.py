@@ -111,7 +111,8 @@ FLAGS = {
     "data": [
         ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or your own"),
         ("--data-dir", Path("data"), file_path, "folder that holds (or receives) the data sets"),
-        ("--side", 224, number(int, 32, 10**4), "side of streamed images, in pixels; small ones keep theirs"),
+        ("--side", 224, number(int, 32, 10**4), "side in pixels of streamed images: not square, of "
+         "several sizes, or larger than 64"),
         ("--augment", "full", ("none", "crop", "full"), "none; pad an eighth and crop; or all of Fig. 9"),
     ],
     "subset A (Sec. 3)": [

@@ -16,12 +16,12 @@ SMALL = 64  # the largest side of small images, in pixels
 
 def open_image(path):
     """The image in a file as 8-bit RGB (PIL), as torchvision's data sets read it. UserError for a damaged
-    file, or for one of more than 8 bits per channel, which PIL would clip."""
+    file, or for a grey one of more than 8 bits, which PIL would clip."""
     from PIL import Image
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
-                raise ValueError("it has more than 8 bits per channel")
+                raise ValueError("its grey has more than 8 bits")
             return image.convert("RGB")
     except Exception as e:  # PIL raises many kinds for damaged files
         reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:80] or type(e).__name__
@@ -56,8 +56,8 @@ def class_files(folder, classes):
         paths += images
         labels += [label] * len(images)
     if others:
-        say(f"note: {len(others):,} entries that are not images ({', '.join(SUFFIXES)}) are ignored, the "
-            f"first is {others[0]}")
+        say(f"note: ignored {len(others):,} files or folders that are not images ({', '.join(SUFFIXES)}), "
+            f"first {others[0]}")
     return paths, torch.tensor(labels)
 
 
@@ -74,6 +74,8 @@ def image_folder(root, classes=None):
     folders = [folder for folder in folders if not {*os.listdir(folder)}.isdisjoint(names)]
     if not folders:
         raise UserError(f"{root} has none of the classes of train/ in test/ or val/: {layout}")
+    if folders[0].name == "val" and (root / "test").is_dir():
+        say(f"note: {root / 'test'} has none of the class folders of train/: {folders[0]} is the test set")
     if classes is None and (extra := sorted({*class_folders(folders[0])} - {*names})):
         raise UserError(f"{folders[0]} has classes that {train_folder} lacks: {', '.join(extra[:10])}")
     (train, y), (test, y_test) = (class_files(folder, names) for folder in (train_folder, folders[0]))
@@ -92,7 +94,7 @@ def small_images(paths):
         if max(height, width) > SMALL or height != width or images and height != len(images[0]):
             if images or max(height, width) <= SMALL:
                 say(f"note: {path} is {width}x{height} pixels. As the images of {root} are not all square, "
-                    f"of one size and at most {SMALL}x{SMALL}, all are resized to --side (32 or more)")
+                    f"of one size and at most {SMALL}x{SMALL}, all are resized to --side")
             return None
         images.append(np.asarray(image))  # (H, W, 3)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -42,9 +42,9 @@ STOPPED = (130, 143, -2, -15)  # exit codes of a stage that Ctrl-C or SIGTERM ha
 LOOK = 2  # seconds between looks for what other copies have finished or given up
 
 
-def stage_is_finished(stage):
-    """Whether a stage has been made."""
-    return Path(stage.folder, stage.final_file).exists()
+def is_made(folder):
+    """Whether the stage that writes this folder is finished, here or in another copy."""
+    return Path(folder, "result.json").exists() or Path(folder, "rank.json").exists()
 
 
 def start_next(left, ended, results, environment, to_log):
@@ -55,19 +55,20 @@ def start_next(left, ended, results, environment, to_log):
     The log is also the stage's lock, which the process holds too: the run of a copy that was killed is
     neither lost nor made twice. to_log: whether the output goes there, or to the terminal."""
     for folder, (stage, command) in list(left.items()):
-        if stage_is_finished(stage):
+        if is_made(folder):
             ended[folder] = 0
             del left[folder]
-        elif ended.get(stage.needs):
-            print(f"{folder} is left out, since {stage.needs} failed", flush=True)
-            ended[folder] = 1
-            del left[folder]
-        elif not stage.needs or stage.needs in ended:
+        elif stage.needs and not is_made(stage.needs):
+            if stage.needs in ended:
+                print(f"{folder} is left out, since {stage.needs} failed", flush=True)
+                ended[folder] = 1
+                del left[folder]
+        else:
             name = os.path.relpath(folder, results).replace("/", "_")
-            log = open(Path(results, "logs", f"{name}.log"), "ab+")
+            log = open(Path(results, "logs", f"{name}.log"), "ab")
             try:
                 lock_exclusively(log, fcntl.LOCK_NB)
-                if not stage_is_finished(stage):  # in the meantime
+                if not is_made(folder):  # in the meantime
                     del left[folder]
                     output = {"stdout": log, "stderr": subprocess.STDOUT} if to_log else {}
                     print(f"> {folder}, see {log.name}" if to_log else f"\n> {shlex.join(command)}",
@@ -83,7 +84,7 @@ def start_next(left, ended, results, environment, to_log):
 def make_all(todo, results, environments):
     """Makes the stages {folder: (stage, command)}: as many at once as there are environments, in this order,
     except that those that have to wait for another one, here or in another copy, are put off."""
-    left = {folder: item for folder, item in todo.items() if not stage_is_finished(item[0])}
+    left = {folder: item for folder, item in todo.items() if not is_made(folder)}
     work = {folder: sum(stage.cost.passes) for folder, (stage, _) in left.items()}
     ended, jobs = dict.fromkeys(todo.keys() - left.keys(), 0), {}  # jobs: {index of the environment: job}
     start_time, next_look, is_waiting = time.monotonic(), 0, False
@@ -232,7 +233,7 @@ def main(argv=None):
     todo = dict(sorted(todo.items(), key=lambda item: int(re.search(r"-seed(\d+)", Path(item[0]).name)[1])))
     make_all(todo, results, stage_environments(int(n_jobs), args.extra_values))
     code = subprocess.run(report).returncode
-    missing = [folder for folder, (stage, _) in todo.items() if not stage_is_finished(stage)]
+    missing = [folder for folder in todo if not is_made(folder)]
     if missing:
         sys.exit("\n  ".join([f"\n{len(missing)} missing:", *missing]))
     sys.exit(code)

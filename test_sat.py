@@ -666,11 +666,11 @@ def test_modules_whose_train_and_eval_do_more_are_put_back():
         def train(self, mode=True):
             self.merged = not mode
             return super().train(mode)
-    model = nn.Sequential(Merging(), nn.Dropout().eval(), nn.Linear(64, 2))
+    model = nn.Sequential(Merging(), nn.Dropout().eval(), nn.Linear(64, 2), Merging().eval())
     x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
     attacks.pgd(model, x, y, eps=0.5, step_size=0.1)
-    assert [module.training for module in model] == [True, False, True]
-    assert not model[0].merged
+    assert [module.training for module in model] == [True, False, True, False]
+    assert [model[0].merged, model[3].merged] == [False, True]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

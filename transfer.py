@@ -32,7 +32,8 @@ def main(argv=None):
     if result.get("weights") != evaluate.weights_hash(ckpt["model"]):
         raise UserError(f"{result_path} is missing, or not of {path}: give the best.pt of a finished run")
     source = {"dataset": ckpt["args"]["dataset"], "run": path.parent.name, "ranking": result.get("ranking"),
-              "precision": result.get("precision", "float32"), **{k: result[k] for k in SOURCE}}
+              "precision": result.get("precision", "float32"), "processes": result.get("processes", 1),
+              **{k: result[k] for k in SOURCE}}
     args.arch = args.base["arch"] = ckpt["arch"]
     args.source, args.source_weights = f"{source['dataset']}/{source['run']}", source["weights"]
     first_words = [*config.run_name_prefix(args), source["dataset"], source["run"]]

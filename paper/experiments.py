@@ -97,7 +97,6 @@ class Stage:
     title: str
     script: str
     folder: str
-    final_file: str  # that a finished stage has
     needs: str       # the folder of the stage that must be made before, "" if there is none
     cost: "Cost"
     arguments: list
@@ -193,7 +192,7 @@ def stages(sections, figures, results, extra_values):
         ranking = f"{results}/{plan.dataset}/{ranking_name(path, extra_values)}"
         if kind != "single":
             passes = 5 if "vog" in plan.metrics else 4
-            yield Stage(f"{source}: ranking (fig3)", "rank.py", ranking, "rank.json", "",
+            yield Stage(f"{source}: ranking (fig3)", "rank.py", ranking, "",
                         cost(flag_values, plan.dataset, passes),
                         [*base_flags, "--metrics", *plan.metrics.split()])
         if kind == "ranking":
@@ -214,12 +213,12 @@ def stages(sections, figures, results, extra_values):
             robust_share = ASSUMED_ROBUST_SHARE if share else 0
             needs = ranking if run.get("order") in ("hardest", "easiest") else ""
             yield Stage(f"{source}: baselines" if run in baselines else title, "sat.py", folder,
-                        "result.json", needs, cost(flag_values, plan.dataset, 3, share, steps, robust_share),
+                        needs, cost(flag_values, plan.dataset, 3, share, steps, robust_share),
                         [*base_flags, *words, *more_flags])
             for target_path, values in zip(target_paths, target_values):
                 target, target_name = values["dataset"], f"{plan.dataset}-{name}-seed0"
                 words = ["--config", str(target_path), "--run", target_name]
-                yield Stage(title, "transfer.py", f"{results}/{target}/{target_name}", "result.json", folder,
+                yield Stage(title, "transfer.py", f"{results}/{target}/{target_name}", folder,
                             cost(values, target, 1, robust_share=robust_share),
                             [f"{folder}/best.pt", *words, *more_flags])
 

@@ -42,7 +42,7 @@ class Run:
         if self.order in ("random", "redrawn"):
             self.metric = "entropy"  # no metric is used; this value puts them beside the runs by entropy
         elif file_hash := args.get("scores") or args.get("ranking") or args.get("subset"):
-            self.metric = f"own {ranking.get('file', '')} {file_hash}"
+            self.metric = f"own {ranking.get('file', 'file')} {file_hash}"
         if args["weight_factor"]:
             self.weight = f"w_A {args['weight_factor']:g}"
         self.n_A, self.N, self.w_A = training["A"], training["N"], training["w_A"]

@@ -240,7 +240,8 @@ def difficulty_section(rankings, figure_folder):
 
 
 def other_section(runs):
-    """The runs that are in no other table: with A, weights or attacks that no figure of the paper has."""
+    """The runs that are in no other table: sources of transfers, and A, weights or attacks that no figure of
+    the paper has."""
     rows = []
     for same in grouped(pick(runs, in_table=False), "configuration").values():
         r = same[0]
@@ -248,7 +249,7 @@ def other_section(runs):
                      r.attack if r.n_A else "-", str(seed_count(same)), cell(same), cell(same, *CLEAN)])
     head = ["run, the first of its seeds", "data", "\\|A\\|", "\\|A\\|/N", "w_A", "training attack", "seeds",
             "robust %", "clean %"]
-    return ["## Runs in no other table", markdown(head, rows)] if rows else []
+    return ["## Sources of transfers, and other runs", markdown(head, rows)] if rows else []
 
 
 def claims_section(runs, rankings):

@@ -683,6 +683,10 @@ def test_runs_by_several_processes_are_no_seeds_of_runs_by_one():
     assert one.group_name != four.group_name
     results.name_groups([one, four])
     assert four.group_name.endswith(", processes 4")
+    path = HERE / "results-published/cifar10/cifar100-cpu-none-seed0-seed0/result.json"
+    result = load(path)
+    moved = [results.Run(path, {**result, "source": {**result["source"], "processes": n}}) for n in (1, 4)]
+    assert moved[0].group_name != moved[1].group_name, "of the source's training"
 
 
 def test_a_transfer_whose_source_was_made_again_is_named():
