@@ -23,8 +23,7 @@ import runs
 from attacks import ATTACKS
 from common import UserError, from_process_0, process_count, process_index, say
 from data import open_dataset, selection_and_final
-from subset import (choose_A, ordering_scores, read_ranking, read_scores, read_subset, subset_size,
-                    tensor_hash, weight_A)
+from subset import choose_A, ordering_scores, read_file, subset_size, tensor_hash, weight_A
 from train import train
 
 # A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: the most robust
@@ -135,32 +134,25 @@ def check_attack(args):
 
 def read_file_of_A(args):
     """The content of the file of --scores, --ranking or --subset: {"scores": (N,)} or {"subset": bool (N,) or
-    indices}, with "chosen_by" (what result.json says of it), "path" and, for --scores, "fingerprint" (of its
-    data, a dict or None). {} without such a flag. In args a hash of the content, which identifies the run,
-    replaces the path."""
-    if args.scores:
-        scores, fingerprint = read_scores(args.scores, args.metric)
-        from_file = {"scores": scores, "fingerprint": fingerprint}
-        if fingerprint is None:
-            if "metric" in args.typed:
-                say("note: --metric has no effect with a file that holds one set of scores")
-            args.metric = args.base["metric"]
-    elif args.ranking:
-        from_file = {"scores": read_ranking(args.ranking)}
-    elif args.subset:
-        from_file = {"subset": read_subset(args.subset)}
-    else:
-        return {}
-    name = next(name for name in ("scores", "ranking", "subset") if getattr(args, name))
-    content = from_file.get("scores", from_file.get("subset"))
-    content_hash = tensor_hash(content.nonzero()[:, 0] if content.dtype == torch.bool else content)
-    key = "subset" if args.subset else "scores"
-    path = getattr(args, name)
-    from_file |= {"chosen_by": {key: content_hash, "file": path.name}, "path": path}
-    if from_file.get("fingerprint"):
-        from_file["chosen_by"]["metric"] = args.metric
-    setattr(args, name, content_hash)
-    return from_file
+    indices}, with "chosen_by" (what result.json says of it), "path" and "fingerprint" (of the data of a
+    scores.pt of rank.py, else None). {} without such a flag. In args a hash of the content, which identifies
+    the run, replaces the path."""
+    for flag in ("scores", "ranking", "subset"):
+        if path := getattr(args, flag):
+            content, fingerprint = read_file(flag, path, args.metric)
+            # Of a mask the indices, so that both forms of a subset are one run.
+            content_hash = tensor_hash(content.nonzero()[:, 0] if content.dtype == torch.bool else content)
+            setattr(args, flag, content_hash)
+            key = "subset" if flag == "subset" else "scores"
+            chosen_by = {key: content_hash, "file": path.name}
+            if fingerprint:
+                chosen_by["metric"] = args.metric
+            elif flag == "scores":
+                if "metric" in args.typed:
+                    say("note: --metric has no effect with a file that holds one set of scores")
+                args.metric = args.base["metric"]
+            return {key: content, "chosen_by": chosen_by, "path": path, "fingerprint": fingerprint}
+    return {}
 
 
 def run_folder(args):

@@ -12,6 +12,11 @@ REBUILD = numpy.zeros(0).__reduce__()[0]  # by which arrays are unpickled; numpy
 ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray, numpy.dtype,
          *(type(numpy.dtype(code)) for code in ("?", "u1", "i2", "i4", "i8", "f2", "f4", "f8"))]
 
+FILES = {  # {flag: (numpy's kinds of numbers that its file may hold, what is valid)}
+    "scores": ("iuf", "N numbers, or a scores.pt of rank.py,"),
+    "ranking": ("iu", "the N indices from 0, hardest first,"),
+    "subset": ("iub", "a bool mask (N,), or indices,")}
+
 
 def subset_size(amount, n):
     """|A| from a fraction (float) of n classes or examples, or a number (int). UserError outside 1..n."""
@@ -139,9 +144,12 @@ def normalised_within_classes(scores, y):
     return (scores.double() - mean[y]) / std[y].clamp_min(1e-12)
 
 
-def read_array(flag, path, valid):
-    """What a .pt, .pth, .npy or .npz holds: an array, or the dict that rank.py writes. UserError, which says
-    what is `valid`, for anything else."""
+def read_file(flag, path, metric):
+    """What the FILE of --scores, --ranking or --subset holds, and the fingerprint of its data: None unless it
+    is a scores.pt of rank.py, of whose metrics `metric` is taken. Scores, higher = harder, and those of a
+    ranking are float64 (N,); a subset is bool (N,), or int64 indices, ascending. UserError for others."""
+    kinds, valid = FILES[flag]
+    fingerprint = None
     try:
         if path.suffix in (".pt", ".pth"):
             with torch.serialization.safe_globals(ARRAY):  # the authors' rankings are pickled arrays
@@ -154,51 +162,27 @@ def read_array(flag, path, valid):
             if len(content) != 1:
                 raise ValueError(f"it holds {len(content)} arrays, not one")
             content, = content.values()
+        if isinstance(content, dict) and "fingerprint" in content:
+            if metric not in content:
+                raise ValueError(f"it has no {metric}, but perhaps another --metric")
+            content, fingerprint = content[metric], content["fingerprint"]
         if isinstance(content, torch.Tensor):  # perhaps with a gradient, or bfloat16, which numpy lacks
             content = content.detach().float() if content.dtype == torch.bfloat16 else content.detach()
-        if isinstance(content, dict) and "fingerprint" in content:
-            return content
         content = numpy.atleast_1d(numpy.asarray(content).squeeze())
-        if content.ndim != 1 or content.dtype.kind not in "iufb":
+        if content.ndim != 1 or content.dtype.kind not in kinds:
             raise ValueError(f"it holds {content.dtype} {content.shape}")
+        is_order = numpy.array_equal(numpy.sort(content), numpy.arange(len(content)))
+        if flag == "ranking" and not is_order:
+            raise ValueError("its numbers are not 0 to N - 1, each once")
     except Exception as e:  # numpy and torch raise many kinds on foreign files
         reason = " ".join(str(e).split()).partition(". ")[0][:100]  # torch adds advice on its own flags
         raise UserError(f"--{flag} {path}: {reason}; valid: {valid} in a .pt or .pth, .npy, .npz") from None
-    return content
-
-
-def read_scores(path, metric):
-    """The scores of --scores FILE, higher = harder, as float64 (N,), and the fingerprint of their data (None
-    unless the file is a scores.pt of rank.py, which holds several metrics, of which `metric` is taken)."""
-    content = read_array("scores", path, "N numbers, or a scores.pt of rank.py,")
-    if isinstance(content, dict):
-        if not isinstance(content.get(metric), torch.Tensor):
-            raise UserError(f"--scores {path} has no {metric}: choose one that it has with --metric")
-        return content[metric].double(), content["fingerprint"]
-    if content.dtype.kind == "b":
-        raise UserError(f"--scores {path} holds a mask: give it with --subset")
-    if len(content) > 1 and numpy.array_equal(numpy.sort(content), numpy.arange(len(content))):
+    if flag == "ranking":
+        content = len(content) - numpy.argsort(content)  # argsort of an order: the places
+    elif flag == "scores" and is_order and len(content) > 1:
         say(f"note: {path} holds each of 0 to {len(content) - 1:,} once, read as scores, higher = harder; "
             "for indices, hardest first, use --ranking")
-    return torch.from_numpy(content.astype(numpy.float64)), None
-
-
-def read_ranking(path):
-    """The scores (N,) of an order, --ranking FILE: the indices from 0 of all N examples, hardest first."""
-    order = read_array("ranking", path, "the N indices from 0, hardest first,")
-    if isinstance(order, dict):
-        raise UserError(f"--ranking {path} holds scores: give it with --scores")
-    if not numpy.array_equal(numpy.sort(order), numpy.arange(len(order))) or order.dtype.kind not in "iu":
-        raise UserError(f"--ranking {path} must hold each whole number from 0 to N - 1 once, hardest first; "
-                        f"it holds {len(order):,} of {order.dtype}, {len(set(order.tolist())):,} different")
-    return torch.from_numpy(len(order) - numpy.argsort(order)).double()  # argsort of an order: the places
-
-
-def read_subset(path):
-    """What --subset FILE holds: bool (N,), or int64 indices, ascending. subset_mask() checks it."""
-    content = read_array("subset", path, "a bool mask (N,), or indices,")
-    if isinstance(content, dict):
-        raise UserError(f"--subset {path} holds scores: give it with --scores")
-    if content.dtype.kind in "iu":
-        content = numpy.sort(content.astype(numpy.int64))
-    return torch.from_numpy(content)
+    elif flag == "subset":
+        content = content if content.dtype.kind == "b" else numpy.sort(content.astype(numpy.int64))
+        return torch.from_numpy(content), None
+    return torch.from_numpy(content.astype(numpy.float64)), fingerprint

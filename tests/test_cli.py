@@ -243,7 +243,7 @@ def test_scores_of_ones_own():
         for name in new.namelist():  # as numpy 1 and the paper's authors pickled it
             file.writestr(name, old if name.endswith("data.pkl") else new.read(name))
     for path in Path().glob("*.*"):
-        content, _ = subset.read_scores(path, "")
+        content, _ = subset.read_file("scores", path, "")
         assert content.tolist() == [2, 3, 0, 1]
         assert content.dtype == torch.float64
 
@@ -257,7 +257,7 @@ def test_files_that_hold_no_scores():
     Path("s.csv").write_text("2\n3\n")
     for path in Path().glob("*.*"):
         with pytest.raises(UserError, match=f"{path}: (?!.*weights_only).*; valid: N numbers, or a scores"):
-            subset.read_scores(path, "")
+            subset.read_file("scores", path, "")
     assert not Path("pwned").exists()
 
 

@@ -195,13 +195,13 @@ def test_scores_pt_of_rank_py_with_a_metric(monkeypatch):
 
 
 @pytest.mark.parametrize("flag,content,message", [
-    ("ranking", ORDER + 1, "each whole number from 0 to N - 1 once"),
-    ("ranking", ORDER.astype(float), "each whole number from 0 to N - 1 once"),
-    ("ranking", np.array([0, 0, 1, 2]), "4 of int64, 3 different"),
-    ("ranking", {"fingerprint": 1, "entropy": 2}, "give it with --scores"),
-    ("scores", np.array([True, False]), "holds a mask: give it with --subset"),
-    ("scores", {"fingerprint": 1, "svar": 2}, "has no entropy: choose one that it has with --metric"),
-    ("subset", np.array([0.0, 1.0]), "2 numbers of float64; valid: a bool mask"),
+    ("ranking", ORDER + 1, "its numbers are not 0 to N - 1, each once; valid: the N indices from 0"),
+    ("ranking", ORDER.astype(float), r"it holds float64 \(4,\); valid: the N indices"),
+    ("ranking", np.array([0, 0, 1, 2]), "its numbers are not 0 to N - 1, each once"),
+    ("ranking", {"fingerprint": 1, "entropy": torch.rand(4)}, "it holds float32 .*; valid: the N indices"),
+    ("scores", np.array([True, False]), "it holds bool .*; valid: N numbers"),
+    ("scores", {"fingerprint": 1, "svar": 2}, "it has no entropy, but perhaps another --metric; valid: "),
+    ("subset", np.array([0.0, 1.0]), "it holds float64 .*; valid: a bool mask"),
     ("subset", np.array([0, 0, 1]), "3 numbers of int64; valid: a bool mask"),
     ("subset", np.array([96]), "valid: one or more of 0 to 95"),
     ("subset", np.array([-1, 4]), "valid: one or more of 0 to 95"),
