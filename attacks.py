@@ -18,7 +18,7 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")  # standard AutoAttack
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Puts the model into eval mode, and afterwards each module into its own. ValueError for a function."""
+    """Puts the model into eval mode, then each module back into its own. ValueError for a function."""
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module")
     training = [(m, m.training) for m in model.modules()]
@@ -159,8 +159,8 @@ def fgsm_rs(model, x, y, *, eps, norm="l2", start=None, step_function=pgd_step, 
 
 def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None,
                 step_function=pgd_step, check_input=True, limit=10.0):
-    """PGD as in the code of the paper's authors. Returns for each example the iterate of the highest loss, of
-    the start (as in pgd: 0 if it is None) and the first steps - 1 iterates.
+    """PGD as in the code of the paper's authors. Returns, for each example, what has the highest loss: the
+    start (0 if it is None, as in pgd) or one of the first steps - 1 iterates.
 
     The attack ends for the whole batch at the first iterate whose mean cross-entropy exceeds `limit`, and
     leaves that iterate out (except the start). Their limit is 10 for the mean of the loss that they train
@@ -278,8 +278,8 @@ def autoattack(model, x, y, *, eps, norm="l2", attacks=STANDARD, batch_size=250,
     The examples are attacked in batches of `batch_size`, batch b with the seed seed + b: report both, since
     they change the result. The package logs its progress and warnings to the logger "auto-attack". This
     function warns there if apgd-ce is the only attack and its gradient is 0 for more than 1 % of the right
-    examples (a saturated softmax). With precision=f the attack runs in the context f(), as of TF32; outside
-    it clean accuracy is measured, and what is still right is attacked again. Raises as attack_batch does.
+    examples (a saturated softmax). With precision=f the attack runs in the context f(), say of TF32. Clean
+    accuracy is measured outside it, and what breaks only inside it is attacked again. Raises as attack_batch.
     """
     if batch_size < 1 or len(x) != len(y):
         raise ValueError(f"{len(x)} images, {len(y)} labels, batch_size {batch_size}: give a label for each")

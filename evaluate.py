@@ -122,9 +122,9 @@ def evaluate(model, data, settings, chunk_folder, A_classes=None):
 
 def autoattack_accuracy(model, data, index, settings, folder):
     """AutoAttack on the test examples `index`: clean and robust, bool (n,), and its warnings. settings: of
-    eval_settings. The examples are dealt to the processes in chunks of a batch, chunk c with the seed
-    seed + c. Finished chunks are saved in `folder`, under a hash of weights, examples and settings, and
-    of the data, whose pixels the callers have checked: a stopped evaluation goes on from there."""
+    eval_settings. The processes share the examples in chunks of a batch; chunk c has the seed seed + c.
+    Finished chunks are saved in `folder`, from which a stopped evaluation goes on, under a hash of weights,
+    examples, settings and data (without pixels, which the callers have checked)."""
     without_images = {k: v for k, v in data.fingerprint().items() if k != "images"}  # checked before
     parts_of_key = [weights_hash(model.state_dict()), without_images, index.tolist(), settings]
     key = json.dumps(parts_of_key, sort_keys=True)

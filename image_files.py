@@ -85,8 +85,8 @@ def image_folder(root, classes=None):
 
 
 def small_images(paths):
-    """The images of `paths` as a uint8 tensor (N, 3, H, W). None if they are to be streamed: unless all are
-    square, of one size, and not larger than SMALL. A note says so if the first are small."""
+    """The images of `paths` as a uint8 tensor (N, 3, H, W), if all are square, of one size and at most SMALL.
+    Else None, with a note if the first is small: they are streamed."""
     images, root = [], paths[0].parents[2]
     for path in progress(paths, desc=f"reading {root}", unit="image"):
         image = open_image(path)

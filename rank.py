@@ -191,7 +191,8 @@ def ranking_args(args):
 
 def ranking_folder(args):
     """The folder of the ranking that these flags describe, named as a run is: results/<dataset>/rank-<arch>,
-    the flags that differ from the config, the seed. If another config's ranking has that name, a hash too."""
+    the flags that differ from the config, the seed. If a ranking by other flags has that name, a hash takes
+    their place."""
     name = args.run or runs.run_name(args, ["rank", args.arch], {"arch", "metrics"})
     folder = args.results / args.dataset / name
     stored = runs.stored_flags(folder, "rank.json")
@@ -238,7 +239,7 @@ def main(argv=None):
     """Makes the ranking that the flags describe, unless it is finished."""
     args = config.parse("rank.py", __doc__, argv)
     folder = ranking_folder(args)
-    if not args.force:  # else a ranking begun with --metrics could not be finished without
+    if not args.force:  # a ranking begun with --metrics is finished without this flag, too
         args.metrics = args.metrics or metrics_of(folder)
     device = common.set_up(args)
     if from_process_0(runs.is_finished(folder, args, "rank.json")):

@@ -8,7 +8,7 @@ any time and started again.
     ./run_all.sh --dry-run all             print every command, the runs of each figure and their cost
 
 Sections: cifar10 cifar100 imagenet200 transfer cifar10-cpu digits, or all. Environment: RESULTS and DATA
-(folders), PYTHON, JOBS (runs at once; their output is in RESULTS/logs), NPROC (GPUs or processes of a run),
+(folders), PYTHON, JOBS (runs at once, with their output in RESULTS/logs), NPROC (GPUs or processes of a run),
 EXTRA (flags for all runs, as EXTRA="--epochs 2", but not those by which runs differ). Several copies may
 share a results folder, also on several machines if its file system has flock: each run is made once, and a
 run whose copy died is taken over.
@@ -49,8 +49,8 @@ def is_made(folder):
 
 def start_next(left, ended, results, environment, to_log):
     """Starts the first stage that can be made now. Returns (folder, process, log), or None if there is no
-    such stage. Takes it out of `left`, {folder: (stage, command)}, and moves what other copies have finished,
-    and what needs a stage that failed, from there to `ended`, {folder: exit code}.
+    such stage. Removes it from `left`, {folder: (stage, command)}. Stages that another copy has finished, or
+    that need a failed one, move from there to `ended`, {folder: exit code}.
 
     The log is also the stage's lock, which the process holds too: the run of a copy that was killed is
     neither lost nor made twice. to_log: whether the output goes there, or to the terminal."""
@@ -58,12 +58,11 @@ def start_next(left, ended, results, environment, to_log):
         if is_made(folder):
             ended[folder] = 0
             del left[folder]
-        elif stage.needs and not is_made(stage.needs):
-            if stage.needs in ended:
-                print(f"{folder} is left out, since {stage.needs} failed", flush=True)
-                ended[folder] = 1
-                del left[folder]
-        else:
+        elif ended.get(stage.needs) and not is_made(stage.needs):
+            print(f"{folder} is left out, since {stage.needs} failed", flush=True)
+            ended[folder] = 1
+            del left[folder]
+        elif not stage.needs or stage.needs in ended or is_made(stage.needs):
             name = os.path.relpath(folder, results).replace("/", "_")
             log = open(Path(results, "logs", f"{name}.log"), "ab")
             try:
@@ -85,7 +84,8 @@ def make_all(todo, results, environments):
     """Makes the stages {folder: (stage, command)}: as many at once as there are environments, in this order,
     except that those that have to wait for another one, here or in another copy, are put off."""
     left = {folder: item for folder, item in todo.items() if not is_made(folder)}
-    work = {folder: sum(stage.cost.passes) for folder, (stage, _) in left.items()}
+    unit = "passes" if any(None in stage.cost.hours for stage, _ in left.values()) else "hours"
+    work = {folder: sum(getattr(stage.cost, unit)) for folder, (stage, _) in left.items()}
     ended, jobs = dict.fromkeys(todo.keys() - left.keys(), 0), {}  # jobs: {index of the environment: job}
     start_time, next_look, is_waiting = time.monotonic(), 0, False
     try:

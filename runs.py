@@ -51,8 +51,7 @@ def run_folder(args, first_words, in_first_words, final_file="result.json"):
 
 
 def stored_flags(folder, final_file):
-    """The identity() of the run in a folder, {} if there is none. A published run has its `final_file` alone.
-    """
+    """The identity() of the run in a folder, {} if there is none. A published run has no args.json."""
     for name, keys in (("args.json", ("dataset",)), (final_file, ("args",))):
         if (folder / name).exists():
             content = load(folder / name, keys)
@@ -107,9 +106,9 @@ def lock_exclusively(file, options=0):
 
 @contextlib.contextmanager
 def making(folder, args, final_file="result.json"):
-    """A context that locks the run's folder and makes it, with args.json, in process 0. It waits while
-    another process makes the same run, and yields whether the run is finished. With --force a finished run is
-    kept as .old-<run> until the context ends: a repeat that fails loses nothing."""
+    """A context that locks the run's folder and makes it, with args.json, in process 0, after waiting for a
+    process that makes the same run. Yields whether the run is finished. With --force the finished run is kept
+    as .old-<run> until the body has succeeded."""
     if process_index() > 0:
         yield from_process_0(None)
         return

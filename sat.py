@@ -33,52 +33,60 @@ SUMMED = ("attacked", "forward", "backward", "forward_equivalents", "seconds")  
 
 
 def fit(folder, model, data, A, w_A, args, device, settings, A_classes=None, **more):
-    """Makes the run in `folder`, or resumes it: trains, selects a checkpoint by AutoAttack on 10 % of
-    the test set (Sec. 4), evaluates it on the other 90 %, and prints the result, to which `more` is added."""
+    """Makes the run in `folder`, unless it is finished, and prints and returns the result, to which `more` is
+    added."""
     with runs.making(folder, args) as is_finished:
-        if is_finished:
-            return evaluate.result_of_finished_run(folder, args)
-        chunk_folder = folder / "chunks"
-        select_index = selection_and_final(len(data.test))[0][:args.select_n or None]
-        # One epoch after each decay, and at the end.
-        candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
-        hash_of_A = tensor_hash(A)
-        state, log, best = resume_fit(folder, args, data, hash_of_A)
-        save_time = time.monotonic()
-        for state in train(model, data.train, A, w_A, args, device, state):
-            row, epoch = state["row"], state["epoch"]
-            say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, "
-                "{attacked} attacked, {seconds:.1f} s".format(**row))
-            if epoch in candidates:
-                clean_right, robust_right, _ = evaluate.autoattack_accuracy(
-                    model, data, select_index, settings["select"], chunk_folder)
-                clean, robust = clean_right.float().mean().item(), robust_right.float().mean().item()
-                row["selection"] = {"n": len(select_index), "clean": clean, "robust": robust}
-                say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select_index)} examples")
-                best = max(best, Best(robust, clean, epoch))
-            log = [*log, row]
-            is_due = time.monotonic() - save_time >= runs.SAVE_SECONDS
-            if process_index() == 0 and (epoch in candidates or is_due):
-                ckpt = runs.checkpoint(model, data, args, epoch, A_classes, A=hash_of_A)
-                runs.save_epoch(folder, {**ckpt, "optimizer": state["optimizer"], "log": log,
-                                         "best": list(best)})
-                save_time = time.monotonic()
-                if best.epoch == epoch:
-                    runs.save(folder / "best.pt", ckpt)
-        common.barrier()
-        model.load_state_dict(runs.load(folder / "best.pt")["model"])
-        per_example, evaluation = evaluate.evaluate(model, data, settings["eval"], chunk_folder, A_classes)
-        result = {"args": runs.identity(args), "N": len(A), "A": int(A.sum()), "A_classes": A_classes,
-                  "w_A": w_A, "epoch": best.epoch,
-                  "selection": {**settings["select"], "n": len(select_index)},
-                  "device": common.device_name(device), "processes": process_count(),
-                  "precision": "+".join(sorted({row["precision"] for row in log})),
-                  "compile": "+".join(sorted({row["compile"] for row in log})),
-                  "cost": {k: sum(row[k] for row in log) for k in SUMMED}, **more, **evaluation}
-        if process_index() == 0:
-            runs.save(folder / "robust.pt", per_example)
-            runs.write_json(folder / "result.json", result)
+        if not is_finished:
+            result = train_and_evaluate(folder, model, data, A, w_A, args, device, settings, A_classes, more)
+    if is_finished:
+        return evaluate.result_of_finished_run(folder, args)
     say(f"{evaluate.accuracy_lines(result)}\nwrote {folder}/result.json")
+    return result
+
+
+def train_and_evaluate(folder, model, data, A, w_A, args, device, settings, A_classes, more):
+    """Trains, or goes on from last.pt, selects a checkpoint by AutoAttack on 10 % of the test set (Sec. 4),
+    and evaluates it on the other 90 %. Writes and returns the result."""
+    chunk_folder = folder / "chunks"
+    select_index = selection_and_final(len(data.test))[0][:args.select_n or None]
+    # One epoch after each decay, and at the end.
+    candidates = {decay + 1 for decay in args.lr_decays} | {args.epochs}
+    hash_of_A = tensor_hash(A)
+    state, log, best = resume_fit(folder, args, data, hash_of_A)
+    save_time = time.monotonic()
+    for state in train(model, data.train, A, w_A, args, device, state):
+        row, epoch = state["row"], state["epoch"]
+        say("epoch {epoch}: lr {lr:g}, loss {loss:.3f}, training accuracy {train_accuracy:.3f}, "
+            "{attacked} attacked, {seconds:.1f} s".format(**row))
+        if epoch in candidates:
+            clean_right, robust_right, _ = evaluate.autoattack_accuracy(
+                model, data, select_index, settings["select"], chunk_folder)
+            clean, robust = clean_right.float().mean().item(), robust_right.float().mean().item()
+            row["selection"] = {"n": len(select_index), "clean": clean, "robust": robust}
+            say(f"  selection: robust {robust:.3f}, clean {clean:.3f} on {len(select_index)} examples")
+            best = max(best, Best(robust, clean, epoch))
+        log = [*log, row]
+        is_due = time.monotonic() - save_time >= runs.SAVE_SECONDS
+        if process_index() == 0 and (epoch in candidates or is_due):
+            ckpt = runs.checkpoint(model, data, args, epoch, A_classes, A=hash_of_A)
+            runs.save_epoch(folder, {**ckpt, "optimizer": state["optimizer"], "log": log,
+                                     "best": list(best)})
+            save_time = time.monotonic()
+            if best.epoch == epoch:
+                runs.save(folder / "best.pt", ckpt)
+    common.barrier()
+    model.load_state_dict(runs.load(folder / "best.pt")["model"])
+    per_example, evaluation = evaluate.evaluate(model, data, settings["eval"], chunk_folder, A_classes)
+    result = {"args": runs.identity(args), "N": len(A), "A": int(A.sum()), "A_classes": A_classes,
+              "w_A": w_A, "epoch": best.epoch,
+              "selection": {**settings["select"], "n": len(select_index)},
+              "device": common.device_name(device), "processes": process_count(),
+              "precision": "+".join(sorted({row["precision"] for row in log})),
+              "compile": "+".join(sorted({row["compile"] for row in log})),
+              "cost": {k: sum(row[k] for row in log) for k in SUMMED}, **more, **evaluation}
+    if process_index() == 0:
+        runs.save(folder / "robust.pt", per_example)
+        runs.write_json(folder / "result.json", result)
     return result
 
 
@@ -102,7 +110,7 @@ def command_line(argv=None):
     """Parses the command line, and checks what needs more than one flag."""
     args = config.parse("sat.py", __doc__, argv)
     args.classes = sorted(set(args.classes or [])) or None
-    if "weight_factor" not in args.typed and "weight" in args.typed:  # it beats that of the config
+    if "weight_factor" not in args.typed and "weight" in args.typed:  # a typed --weight beats the config's
         args.weight_factor = None
     config.settle_amount(args)
     config.reset_flags_without_effect(args)

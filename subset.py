@@ -1,5 +1,5 @@
-"""Chooses the subset A, which is attacked: by class, at random, or by difficulty scores, which are rank.py's
-or the user's own. Also the weight w_A of its loss (Sec. 3.2 and 3.3)."""
+"""Chooses A, the subset to attack: whole classes or single examples, at random or by difficulty scores, those
+of rank.py or the user's own. Also the weight w_A of its loss (Sec. 3.2 and 3.3)."""
 import hashlib
 
 import numpy
@@ -73,7 +73,7 @@ def choose_A(split, y, classes, *, amount=None, names=None, subset=None, order="
 def subset_mask(subset, n):
     """A subset of n examples, bool (n,) or indices, as bool (n,). UserError unless it fits and has any."""
     if subset.dtype == torch.bool and len(subset) != n:
-        raise UserError(f"--subset is a mask of {len(subset):,}; it must have one for each of {n:,} examples")
+        raise UserError(f"--subset is a mask of {len(subset):,} values: give one for each of {n:,} examples")
     if subset.dtype != torch.bool:
         if subset.is_floating_point() or len(subset.unique()) < len(subset):
             dtype = str(subset.dtype).removeprefix("torch.")
@@ -102,8 +102,8 @@ def check_scores(scores, n, what="the scores"):
 
 
 def tensor_hash(tensor):
-    """A short hash of a tensor, by which results name the scores, the indices or the mask of their A. It
-    depends on the dtype."""
+    """A short hash of a tensor, dtype included, by which results name their scores or indices, and last.pt
+    its A."""
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -163,6 +163,8 @@ def read_file(flag, path, metric):
                 raise ValueError(f"it holds {len(content)} arrays, not one")
             content, = content.values()
         if isinstance(content, dict) and "fingerprint" in content:
+            if flag != "scores":
+                raise ValueError("it holds scores: give it with --scores")
             if metric not in content:
                 raise ValueError(f"it has no {metric}, but perhaps another --metric")
             content, fingerprint = content[metric], content["fingerprint"]

@@ -28,10 +28,10 @@ def sat_loss(logits, y, w, w_sum=None):
 def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
     """One SGD step on Eq. 2. Returns (loss, logits), detached.
 
-    x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64
-    (perhaps none, or one repeatedly); w (b,), w_sum: as sat_loss takes them. attack(x, y) returns adversarial
-    examples, as functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1) does (if net is distributed, of
-    net.module); with `start` (|a|, C, H, W) it is attack(x, y, start=start). It must not write to .grad.
+    x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64,
+    which may be none, or repeat one; w (b,), w_sum: as in sat_loss. attack(x, y) returns adversarial
+    examples: functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1), say, or of net.module if net is
+    distributed. It gets `start` (|a|, C, H, W), if that is given, as a keyword. It must not write to .grad.
     """
     optimizer.zero_grad(set_to_none=True)  # before the attack, so that it can use the memory
     if len(a):
@@ -99,7 +99,7 @@ def epoch_batches(split, A, w_A, args, epoch, device, compilation="off"):
     in_A, w = process_part(in_A), process_part(w)
     counts = in_A.sum(1).tolist()
     positions = in_A.nonzero()[:, 1].split(counts)
-    if A.any() and args.attack != "pgd-authors":  # whose limit is of a mean over `a`
+    if A.any() and args.attack != "pgd-authors":  # its limit is on a mean over `a`
         multiple = models.size_multiple(device, compilation)
         positions = [torch.cat([a, a[:1].expand(-len(a) % multiple)]) for a in positions]
     positions = torch.cat(positions).to(device).split([len(a) for a in positions])
@@ -131,8 +131,8 @@ def training_attack(model, A, w_A, args, device, compilation="off"):
 
 
 class EpochSums:
-    """Sums over an epoch, kept where they are on the device: to look at one makes a GPU wait for the CPU, and
-    a CUDA graph writes to the same memory each time."""
+    """Sums over an epoch, updated in place on the device: to read one would make the GPU wait, and a CUDA
+    graph always writes to the same memory."""
 
     def __init__(self, device):
         self.totals = torch.zeros(3, device=device)  # loss, right predictions, steps
@@ -160,7 +160,7 @@ class EpochSums:
         if first_bad < torch.inf:
             raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step "
                             f"{first_bad + 1:.0f}: stopped, the last good checkpoint is kept. Lower --lr "
-                            "(with --run NAME or --force)")
+                            "(if you gave --run, with another NAME)")
         attacked, examples = torch.tensor(self.attacked, device=self.totals.device), steps * args.batch_size
         attacked = all_reduce(attacked).item()
         gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0

@@ -198,14 +198,14 @@ def test_scores_pt_of_rank_py_with_a_metric(monkeypatch):
     ("ranking", ORDER + 1, "its numbers are not 0 to N - 1, each once; valid: the N indices from 0"),
     ("ranking", ORDER.astype(float), r"it holds float64 \(4,\); valid: the N indices"),
     ("ranking", np.array([0, 0, 1, 2]), "its numbers are not 0 to N - 1, each once"),
-    ("ranking", {"fingerprint": 1, "entropy": torch.rand(4)}, "it holds float32 .*; valid: the N indices"),
+    ("ranking", {"fingerprint": 1, "svar": torch.rand(4)}, "it holds scores: give it with --scores; valid"),
     ("scores", np.array([True, False]), "it holds bool .*; valid: N numbers"),
     ("scores", {"fingerprint": 1, "svar": 2}, "it has no entropy, but perhaps another --metric; valid: "),
     ("subset", np.array([0.0, 1.0]), "it holds float64 .*; valid: a bool mask"),
     ("subset", np.array([0, 0, 1]), "3 numbers of int64; valid: a bool mask"),
     ("subset", np.array([96]), "valid: one or more of 0 to 95"),
     ("subset", np.array([-1, 4]), "valid: one or more of 0 to 95"),
-    ("subset", np.array([True] * 95), "a mask of 95; it must have one for each of 96"),
+    ("subset", np.array([True] * 95), "a mask of 95 values: give one for each of 96"),
     ("subset", np.array([False] * 96), "a mask without any example")])
 def test_files_of_ones_own_that_are_refused(flag, content, message):
     torch.save(content, "file.pt")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -230,6 +231,25 @@ def test_what_needs_a_failed_stage_is_left_out(start):
     assert not any("hardest" in call or "easiest" in call for call in calls())
     assert any("--order random" in call for call in calls())
     assert "esat-hardest-0.1-seed0" in errors.partition("missing:")[2]
+
+
+@pytest.mark.parametrize("code,is_made,starts", [
+    (0, False, True),  # rank.py made it in another folder, as another config's ranking has its name
+    (3, False, False), (3, True, True)])  # another copy made it after it failed here
+def test_what_needs_a_stage_is_started_unless_that_failed(code, is_made, starts):
+    left, ended = {"results/a": (SimpleNamespace(needs="results/rank"), ["true"])}, {"results/rank": code}
+    Path("results/logs").mkdir(parents=True)
+    if is_made:
+        Path("results/rank").mkdir()
+        Path("results/rank/rank.json").touch()
+    job = run_all.start_next(left, ended, "results", dict(os.environ), to_log=True)
+    assert (job is not None) == starts
+    assert ended.get("results/a") == (None if starts else 1)
+    assert left == {}
+    if job:
+        _, process, log = job
+        assert process.wait() == 0
+        log.close()
 
 
 def test_the_time_that_remains():
