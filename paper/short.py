@@ -10,8 +10,8 @@ from paper.tables import BASELINES, CLEAN, ROBUST, lines_of, markdown
 
 MOVED = "cifar100->cifar10"
 NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Cost: passes of training, without "
-         "rankings and new heads. w_A: 1 where none is given. Clean: all classes. Transfer (S-SAT): from CIFAR-100 to "
-         "CIFAR-10.")
+         "rankings and new heads. w_A: 1 where none is given. Clean: all classes. Transfer (S-SAT): from "
+         "CIFAR-100 to CIFAR-10.")
 
 
 def largest_group(runs, dataset):
