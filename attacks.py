@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import numbers
+import warnings
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -87,7 +88,7 @@ def check_logits(model, x, y):
 
 
 def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
-    """Raises ValueError for invalid arguments."""
+    """Raises ValueError for invalid arguments. Warns of step sizes that are probably mistakes."""
     check_norm(norm)
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() forbids the gradients of an attack: use torch.no_grad()")
@@ -106,6 +107,9 @@ def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
         raise ValueError(f"start is {tuple(start.shape)}: give finite numbers in x's shape {tuple(x.shape)}")
     if not isinstance(steps, numbers.Integral) or steps < 0 or not 0 <= step_size < float("inf"):
         raise ValueError(f"{steps} steps of {step_size}: give a whole number, 0 or more, and a finite size")
+    if steps and eps > 0 and (step_size == 0 or norm == "linf" and step_size > 2 * eps):
+        warnings.warn(f"step_size = {step_size}: steps of 0 change nothing, and steps of linf above 2 eps = "
+                      f"{2 * eps} lead to a corner of the ball", stacklevel=3)
     if len(x):
         check_logits(model, x, y)
 

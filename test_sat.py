@@ -673,6 +673,17 @@ def test_modules_whose_train_and_eval_do_more_are_put_back():
     assert [model[0].merged, model[3].merged] == [False, True]
 
 
+@pytest.mark.parametrize("norm,eps,step_size,warns", [
+    ("l2", 0.5, 0.0, True), ("linf", 0.1, 0.3, True), ("linf", 0.0, 0.1, False), ("l2", 0.0, 0.0, False),
+    ("l2", 0.5, 2.0, False), ("linf", 1.0, 2.0, False)])
+def test_a_step_that_is_hardly_meant_is_warned_of(norm, eps, step_size, warns, recwarn):
+    x, y = images(n_classes=2)
+    attacks.pgd(linear(), x, y, eps=eps, norm=norm, step_size=step_size)
+    messages = [str(warning.message) for warning in recwarn]
+    assert [message.partition(":")[0] for message in messages] == [f"step_size = {step_size}"] * warns
+    assert all(warning.filename == __file__ for warning in recwarn), "the line that called pgd"
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_half_precision(attack):
     """Gradients and norms that half precision rounds to 0 made the images nan."""
