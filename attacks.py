@@ -1,7 +1,7 @@
-"""PGD, FGSM-RS, AutoAttack for L2 and Linf. Copy this file: it needs torch, for AutoAttack pyautoattack too.
+"""PGD, FGSM-RS, AutoAttack for L2 and Linf. Copy this file: it needs torch, and pyautoattack for AutoAttack.
 
 Images x are float (N, C, H, W) in [0, 1], labels y int64 (N,); eps and step sizes have the unit of pixels.
-`model` maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), A.1 (PGD-7), A.5 (FGSM-RS).
+`model`, a torch.nn.Module, maps images to logits. Paper: Eq. 1 and 2 (the inner maximisation), A.1, A.5.
 """
 import contextlib
 import functools
@@ -75,7 +75,7 @@ def check_logits(model, x, y):
         with eval_mode(model), torch.no_grad():
             logits = model(x[:1])
     except RuntimeError as e:
-        if isinstance(e, torch.cuda.OutOfMemoryError):
+        if "CUDA" in str(e) or "CUDNN" in str(e):  # of the GPU, which may be full, not of the model
             raise
         raise ValueError(f"the model does not take {x.dtype} images {tuple(x.shape[1:])} on {x.device} "
                          f"({str(e).splitlines()[0]}); for autoattack make it float32: model.float()") from e
@@ -193,7 +193,8 @@ class Attack(NamedTuple):
 
     function(model, x, y, **settings) returns adversarial images of x's shape. It gets those of the settings
     eps, norm, step_size, steps, start, step_function, limit and check_input=False that it has parameters for.
-    It must leave nothing in .grad: use torch.autograd.grad, not backward().
+    It must leave nothing in .grad: use torch.autograd.grad, not backward(). With --compile step it must not
+    read the value of a tensor.
     """
     function: Callable
     gradient_steps: Optional[int] = None  # on an example, by which costs are counted; None: --steps

@@ -64,7 +64,7 @@ def from_process_0(value):
 def check_environment():
     """UserError if torchrun's variables are incomplete, unless they say that there is one process: those of a
     finished job, left behind in a shell, would let a script wait for processes that do not exist."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = {name: os.environ[name] for name in names if name in os.environ}
     alone = values.get("RANK", "0") == "0" and values.get("WORLD_SIZE", "1") == "1"
     index, count = values.get("RANK", ""), values.get("WORLD_SIZE", "")
@@ -198,7 +198,7 @@ def script(main):
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(e).split())[:200]
             sys.exit(f"error: torch.compile failed ({reason}): give --compile off")
-        if type(e).__name__ == "OutOfMemoryError":
+        if type(e).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(e):
             sys.exit(f"error: {process_prefix()}the GPU's memory is full: free some, or lower --batch-size "
                      "(training) or --eval-batch (AutoAttack)")
         signs_of_loss = ["DataLoader worker"]
@@ -206,7 +206,7 @@ def script(main):
         if "DataLoader worker" in str(e):
             advice += ", with --workers 0 if this happens again"
         if process_count() > 1:
-            signs_of_loss += ["gloo", "NCCL", "Connection closed", "Connection reset"]
+            signs_of_loss += ["gloo", "remote process exit", "Connection closed", "Connection reset"]
         if not any(word in str(e) for word in signs_of_loss):
             raise
         reason = " ".join(str(e).split())[:100]

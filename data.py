@@ -45,8 +45,9 @@ class Split:
             images = self.x.load(items, device)
         else:
             images = (self.x[index.to(self.x.device)] for index in batches)
-        for x in images:
-            yield x.to(device, non_blocking=True).float().div_(255)
+        to_gpu = torch.device(device).type == "cuda"
+        for x in images:  # a copy to the CPU must be waited for: until it ends, the memory holds anything
+            yield x.to(device, non_blocking=to_gpu).float().div_(255)
 
     def pixels(self, index, device):
         """The images `index` (on the CPU), not augmented, as float32 (n, C, H, W) in [0, 1] on `device`."""

@@ -233,10 +233,12 @@ def test_autoattack_is_not_trusted_blindly(result, message, monkeypatch):
     assert not attacks.autoattack(model, x, y, eps=0.1)[1].any(), "what was wrong is not robust"
 
 
-def test_a_full_gpu_is_not_taken_for_a_network_that_does_not_fit():
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("CUDA error: out of memory")])
+def test_a_full_gpu_is_not_taken_for_a_network_that_does_not_fit(error):
     model, (x, y) = net(), images()
-    model.forward = mock.Mock(side_effect=torch.cuda.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    model.forward = mock.Mock(side_effect=error)
+    with pytest.raises(RuntimeError, match="CUDA"):
         attacks.pgd(model, x, y, eps=0.1, step_size=0.1)
 
 

@@ -270,9 +270,10 @@ def test_a_ranking_that_orders_nothing_is_not_kept(monkeypatch):
 @pytest.mark.parametrize("variables,message", [
     ("RANK=1", "has RANK=1, which is not what torchrun sets: start with torchrun, or unset RANK"),
     ("RANK=0 WORLD_SIZE=2", "has RANK=0, WORLD_SIZE=2, which is not"),
-    ("RANK=x WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=x"),
-    ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=2"),
-    ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", ""), ("RANK=0 WORLD_SIZE=1", ""),
+    ("RANK=x LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=x"),
+    ("RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=2"),
+    ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=1"),  # all would take the first GPU
+    ("RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", ""), ("RANK=0 WORLD_SIZE=1", ""),
     ("MASTER_ADDR=a", ""), ("", "")])
 def test_variables_of_torchrun_that_were_left_behind(variables, message, monkeypatch):
     environment = dict(word.split("=") for word in variables.split())

@@ -340,6 +340,21 @@ def test_a_constant_channel_is_not_scaled(level, capsys):
     assert capsys.readouterr().out.count(note) == 1
 
 
+def test_a_copy_to_the_cpu_is_waited_for(monkeypatch):
+    copies, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda *args, **more: copies.append(more) or to(*args, **more))
+    list(Split(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.zeros(20)).read([torch.arange(20)], "cpu"))
+    assert not any(options.get("non_blocking") for options in copies)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_images_come_back_whole_from_the_gpu():
+    x = torch.from_numpy(random_pixels(4000, 3, 32, 32))
+    split = Split(x.to("cuda"), torch.zeros(4000))
+    for index in torch.arange(4000).split(500):
+        assert torch.equal(split.pixels(index, "cpu"), x[index].float() / 255)
+
+
 def test_images_of_more_than_8_bits_are_refused(tmp_path):
     """PIL would clip them."""
     for name, dtype in (("16.png", np.uint16), ("16.tif", np.uint16), ("32.tif", np.int32),
