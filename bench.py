@@ -15,7 +15,7 @@ import flags
 import models
 from attacks import ATTACKS
 from common import say
-from data import Split
+from data import Examples
 from train import train
 
 SHARES = 0.0, 0.1, 0.5, 1.0  # |A|/N
@@ -27,12 +27,12 @@ def measure(args, device):
     of all |A|/N alternate, so that a drift of the machine's speed affects all alike."""
     n, g = STEPS * args.batch_size, torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (n, 3, args.image_side, args.image_side), generator=g, dtype=torch.uint8)
-    split = Split(x.to(device), torch.randint(0, 10, (n,), generator=g))
+    examples = Examples(x.to(device), torch.randint(0, 10, (n,), generator=g))
     trainings, seconds = {}, {}
     for share in SHARES:
         model = models.build(args.arch, 10, [0.5] * 3, [0.25] * 3).to(device)
         A = torch.arange(n) < round(share * n)
-        trainings[share], seconds[share] = train(model, split, A, 1.0, args, device), []
+        trainings[share], seconds[share] = train(model, examples, A, 1.0, args, device), []
     for _ in common.progress(range(args.epochs), desc="epochs"):
         for share, training in trainings.items():
             seconds[share].append(next(training)["row"]["seconds"] / STEPS)

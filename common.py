@@ -34,11 +34,11 @@ def barrier():
             dist.barrier()
 
 
-def all_reduce(tensor, op="SUM"):
-    """The sum of a tensor over the processes, or with op="MIN" the minimum, in place. Returns it."""
+def all_reduce(tensor):
+    """The sum of a tensor over the processes, in place. Returns it."""
     if process_count() > 1:
         import torch.distributed as dist
-        dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
+        dist.all_reduce(tensor)
     return tensor
 
 

@@ -23,7 +23,7 @@ IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard d
 
 
 @dataclass
-class Split:
+class Examples:
     """Images x, a uint8 tensor (N, C, H, W) or ImageFiles, and labels y, int64 (N,)."""
     x: object
     y: torch.Tensor
@@ -57,21 +57,21 @@ class Split:
 
 @dataclass
 class DataSet:
-    """A training and a test split, and the names of the classes."""
+    """The training and the test examples, and the names of the classes."""
     name: str
-    train: Split
-    test: Split
+    train: Examples
+    test: Examples
     classes: list
 
     @functools.cached_property
     def images_hash(self):
         """A hash of all pixels; of streamed images, of the names and sizes of the files."""
         sha256 = hashlib.sha256()
-        for split in (self.train, self.test):
-            if split.streamed:
-                sha256.update(split.x.digest())
+        for part in (self.train, self.test):
+            if part.streamed:
+                sha256.update(part.x.digest())
             else:
-                sha256.update(split.x.cpu().contiguous().numpy())
+                sha256.update(part.x.cpu().contiguous().numpy())
         return sha256.hexdigest()[:16]
 
     def fingerprint(self):
@@ -143,9 +143,9 @@ def load_dataset(name, data_dir, device="cpu", side=DEFAULTS["side"], workers=0)
     train, test, classes = read_dataset(name, Path(data_dir))
     if process_index() == 0:
         barrier()
-    splits = [Split(x.to(device) if isinstance(x, torch.Tensor) else ImageFiles(x, side, workers), y)
-              for x, y in (train, test)]
-    return DataSet(name, *splits, classes)
+    parts = [Examples(x.to(device) if isinstance(x, torch.Tensor) else ImageFiles(x, side, workers), y)
+             for x, y in (train, test)]
+    return DataSet(name, *parts, classes)
 
 
 def selection_and_final(n):
@@ -218,37 +218,37 @@ def process_part(values, dim=1):
     return values.tensor_split(process_count(), dim)[process_index()]
 
 
-def batches_together(split, device):
+def batches_together(examples, device):
     """How many batches are augmented at a time: 32 on a GPU, which launches kernels more slowly than it runs
     them. Streamed images come one batch at a time."""
-    return 1 if split.streamed or torch.device(device).type == "cpu" else 32
+    return 1 if examples.streamed or torch.device(device).type == "cpu" else 32
 
 
-def training_batches(split, batch_size, seed, epoch, augmentation, device):
+def training_batches(examples, batch_size, seed, epoch, augmentation, device):
     """Yields the training batches of an epoch, (x, y, index): x, augmented, on `device` and in channels_last,
     in which convolutions are fastest; y on `device`; index on the CPU.
 
     Order and augmentation are drawn from (seed, epoch) for the whole epoch, and each process takes its part
     of every batch: a resumed run, or one with another number of processes, sees the same batches.
     """
-    order, generator = epoch_order(len(split), batch_size, seed, epoch)
-    params = draw_augmentation(order.numel(), split.x.shape, augmentation, split.streamed, generator)
+    order, generator = epoch_order(len(examples), batch_size, seed, epoch)
+    params = draw_augmentation(order.numel(), examples.x.shape, augmentation, examples.streamed, generator)
     # Copied to the device once an epoch: a small copy in every step would make a GPU wait for the CPU.
     params = {name: process_part(v.view(*order.shape, *v.shape[1:])).to(device) for name, v in params.items()}
     order = process_part(order)
-    y, crop_seeds = split.y[order].to(device), params.pop("seed").tolist() if "seed" in params else None
-    together = batches_together(split, device)
+    y, crop_seeds = examples.y[order].to(device), params.pop("seed").tolist() if "seed" in params else None
+    together = batches_together(examples, device)
     chunks = [slice(step, step + together) for step in range(0, len(order), together)]
-    index = order if split.streamed else order.to(device)
-    images = split.read([index[steps].flatten() for steps in chunks], device, crop_seeds)
+    index = order if examples.streamed else order.to(device)
+    images = examples.read([index[steps].flatten() for steps in chunks], device, crop_seeds)
     for steps, x in zip(chunks, images):
         x = augment(x, {name: v[steps].flatten(0, 1) for name, v in params.items()})
         x = x.contiguous(memory_format=torch.channels_last)
         yield from zip(x.split(order.shape[1]), y[steps], order[steps])
 
 
-def plain_batches(split, index, batch_size, device):
+def plain_batches(examples, index, batch_size, device):
     """Batches (x, y, index) of the examples `index`, in that order and not augmented."""
     batches = index.split(batch_size)
-    for x, positions in zip(split.read(batches, device), batches):
-        yield x, split.y[positions].to(device), positions
+    for x, positions in zip(examples.read(batches, device), batches):
+        yield x, examples.y[positions].to(device), positions

@@ -3,6 +3,7 @@ not used for selecting a checkpoint (Sec. 4, "Training and evaluation details").
 
     python evaluate.py results/digits/esat-hardest-0.5-seed0/best.pt
 
+Flags of the threat model and of AutoAttack that are not given have the values of the checkpoint's run.
 Files in: a checkpoint, the data. Files out: eval-<hash of weights and settings>.json beside the checkpoint.
 """
 import argparse
@@ -28,7 +29,7 @@ import flags
 import runs
 from common import UserError, process_count, process_index, say
 from data import check_unchanged, load_dataset, selection_and_final
-from runs import load_model
+from models import load_model
 
 
 def wilson(k, n, z=1.959964):
@@ -251,16 +252,16 @@ def result_of_finished_run(folder, args):
     return {**result, **evaluate_checkpoint(path, *load_model(path), args)}
 
 
-def evaluate_checkpoint(path, model, ckpt, args, force=False):
+def evaluate_checkpoint(path, model, ckpt, args):
     """Attacks the network of a checkpoint, writes the result beside it, prints it and returns it. `model`,
-    `ckpt`: of load_model. `force`: repeat an evaluation that is already there."""
+    `ckpt`: of load_model. args.force: repeat an evaluation that is already there."""
     device = common.set_up(args)
     data = load_dataset(args.dataset, args.data_dir, device, args.side, args.workers)
     runs.check_fingerprint(data, ckpt["fingerprint"], path)
     settings, weights = eval_settings(args, data.classes), weights_hash(ckpt["model"])
     key = hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode()).hexdigest()[:8]
     file, chunk_folder = (path.with_name(f"eval-{key}{end}") for end in (".json", "-chunks"))
-    if file.exists() and not force:
+    if file.exists() and not args.force:
         result = runs.load(file, ("settings", "accuracy"))
         say(f"{file} is there already (evaluate.py --force repeats it)\n{accuracy_lines(result)}")
         return result
@@ -275,8 +276,8 @@ def evaluate_checkpoint(path, model, ckpt, args, force=False):
 
 
 def main(argv=None):
-    """Evaluates the checkpoint. Flags that are not given have the values of its run, or their defaults."""
-    parser = flags.script_parser("evaluate.py", __doc__, flags.DEFAULTS, "best.pt or last.pt of a run")
+    """Evaluates the checkpoint."""
+    parser = flags.script_parser("evaluate.py", __doc__, {}, "best.pt or last.pt of a run")
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=flags.file_path, default=Path("data"),
                         help="folder that holds the data sets")
@@ -287,7 +288,7 @@ def main(argv=None):
         raise UserError(f"--norm {given['norm']} needs an --eps of its own: the checkpoint's {base['eps']} "
                         f"is in {base['norm']} (linf: 0.0314 is 8/255)")
     args = argparse.Namespace(**{**base, **given})
-    return evaluate_checkpoint(args.checkpoint, model, ckpt, args, args.force)
+    return evaluate_checkpoint(args.checkpoint, model, ckpt, args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Builds the networks (Sec. 4, Table 2) and sets up their training: optimizer, bf16, torch.compile, torchrun.
 Every network is a Classifier, from pixels in [0, 1] to logits."""
 import collections
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, can_compile, process_count
+from runs import load
+
+CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
 
 
 class PreActBlock(nn.Module):
@@ -83,6 +87,29 @@ def build(arch, n_classes, mean, std):
     else:
         raise ValueError(f"no architecture {arch!r}")
     return Classifier(features, nn.Linear(k, n_classes), mean, std).to(memory_format=torch.channels_last)
+
+
+def load_model(path):
+    """The Classifier of the checkpoint `path`, in eval mode, and the checkpoint's content. UserError for a
+    foreign file."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
+    ckpt = load(path, CHECKPOINT_KEYS)
+    try:
+        classes, (mean, std) = ckpt["classes"], (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
+        model = build(ckpt["arch"], len(classes), mean, std)
+        if ckpt["head"] == "mlp":
+            model.transfer(len(classes))
+        model.load_state_dict(ckpt["model"])
+        if not ({"dataset", "side"} <= ckpt["args"].keys() and "name" in ckpt["fingerprint"].keys()
+                and set(ckpt["A_classes"] or []) <= set(classes) and isinstance(ckpt["epoch"], int)
+                and len({c for c in classes if isinstance(c, str)}) == len(classes)):
+            raise ValueError("its args, classes or fingerprint are not as sat.py writes them")
+    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from None
+    return model.eval(), ckpt
 
 
 def sgd(model, lr, weight_decay, device, state=None):

@@ -45,9 +45,9 @@ class Vog:
     sums, whose memory does not grow with the epochs; each process holds those of its part of the examples, on
     `device`. `state`: what state() returned."""
 
-    def __init__(self, split, device, state=None):
-        self.n, self.part = len(split), process_part(torch.arange(len(split)), 0)
-        zeros = torch.zeros(()).expand(split.x.shape)
+    def __init__(self, examples, device, state=None):
+        self.n, self.part = len(examples), process_part(torch.arange(len(examples)), 0)
+        zeros = torch.zeros(()).expand(examples.x.shape)
         self.epochs, *sums = state or (0, zeros, zeros)
         self.mean, self.m2 = (s[self.part].to(device) for s in sums)
 
@@ -73,16 +73,16 @@ class Vog:
         return self.of_all_processes((self.m2 / self.epochs).sqrt().flatten(1).mean(1))
 
 
-def score(model, split, device, metrics, vog=None):
+def score(model, examples, device, metrics, vog=None):
     """One epoch's scores by entropy and svar, {metric: (N,)}, in eval mode on images without augmentation.
-    Each process scores its part. The same forward pass yields the gradients for `vog`."""
+    Each process scores its part, and has all. The same forward pass yields the gradients for `vog`."""
     functions = {"entropy": entropy, "svar": svar}
-    scores = {m: torch.zeros(len(split), dtype=torch.float64) for m in metrics if m != "vog"}
+    scores = {m: torch.zeros(len(examples), dtype=torch.float64) for m in metrics if m != "vog"}
     if vog:
         vog.epochs += 1
-    indices = process_part(torch.arange(len(split)), 0)
+    indices = process_part(torch.arange(len(examples)), 0)
     model.eval()
-    for x, y, index in plain_batches(split, indices, 500, device):
+    for x, y, index in plain_batches(examples, indices, 500, device):
         # A GPU may use TF32: even bf16, which is coarser, hardly changes the order (results-published).
         with torch.set_grad_enabled(bool(vog)), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             logits = model(x.requires_grad_(bool(vog)))

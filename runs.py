@@ -15,12 +15,11 @@ from pathlib import Path
 from common import UserError, from_process_0, process_index, say
 
 SAVE_SECONDS = 60  # between two saves of a training, whose epoch may take only a second on a GPU
-# Attributes of args that say where a run is made and how fast, not what it is.
+# Attributes of args that say where and how fast a run is made: they change no more than rounding.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
                 "results", "run", "force"}
 # Flags with which a finished run is evaluated again.
 EVALUATION = {"eval_attacks", "eval_n", "eval_batch", "eval_precision"}
-CHECKPOINT_KEYS = ("model", "arch", "head", "classes", "args", "fingerprint", "A_classes", "epoch")
 
 
 def identity(args):
@@ -43,11 +42,11 @@ def run_name(args, first_words, in_first_words):
     return f"{name}-seed{args.seed}"
 
 
-def run_folder(args, first_words, in_first_words, final_file="result.json"):
+def run_folder(args, first_words, in_first_words):
     """The folder results/<dataset>/<name> of a run, and what is_finished says of it. See run_name."""
     name = args.run or run_name(args, first_words, {*in_first_words, *EVALUATION})
     folder = args.results / args.dataset / name
-    return folder, is_finished(folder, args, final_file)
+    return folder, is_finished(folder, args, "result.json")
 
 
 def stored_flags(folder, final_file):
@@ -146,9 +145,9 @@ def making(folder, args, final_file="result.json"):
                 fcntl.flock(lock_file, fcntl.LOCK_UN)
 
 
-def resume(folder, args, data, keys=()):
+def resume(folder, args, data, keys):
     """The content of last.pt, from which a stopped run goes on; None if there is none. UserError if it
-    belongs to other data or other flags."""
+    belongs to other data or other flags, or lacks one of `keys`."""
     path = folder / "last.pt"
     if not path.exists():
         return None
@@ -225,27 +224,3 @@ def checkpoint(model, data, args, epoch, A_classes=None, **more):
     return {"model": model.state_dict(), "arch": args.arch, "head": "mlp" if model.frozen else "linear",
             "classes": data.classes, "fingerprint": data.fingerprint(), "args": identity(args),
             "epoch": epoch, "A_classes": A_classes, **more}
-
-
-def load_model(path):
-    """The Classifier of the checkpoint `path`, in eval mode, and the checkpoint's content. UserError for a
-    foreign file."""
-    import models
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give the checkpoint in it, say {path / 'best.pt'}")
-    ckpt = load(path, CHECKPOINT_KEYS)
-    try:
-        classes, (mean, std) = ckpt["classes"], (ckpt["model"][k].flatten().tolist() for k in ("mean", "std"))
-        model = models.build(ckpt["arch"], len(classes), mean, std)
-        if ckpt["head"] == "mlp":
-            model.transfer(len(classes))
-        model.load_state_dict(ckpt["model"])
-        if not ({"dataset", "side"} <= ckpt["args"].keys() and "name" in ckpt["fingerprint"].keys()
-                and set(ckpt["A_classes"] or []) <= set(classes) and isinstance(ckpt["epoch"], int)
-                and len({c for c in classes if isinstance(c, str)}) == len(classes)):
-            raise ValueError("its args, classes or fingerprint are not as sat.py writes them")
-    except (KeyError, RuntimeError, ValueError, AttributeError, TypeError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{path} is not a checkpoint of this project: {reason}") from None
-    return model.eval(), ckpt

@@ -98,7 +98,7 @@ def resume_fit(folder, args, data, hash_of_A):
         return None, [], Best()
     if state["A"] != hash_of_A:
         raise UserError(f"{folder}/last.pt was trained with another A: give another --run, or --force")
-    log, best = state.pop("log"), Best(*(state.pop("best") or Best()))
+    log, best = state.pop("log"), Best(*state.pop("best"))
     if 0 < best.epoch < state["epoch"] and not (folder / "best.pt").exists():
         raise UserError(f"{folder}/best.pt, of epoch {best.epoch}, is missing: --force repeats the run")
     if best.epoch == state["epoch"] and process_index() == 0:  # perhaps it stopped before it wrote best.pt
@@ -193,7 +193,7 @@ def is_outdated(folder, args):
     path = rank.ranking_folder(rank.ranking_args(args)) / "rank.json"
     if "metric" not in ranking_used or "file" in ranking_used or not path.exists():
         return False
-    scores_hash = runs.load(path).get("scores", {}).get(ranking_used["metric"])
+    scores_hash = runs.load(path, ("scores",))["scores"].get(ranking_used["metric"])
     if scores_hash in (None, ranking_used["scores"]):
         return False
     say(f"{path} was made again since {folder} was finished: its scores have changed, so the run is repeated")

@@ -8,15 +8,6 @@ import torch
 import flags
 from common import UserError, say
 
-REBUILD = numpy.zeros(0).__reduce__()[0]  # by which arrays are unpickled; numpy 1 had another name for it
-ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray, numpy.dtype,
-         *(type(numpy.dtype(code)) for code in ("?", "u1", "i2", "i4", "i8", "f2", "f4", "f8"))]
-
-FILES = {  # {flag: (numpy's kinds of numbers that its file may hold, what is valid)}
-    "scores": ("iuf", "N numbers, or a scores.pt of rank.py,"),
-    "ranking": ("iu", "the N indices from 0, hardest first,"),
-    "subset": ("iub", "a bool mask (N,), or indices,")}
-
 
 def subset_size(amount, n):
     """|A| from a fraction (float) of n classes or examples, or a number (int). UserError outside 1..n."""
@@ -102,8 +93,7 @@ def check_scores(scores, n, what="the scores"):
 
 
 def tensor_hash(tensor):
-    """A short hash of a tensor, dtype included, by which results name their scores or indices, and last.pt
-    its A."""
+    """A short hash of a tensor's values, by which results name their scores or indices, and last.pt its A."""
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -142,6 +132,16 @@ def normalised_within_classes(scores, y):
     mean = class_means(scores, y, int(y.max()) + 1)
     std = class_means((scores.double() - mean[y])**2, y, len(mean)).sqrt()
     return (scores.double() - mean[y]) / std[y].clamp_min(1e-12)
+
+
+REBUILD = numpy.zeros(0).__reduce__()[0]  # by which arrays are unpickled; numpy 1 had another name for it
+ARRAY = [REBUILD, (REBUILD, "numpy.core.multiarray._reconstruct"), numpy.ndarray, numpy.dtype,
+         *(type(numpy.dtype(code)) for code in ("?", "u1", "i2", "i4", "i8", "f2", "f4", "f8"))]
+
+FILES = {  # {flag: (numpy's kinds of numbers that its file may hold, what is valid)}
+    "scores": ("iuf", "N numbers, or a scores.pt of rank.py,"),
+    "ranking": ("iu", "the N indices from 0, hardest first,"),
+    "subset": ("iub", "a bool mask (N,), or indices,")}
 
 
 def read_file(flag, path, metric):

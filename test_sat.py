@@ -26,7 +26,7 @@ import train
 import transfer
 from common import HERE, UserError
 from conftest import QUICK
-from data import Split, epoch_order, load_dataset, training_batches
+from data import Examples, epoch_order, load_dataset, training_batches
 from paper.results import Run
 
 CPU = torch.device("cpu")
@@ -54,8 +54,8 @@ def arguments(*argv):
 
 
 def digits(n):
-    split = load_dataset("digits", "data").train
-    return Split(split.x[:n], split.y[:n])
+    examples = load_dataset("digits", "data").train
+    return Examples(examples.x[:n], examples.y[:n])
 
 
 @functools.cache
@@ -285,17 +285,17 @@ def test_weights_of_the_paper(weight, n_A, expected):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_batches_of_an_epoch(processes, monkeypatch):
     args = arguments("--batch-size", "8", "--augment", "crop", "--random-start")
-    split, A, order = digits(40), torch.arange(40) % 7 == 0, epoch_order(40, 8, args.seed, 1)[0]
-    whole, parts = list(train.epoch_batches(split, A, 5.0, args, 1, CPU)), []
+    examples, A, order = digits(40), torch.arange(40) % 7 == 0, epoch_order(40, 8, args.seed, 1)[0]
+    whole, parts = list(train.epoch_batches(examples, A, 5.0, args, 1, CPU)), []
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     for process in range(processes):
         monkeypatch.setenv("RANK", str(process))
-        parts.append(list(train.epoch_batches(split, A, 5.0, args, 1, CPU)))
+        parts.append(list(train.epoch_batches(examples, A, 5.0, args, 1, CPU)))
     for index, batch, *batches in zip(order, whole, *parts, strict=True):
         x, y, positions, w, w_sums, starts, counts = zip(*batches)
         assert sum(counts) == A[index].sum()
         assert torch.equal(torch.cat(x), batch[0]), "augmented as in one process"
-        assert torch.equal(torch.cat(y), split.y[index])
+        assert torch.equal(torch.cat(y), examples.y[index])
         assert torch.cat(w).tolist() == [5.0 if A[i] else 1.0 for i in index]
         close(torch.stack(w_sums), torch.full((processes,), torch.cat(w).sum().item() / processes))
         assert torch.equal(torch.cat(starts), batch[5]), "drawn for the whole batch"
@@ -325,12 +325,12 @@ def test_a_step_on_a_notebooks_own_tensors(factor):
     close([*model.parameters()], stepped)
 
 
-def oracle_training(model, split, A, w_A, args):
+def oracle_training(model, examples, A, w_A, args):
     """Training on Eq. 2 as one would write it. Returns the loss and training accuracy of each epoch."""
     optimizer, steps = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=args.weight_decay), []
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.lr_decays)
     for epoch in range(args.epochs):
-        for x, y, index in training_batches(split, args.batch_size, args.seed, epoch, args.augment, "cpu"):
+        for x, y, index in training_batches(examples, args.batch_size, args.seed, epoch, args.augment, "cpu"):
             a, b = A[index], ~A[index]
             x[a] = oracle_pgd(model.eval(), x[a], y[a], args.eps, args.step_size, args.steps)
             logits = model.train()(x)
@@ -347,10 +347,11 @@ def oracle_training(model, split, A, w_A, args):
 @pytest.mark.parametrize("thirds", [0, 1, 3])
 def test_training_is_sgd_on_eq_2(thirds):
     args = arguments("--batch-size", "32", "--lr", "0.05", "--lr-decays", "1", "--steps", "3")
-    split, A, model, oracle, opposite = digits(96), torch.arange(96) % 3 < thirds, net().eval(), net(), net()
-    log = [state["row"] for state in train.train(model, split, A, 5.0, args, CPU)]
-    expected_log = oracle_training(oracle, split, A, 5.0, args)
-    oracle_training(opposite, split, ~A, 5.0, args)
+    examples, A = digits(96), torch.arange(96) % 3 < thirds
+    model, oracle, opposite = net().eval(), net(), net()
+    log = [state["row"] for state in train.train(model, examples, A, 5.0, args, CPU)]
+    expected_log = oracle_training(oracle, examples, A, 5.0, args)
+    oracle_training(opposite, examples, ~A, 5.0, args)
     for actual, expected in zip(model.state_dict().values(), oracle.state_dict().values()):
         # One rounding at a kink of ReLU, which differs from CPU to CPU, grows to 1e-4 in six steps.
         close(actual, expected, atol=2e-4, rtol=1e-4)
@@ -369,12 +370,12 @@ LINF = ["--norm", "linf", "--eps", "0.1", "--step-size", "0.05"]
     ([], 0, 0, 0)])  # frozen features only go forward
 def test_only_A_is_attacked_and_costs_are_counted(flags, n_A, gradients, trained_images, monkeypatch):
     monkeypatch.setattr(attacks, "check", None)  # training must not look at its images: a GPU would wait
-    model, split = net() if trained_images else net().transfer(10), digits(128)
+    model, examples = net() if trained_images else net().transfer(10), digits(128)
     A, seen = torch.arange(128) % 3 == (0 if n_A else 3), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]) if model.training else None)
     args = arguments("--augment", "none", "--epochs", "1", *flags)
-    row, = [state["row"] for state in train.train(model, split, A, 2.0, args, CPU)]
-    for x, (clean, _, index) in zip(seen, training_batches(split, 64, 0, 0, "none", "cpu"), strict=True):
+    row, = [state["row"] for state in train.train(model, examples, A, 2.0, args, CPU)]
+    for x, (clean, _, index) in zip(seen, training_batches(examples, 64, 0, 0, "none", "cpu"), strict=True):
         assert torch.equal(length(x - clean) > 0.2, A[index]), "in linf too, so outside of the ball of L2"
         assert torch.equal(length(x - clean) == 0, ~A[index])
         assert length(x - clean, args.norm).max() <= args.eps + 1e-6
@@ -386,10 +387,10 @@ def test_only_A_is_attacked_and_costs_are_counted(flags, n_A, gradients, trained
 
 @pytest.mark.parametrize("norm,eps", [("l2", 0.4), ("linf", 0.1)])
 def test_every_epoch_redraws_A_and_every_step_draws_other_starts(norm, eps):
-    split, attacked, starts = digits(192), [], []
+    examples, attacked, starts = digits(192), [], []
     for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
         args = arguments(*f"--order redrawn --attack fgsm-rs --norm {norm} --eps {eps} --seed {seed}".split())
-        batches = list(train.epoch_batches(split, torch.arange(192) < 48, 1.0, args, epoch, CPU))
+        batches = list(train.epoch_batches(examples, torch.arange(192) < 48, 1.0, args, epoch, CPU))
         order = epoch_order(192, 64, seed, epoch)[0]
         attacked.append({i for batch, index in zip(batches, order) for i in index[batch[2]].tolist()})
         starts += [batch[5] for batch in batches]
@@ -401,10 +402,10 @@ def test_every_epoch_redraws_A_and_every_step_draws_other_starts(norm, eps):
 
 
 def test_logits_that_are_not_finite_stop_although_the_loss_is_finite():
-    split, model = digits(192), net(11)
+    examples, model = digits(192), net(11)
     nn.init.constant_(model.head.bias[10:], -math.inf)  # of a class that never occurs: each loss is finite
-    with pytest.raises(UserError, match="the logits are not finite in epoch 1, step 1"):
-        list(train.train(model, split, split.y < 0, 1.0, arguments(), CPU))
+    with pytest.raises(UserError, match="the logits are not finite in epoch 1: stopped"):
+        list(train.train(model, examples, examples.y < 0, 1.0, arguments(), CPU))
 
 
 @pytest.fixture(scope="module")
@@ -496,9 +497,9 @@ def trained_bits(*flags, n=136):
     args = arguments("--epochs", "2", "--lr-decays", "1", "--batch-size", "32", "--steps", "1", "--augment",
                      "full", *flags)
     torch.manual_seed(0)
-    model, split = net(), digits(n)
+    model, examples = net(), digits(n)
     A = (torch.arange(n) % 5 == 0) & (args.split != "none")
-    rows = [state["row"] for state in train.train(model, split, A, 3.0, args, CPU)]
+    rows = [state["row"] for state in train.train(model, examples, A, 3.0, args, CPU)]
     for row in rows:
         del row["seconds"], row["compile"]
     return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()]), rows
@@ -564,9 +565,9 @@ def short_training(device, compiled=False, amp="off", k=3, blocks=1):
     features = models.preactresnet(1, (8, 8), blocks)
     model = models.Classifier(features, nn.Linear(8, 10), [0.3], [0.35]).to(device)
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    split, A = digits(160), torch.arange(160) % k == 0
-    split.x = split.x.to(device)
-    state, = train.train(model, split, A, 2.0, args, torch.device(device))
+    examples, A = digits(160), torch.arange(160) % k == 0
+    examples.x = examples.x.to(device)
+    state, = train.train(model, examples, A, 2.0, args, torch.device(device))
     assert not [key for key in model.state_dict() if "_orig_mod" in key], "as of an uncompiled network"
     return (nn.utils.parameters_to_vector(model.parameters()).detach() - before).cpu(), state["row"]
 
@@ -593,16 +594,17 @@ def test_compiled_and_bf16_training_are_the_plain_one_to_rounding(device, compil
 @pytest.mark.parametrize("device", [GPU])
 def test_no_step_waits_for_the_gpu(device, request):
     device, A = torch.device(device), torch.arange(256) % 2 == 0
-    args, split = arguments("--augment", "full", "--random-start"), digits(256)
-    split.x = split.x.to(device)
+    args, examples = arguments("--augment", "full", "--random-start"), digits(256)
+    examples.x = examples.x.to(device)
     model, sums = net().to(device).train(), train.EpochSums(device)
     optimizer = models.sgd(model, 0.1, 0.0, device)
     attack = train.training_attack(model, A, 2.0, args, device)
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     sums.reset()
-    for x, y, a, w, w_sum, start, _ in train.epoch_batches(split, A, 2.0, args, 0, device):
+    for x, y, a, w, w_sum, start, _ in train.epoch_batches(examples, A, 2.0, args, 0, device):
         with torch.autocast(device.type, torch.bfloat16):
-            loss, logits = train.sat_step(model, optimizer, x, y, a, w, attack, start, w_sum)
+            from_start = functools.partial(attack, start=start)
+            loss, logits = train.sat_step(model, optimizer, x, y, a, w, from_start, w_sum)
         sums.add(loss, logits, y)
         torch.cuda.set_sync_debug_mode("error")  # from the second step on: the first one sets libraries up
 
@@ -742,7 +744,7 @@ def test_autoattack_attacks_in_its_norm(attack):
 @pytest.fixture
 def started(tmp_path, monkeypatch):
     """A function that runs a script up to its training: (A, w_A, a hash of the first weights)."""
-    def stop(model, split, A, w_A, *rest):
+    def stop(model, examples, A, w_A, *rest):
         seen.append((A.tolist(), w_A, evaluate.weights_hash(model.state_dict())))
         raise KeyboardInterrupt
 
@@ -840,12 +842,10 @@ def test_people_see_the_progress_of_a_resumed_evaluation_and_each_kind_of_warnin
 
 
 def test_a_step_of_another_process_that_is_not_finite_stops_all(monkeypatch):
-    def all_reduce(tensor, op="SUM"):  # as if it were step 3 there
-        return tensor.clamp_max(2) if op == "MIN" else tensor
-    monkeypatch.setattr(train, "all_reduce", all_reduce)
+    monkeypatch.setattr(train, "all_reduce", lambda tensor: tensor + torch.nan)  # the sum with its nan
     sums = train.EpochSums(CPU)
     sums.reset()
-    with pytest.raises(UserError, match="not finite in epoch 1, step 3"):
+    with pytest.raises(UserError, match="not finite in epoch 1: stopped"):
         sums.row(0, net(), arguments())
 
 

@@ -5,6 +5,7 @@ transfer.py run; with A = everything it is adversarial training. sat.py chooses 
 """
 import functools
 import inspect
+import math
 import time
 
 import torch
@@ -25,18 +26,17 @@ def sat_loss(logits, y, w, w_sum=None):
     return (w * losses).sum() / (w.sum() if w_sum is None else w_sum)
 
 
-def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
+def sat_step(net, optimizer, x, y, a, w, attack, w_sum=None):
     """One SGD step on Eq. 2. Returns (loss, logits), detached.
 
     x: images (b, C, H, W) in [0, 1]; y: labels (b,); a: the positions of A's examples in the batch, int64,
     which may be none, or repeat one; w (b,), w_sum: as in sat_loss. attack(x, y) returns adversarial
     examples: functools.partial(attacks.pgd, net, eps=0.5, step_size=0.1), say, or of net.module if net is
-    distributed. It gets `start` (|a|, C, H, W), if that is given, as a keyword. It must not write to .grad.
+    distributed. It must not write to .grad.
     """
     optimizer.zero_grad(set_to_none=True)  # before the attack, so that it can use the memory
     if len(a):
-        kwargs = {} if start is None else {"start": start}
-        x = x.clone().index_copy_(0, a, attack(x[a], y[a], **kwargs))  # the inner maximisation, on A alone
+        x = x.clone().index_copy_(0, a, attack(x[a], y[a]))  # the inner maximisation, on A alone
     logits = net(x)
     loss = sat_loss(logits, y, w, w_sum)  # Eq. 2
     loss.backward()
@@ -44,25 +44,27 @@ def sat_step(net, optimizer, x, y, a, w, attack, start=None, w_sum=None):
     return loss.detach(), logits.detach()
 
 
-def train(model, split, A, w_A, args, device, state=None):
+def train(model, examples, A, w_A, args, device, state=None):
     """Minimises Eq. 2 by SGD. Yields after each epoch {"epoch": epochs done, "model", "optimizer", "row"},
     where "row" is the epoch's line of the log. The next epoch changes its tensors: save or copy them.
 
-    model: a models.Classifier. A: bool (N,). args: sat.py's flags. state: an earlier yield, from which
-    training goes on. Raises UserError when the loss or the logits are not finite.
+    model: a models.Classifier. examples: data.Examples. A: bool (N,). args: sat.py's flags. state: an earlier
+    yield, from which training goes on. Raises UserError when the loss or the logits are not finite.
     """
     optimizer = models.sgd(model, args.lr, args.weight_decay, device, state and state["optimizer"])
     if state:
         model.load_state_dict(state["model"])
-    compilation = models.choose_compilation(args.compile, device, args.epochs * len(split) // args.batch_size)
+    n_steps = args.epochs * len(examples) // args.batch_size
+    compilation = models.choose_compilation(args.compile, device, n_steps)
     attack = training_attack(model, A, w_A, args, device, compilation) if A.any() else None
     net, sums = models.training_network(model, device, compilation), EpochSums(device)
     precision = models.precision(args.amp, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def step(x, y, a, w, w_sum, start):  # as epoch_batches yields them; returns nothing: see GraphedStep
+        attack_from = attack if start is None else functools.partial(attack, start=start)
         with autocast:
-            loss, logits = sat_step(net, optimizer, x, y, a, w, attack, start, w_sum)
+            loss, logits = sat_step(net, optimizer, x, y, a, w, attack_from, w_sum)
         sums.add(loss, logits, y)
     if compilation == "step":  # one CUDA graph of it for each learning rate and each size of `a`
         step = models.GraphedStep(step, get_lr=lambda: optimizer.param_groups[0]["lr"])
@@ -73,7 +75,7 @@ def train(model, split, A, w_A, args, device, state=None):
             group["lr"] = lr
         model.train()
         sums.reset()
-        for *batch, n_attacked in epoch_batches(split, A, w_A, args, epoch, device, compilation):
+        for *batch, n_attacked in epoch_batches(examples, A, w_A, args, epoch, device, compilation):
             step(*batch)
             sums.attacked += n_attacked
         models.share_batch_statistics(model)
@@ -83,14 +85,15 @@ def train(model, split, A, w_A, args, device, state=None):
                "row": row}
 
 
-def epoch_batches(split, A, w_A, args, epoch, device, compilation="off"):
-    """The batches of an epoch: (x, y, a, w, w_sum, start, n_attacked), this process's part. See sat_step.
+def epoch_batches(examples, A, w_A, args, epoch, device, compilation="off"):
+    """The batches of an epoch: (x, y, a, w, w_sum, start, n_attacked), this process's part. See sat_step;
+    start: from which an attack that starts at random starts, else None.
 
     w_sum: the global batch's sum of weights / processes (DistributedDataParallel averages gradients). What
     depends only on A and the order is computed once per epoch: a copy from the CPU makes a GPU wait. A CUDA
     graph has a fixed size: `a` is padded with its first element to a multiple of 16 (not in n_attacked).
     """
-    order, generator = epoch_order(len(split), args.batch_size, args.seed, epoch)  # (steps, batch size)
+    order, generator = epoch_order(len(examples), args.batch_size, args.seed, epoch)  # (steps, batch size)
     if A.any() and args.order == "redrawn":  # a control at equal cost: another random A every epoch
         A = A[torch.randperm(len(A), generator=generator)]
     in_A = A[order]
@@ -103,7 +106,7 @@ def epoch_batches(split, A, w_A, args, epoch, device, compilation="off"):
         multiple = models.size_multiple(device, compilation)
         positions = [torch.cat([a, a[:1].expand(-len(a) % multiple)]) for a in positions]
     positions = torch.cat(positions).to(device).split([len(a) for a in positions])
-    batches = training_batches(split, args.batch_size, args.seed, epoch, args.augment, device)
+    batches = training_batches(examples, args.batch_size, args.seed, epoch, args.augment, device)
     steps = progress(zip(batches, positions, counts, w.to(device), w_sums), total=len(order), unit="step",
                      desc=f"epoch {epoch + 1}/{args.epochs}")
     draws_start = A.any() and (args.random_start or attacks.ATTACKS[args.attack].random_start)
@@ -122,7 +125,7 @@ def training_attack(model, A, w_A, args, device, compilation="off"):
     """The attack on `model` that the flags ask for: attack(x, y, start=None) -> adversarial examples."""
     entry = attacks.ATTACKS[args.attack]
     kwargs = {"eps": args.eps, "norm": args.norm, "step_size": args.step_size, "steps": args.steps,
-              "limit": 10 * (1 + (w_A - 1) * A.double().mean().item()) / w_A,  # see attacks.pgd_authors
+              "limit": 10 * (w_A * A.sum().item() + (~A).sum().item()) / (len(A) * w_A),  # see pgd_authors
               "check_input": False}
     if compilation != "off":
         kwargs["step_function"] = models.compiled(attacks.pgd_step, device, compilation)
@@ -136,35 +139,30 @@ class EpochSums:
 
     def __init__(self, device):
         self.totals = torch.zeros(3, device=device)  # loss, right predictions, steps
-        self.first_bad = torch.zeros((), device=device)  # the first step not finite; reset(): inf
 
     def reset(self):
         """Starts an epoch."""
         self.attacked = 0  # examples
         self.totals.zero_()
-        self.first_bad.fill_(torch.inf)
 
     def add(self, loss, logits, y):
-        """Adds a step."""
-        finite, steps = loss.isfinite() & logits.isfinite().all(), self.totals[2]
-        self.first_bad.copy_(torch.where(finite, self.first_bad, self.first_bad.minimum(steps)))
+        """Adds a step. Its loss counts as nan if a logit is not finite."""
+        loss = torch.where(logits.isfinite().all(), loss / process_count(), torch.nan)
         right = (logits.argmax(1) == y).sum()
-        self.totals += torch.stack([loss / process_count(), right, torch.ones_like(loss)])
+        self.totals += torch.stack([loss, right, torch.ones_like(loss)])
 
     def row(self, epoch, model, args):
         """The epoch's loss, training accuracy and cost, over all processes. An attack step counts 2 forward
         passes; a training step 3, or 1 if the features are frozen, since a head costs next to nothing."""
         steps = int(self.totals[2])
         loss, right, _ = all_reduce(self.totals).tolist()
-        first_bad = all_reduce(self.first_bad, "MIN").item()
-        if first_bad < torch.inf:
-            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}, step "
-                            f"{first_bad + 1:.0f}: stopped, the last good checkpoint is kept. Lower --lr "
-                            "(if you gave --run, with another NAME)")
-        attacked, examples = torch.tensor(self.attacked, device=self.totals.device), steps * args.batch_size
+        if not math.isfinite(loss):
+            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}: stopped, the last "
+                            "good checkpoint is kept. Lower --lr (if you gave --run, with another NAME)")
+        attacked, n = torch.tensor(self.attacked, device=self.totals.device), steps * args.batch_size
         attacked = all_reduce(attacked).item()
         gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0
-        n_updated = 0 if model.frozen else examples  # whose gradients train all layers
-        return {"loss": loss / steps, "train_accuracy": right / examples, "attacked": attacked,
-                "forward": examples + gradients, "backward": n_updated + gradients,
-                "forward_equivalents": examples + 2 * n_updated + 2 * gradients}
+        n_updated = 0 if model.frozen else n  # whose gradients train all layers
+        return {"loss": loss / steps, "train_accuracy": right / n, "attacked": attacked,
+                "forward": n + gradients, "backward": n_updated + gradients,
+                "forward_equivalents": n + 2 * n_updated + 2 * gradients}

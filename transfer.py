@@ -11,6 +11,7 @@ import torch
 import common
 import config
 import evaluate
+import models
 import runs
 from common import UserError, say
 from data import open_dataset
@@ -24,7 +25,7 @@ def main(argv=None):
     """Loads the source, trains the head, and writes, prints and returns the result."""
     args = config.parse("transfer.py", __doc__, argv, "best.pt of the source run")
     path, args.checkpoint = args.checkpoint.resolve(), None  # source and source_weights identify it instead
-    model, ckpt = evaluate.load_model(path)
+    model, ckpt = models.load_model(path)
     result_path = path.with_name("result.json")
     if model.frozen:
         raise UserError(f"{path} is itself a transferred network; give the best.pt of a run of sat.py")

@@ -12,7 +12,7 @@ import numpy
 from common import UserError, say
 from runs import atomic, load
 
-# Flags in which the runs of one table may differ, and those that have no effect on a run's result.
+# Flags in which the runs of one table may differ, and those that change no more than a run's random numbers.
 NOT_SETTING = {"split", "frac", "size", "classes", "order", "metric", "scores", "ranking", "subset", "weight",
                "weight_factor", "attack", "seed", "dataset", "eval_batch", "eval_precision", "source",
                "source_weights", "checkpoint"}
@@ -133,7 +133,7 @@ def read_runs(folder):
 
 def read_rankings(folder):
     """{path: content} of every rank.json below `folder`."""
-    keys = ("classes_hardest_first", "spearman_of_examples", "fingerprint", "args")
+    keys = ("classes_hardest_first", "spearman_of_examples", "scores", "fingerprint", "args")
     return {path: load(path, keys) for path in result_files(folder, "rank.json")}
 
 
@@ -211,7 +211,7 @@ def ranking_cautions(runs, rankings):
             cautions.append(f"Caution: the runs by {metric} used {n_rankings} different rankings.")
     hashes = {}  # {data set: the hashes of its scores that are there}
     for ranking in rankings.values():
-        hashes.setdefault(ranking["fingerprint"]["name"], set()).update(ranking.get("scores", {}).values())
+        hashes.setdefault(ranking["fingerprint"]["name"], set()).update(ranking["scores"].values())
     outdated = [r for r in runs if r.scores_hash and not r.metric.startswith("own")
                 and r.scores_hash not in hashes.get(r.dataset.split("->")[0], {r.scores_hash})]
     if outdated:

@@ -283,7 +283,7 @@ def cost_section(runs, rankings, figure_folder):
     """Robust accuracy against the cost of training, for all runs of a data set: what SAT saves."""
     title = "Robust accuracy against the cost of training"
     ranking_costs = {hash_of_scores: ranking["cost"] for ranking in rankings.values()
-                     for hash_of_scores in ranking.get("scores", {}).values()}
+                     for hash_of_scores in ranking["scores"].values()}
     groups = {k: group for k, group in grouped(pick(runs, transfer=False), "dataset", "group_name").items()
               if len({r.split for r in group}) > 1}
     if not groups:

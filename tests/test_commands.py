@@ -25,7 +25,7 @@ import train
 import transfer
 from common import HERE, UserError
 from conftest import CSAT, ONE, ONE_EPOCH, RANK, RANKING_1, SAT, R
-from data import Split, load_dataset
+from data import Examples, load_dataset
 from paper import experiments
 
 BY_RANKING = [*SAT, *ONE, "--frac", "0.3"]
@@ -353,7 +353,7 @@ def test_a_ranking_begun_with_other_metrics_is_finished_with_them():
 
 
 def test_vog_of_streamed_images_is_refused_before_a_ranking_is_made(monkeypatch):
-    monkeypatch.setattr(Split, "streamed", True)
+    monkeypatch.setattr(Examples, "streamed", True)
     args = sat.command_line([*BY_RANKING, "--metric", "vog"])
     with pytest.raises(UserError, match="vog takes 8 bytes a pixel, too much for few"):
         rank.scores_for(args, load_dataset("few", "data"), torch.device("cpu"))

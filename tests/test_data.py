@@ -26,7 +26,7 @@ import runs
 import sat
 import transfer
 from common import HERE, UserError
-from data import (DataSet, Split, augment, draw_augmentation, load_dataset, open_dataset, plain_batches,
+from data import (DataSet, Examples, augment, draw_augmentation, load_dataset, open_dataset, plain_batches,
                   selection_and_final, training_batches)
 from image_files import ImageFiles, image_folder, open_image
 
@@ -116,15 +116,16 @@ def test_augmentation_against_torchvision():
 
 
 def test_batches():
-    split = load_dataset("digits", "data").train
-    batches, again = (list(training_batches(split, 64, 0, 3, "crop", "cpu")) for _ in range(2))
+    examples = load_dataset("digits", "data").train
+    batches, again = (list(training_batches(examples, 64, 0, 3, "crop", "cpu")) for _ in range(2))
     index = torch.cat([index for _, _, index in batches])
     assert len(index.unique()) == len(index) == 64 * (1297 // 64)
     assert torch.equal(batches[5][0], again[5][0])
     few = torch.tensor([7, 3, 499, 0, 7])
-    for index, parts in ((index, training_batches(split, 64, 0, 3, "none", "cpu")),
-                         (few, plain_batches(split, few, 2, "cpu"))):
-        for values, expected in zip(zip(*parts), (split.x[index] / 255, split.y[index], index), strict=True):
+    for index, parts in ((index, training_batches(examples, 64, 0, 3, "none", "cpu")),
+                         (few, plain_batches(examples, few, 2, "cpu"))):
+        whole = examples.x[index] / 255, examples.y[index], index
+        for values, expected in zip(zip(*parts), whole, strict=True):
             assert torch.equal(torch.cat(values), expected)
 
 
@@ -208,8 +209,8 @@ def test_caltech256_in_its_publishers_format(tmp_path, monkeypatch):
     data = load_dataset("caltech256", tmp_path)
     assert data.classes == ["ak47", "american-flag", "clutter"]
     assert (len(data.train), len(data.test)) == (12, 3)
-    for split in (data.train, data.test):
-        assert [path.parent.name for path in split.x.paths] == [names[label] for label in split.y]
+    for examples in (data.train, data.test):
+        assert [path.parent.name for path in examples.x.paths] == [names[label] for label in examples.y]
     assert not set(data.train.x.paths) & set(data.test.x.paths)
     assert data.train.x.paths == load_dataset("caltech256", tmp_path).train.x.paths
     assert data.train.pixels(torch.arange(12), "cpu").shape == (12, 3, 224, 224), "grey images become RGB"
@@ -234,8 +235,8 @@ def test_imagenet200_is_200_wnids_of_an_imagenet_tree(tmp_path):
 
 def test_streamed_views(tmp_path):
     def batch(epoch, workers=0, size=6, augmentation="full"):
-        split = load_dataset("ramps", tmp_path, workers=workers).train
-        return torch.cat([x for x, _, _ in training_batches(split, size, 0, epoch, augmentation, "cpu")])
+        examples = load_dataset("ramps", tmp_path, workers=workers).train
+        return torch.cat([x for x, _, _ in training_batches(examples, size, 0, epoch, augmentation, "cpu")])
     ramp = np.zeros((300, 400, 3), dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, 400)[None], np.linspace(0, 255, 300)[:, None]
     for i in range(8):
@@ -330,8 +331,8 @@ def test_a_constant_channel_is_not_scaled(level, capsys):
     x = torch.from_numpy(random_pixels(20, 4, 8, 8))
     x[:, 3] = level
     x[0, 3, 0, 0] = abs(level - 1)  # nearly constant
-    split = Split(x, torch.zeros(20))
-    data = DataSet("rgba", split, split, ["a"])
+    examples = Examples(x, torch.zeros(20))
+    data = DataSet("rgba", examples, examples, ["a"])
     (mean, std), _ = data.mean_std(), data.mean_std()
     assert std[3] == 1
     assert std[:3] == pytest.approx(x[:, :3].div(255).std((0, 2, 3), unbiased=False).tolist(), abs=1e-6)
@@ -343,16 +344,16 @@ def test_a_constant_channel_is_not_scaled(level, capsys):
 def test_a_copy_to_the_cpu_is_waited_for(monkeypatch):
     copies, to = [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda *args, **more: copies.append(more) or to(*args, **more))
-    list(Split(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.zeros(20)).read([torch.arange(20)], "cpu"))
+    list(Examples(black(20, 3, 8, 8), torch.zeros(20)).read([torch.arange(20)], "cpu"))
     assert not any(options.get("non_blocking") for options in copies)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_images_come_back_whole_from_the_gpu():
     x = torch.from_numpy(random_pixels(4000, 3, 32, 32))
-    split = Split(x.to("cuda"), torch.zeros(4000))
+    examples = Examples(x.to("cuda"), torch.zeros(4000))
     for index in torch.arange(4000).split(500):
-        assert torch.equal(split.pixels(index, "cpu"), x[index].float() / 255)
+        assert torch.equal(examples.pixels(index, "cpu"), x[index].float() / 255)
 
 
 def test_images_of_more_than_8_bits_are_refused(tmp_path):
@@ -533,8 +534,8 @@ def test_a_tensor_file_comes_before_a_folder_and_test_before_val(tmp_path):
 
 def test_order_and_augmentation_depend_on_seed_and_epoch():
     image = torch.from_numpy(random_pixels(1, 1, 8, 8))
-    split = Split(image.expand(64, -1, -1, -1), torch.arange(64))  # copies of one image: x shows their crops
-    batches = [next(training_batches(split, 64, seed, epoch, "crop", "cpu"))
+    examples = Examples(image.expand(64, -1, -1, -1), torch.arange(64))  # of one image: x shows the crops
+    batches = [next(training_batches(examples, 64, seed, epoch, "crop", "cpu"))
                for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for (x, _, index), (other_x, _, other_index) in itertools.combinations(batches, 2):
         assert not torch.equal(x, other_x)

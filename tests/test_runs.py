@@ -24,7 +24,7 @@ import sat
 import train
 from common import HERE, UserError
 from conftest import AUTOATTACK, ONE, ONE_EPOCH, RANK, RANKING, RANKING_1, SAT, R
-from data import Split, load_dataset, open_dataset
+from data import Examples, load_dataset, open_dataset
 from paper import results
 
 KILLER = """
@@ -155,7 +155,7 @@ def test_last_pt_of_another_run_is_refused(key, value, message):
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(monkeypatch):
     factors, real = iter([1, 1, 1, 1, math.nan, 1]), train.sat_loss  # three steps an epoch
     monkeypatch.setattr(train, "sat_loss", lambda *a: real(*a) * next(factors))
-    with pytest.raises(UserError, match="not finite in epoch 2, step 2"):
+    with pytest.raises(UserError, match="not finite in epoch 2: stopped"):
         sat.main([*ONE_EPOCH, "--epochs", "3"])
     last = runs.load(R / "last.pt")
     assert last["epoch"] == 1
@@ -309,8 +309,8 @@ def train_without_batch_norm(name, start=None):
     model = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
     model.frozen = False
     A = torch.arange(300) % 29 == 0  # so few that batches of a process often hold none
-    split = Split(digits.train.x[:300], digits.train.y[:300])
-    for state in train.train(model, split, A, 5.0, args, device, start):
+    examples = Examples(digits.train.x[:300], digits.train.y[:300])
+    for state in train.train(model, examples, A, 5.0, args, device, start):
         if common.process_index() == 0:
             torch.save(state, f"{name}-{state['epoch']}")
 
@@ -318,11 +318,11 @@ def train_without_batch_norm(name, start=None):
 def vog_scores(name):
     """VoG of 97 examples, by two networks in place of two epochs, saved as `name`."""
     device, digits = common.set_up(sat.command_line([])), load_dataset("digits", "data")
-    split = Split(digits.train.x[:97], digits.train.y[:97])
-    vog = rank.Vog(split, device)
+    examples = Examples(digits.train.x[:97], digits.train.y[:97])
+    vog = rank.Vog(examples, device)
     for seed in (0, 1):
         torch.manual_seed(seed)
-        rank.score(models.build("preactresnet8", 10, [0.3], [0.35]), split, device, ["vog"], vog)
+        rank.score(models.build("preactresnet8", 10, [0.3], [0.35]), examples, device, ["vog"], vog)
     scores = vog.scores()
     texts = common.all_texts(["all", f"of {common.process_index()}"])
     if common.process_index() == 0:

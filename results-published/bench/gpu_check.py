@@ -22,7 +22,7 @@ import common  # noqa: E402
 import models  # noqa: E402
 import sat  # noqa: E402
 import train  # noqa: E402
-from data import Split  # noqa: E402
+from data import Examples  # noqa: E402
 
 CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if CPU else "cuda")
@@ -45,10 +45,10 @@ def setting(*flags, n=N):
     args = sat.command_line(["--config", str(common.HERE / "configs/cifar10.yaml"), "--arch", ARCH, "--split",
                              "full", "--lr-decays", "--epochs", "3", "--lr", "0.01", *flags])
     g = torch.Generator().manual_seed(0)
-    split = Split(torch.randint(0, 256, (n, 3, 32, 32), generator=g, dtype=torch.uint8).to(DEVICE),
+    examples = Examples(torch.randint(0, 256, (n, 3, 32, 32), generator=g, dtype=torch.uint8).to(DEVICE),
                   torch.randint(0, 10, (n,), generator=g))
     torch.manual_seed(0)
-    return args, split, models.build(ARCH, 10, [0.5] * 3, [0.25] * 3).to(DEVICE)
+    return args, examples, models.build(ARCH, 10, [0.5] * 3, [0.25] * 3).to(DEVICE)
 
 
 def subset(share, n=N):
@@ -59,8 +59,8 @@ def subset(share, n=N):
 def time_training(shares, flags):
     """ms a step of train() in each of three epochs, for each |A|/N; compilation is in the first."""
     for share in shares:
-        args, split, model = setting(*flags)
-        rows = [state["row"] for state in train.train(model, split, subset(share), 1.0, args, DEVICE)]
+        args, examples, model = setting(*flags)
+        rows = [state["row"] for state in train.train(model, examples, subset(share), 1.0, args, DEVICE)]
         tell(part="train", share=share, flags=flags, compile=rows[-1]["compile"], loss=rows[-1]["loss"],
              ms=[round(1e3 * row["seconds"] / (N // 128), 3) for row in rows],
              MiB=0 if CPU else torch.cuda.max_memory_allocated() >> 20)
@@ -96,7 +96,7 @@ def busy(shares, flags):
     """Five steps are queued behind a sleeping GPU, so that the time between the events is the GPU's alone."""
     first = 2 if CPU else 200
     for share in shares:
-        args, split, model = setting("--epochs", "1", *flags)
+        args, examples, model = setting("--epochs", "1", *flags)
         marks, real = [], train.training_batches
 
         def batches(*a):
@@ -111,7 +111,7 @@ def busy(shares, flags):
                     return
                 yield batch
         train.training_batches = batches
-        for _ in train.train(model, split, subset(share), 1.0, args, DEVICE):
+        for _ in train.train(model, examples, subset(share), 1.0, args, DEVICE):
             pass
         train.training_batches = real
         synchronize()
@@ -123,9 +123,9 @@ def same():
     """The change of all weights in twelve steps: plain, compiled, as whole-step graphs."""
     changes, n = {}, 128 * 12
     for mode in ("off", "on", "step"):
-        args, split, model = setting("--compile", mode, "--epochs", "1", "--amp", "off", n=n)
+        args, examples, model = setting("--compile", mode, "--epochs", "1", "--amp", "off", n=n)
         before = torch.cat([p.detach().flatten() for p in model.parameters()])
-        for state in train.train(model, split, subset(0.3, n), 1.0, args, DEVICE):
+        for state in train.train(model, examples, subset(0.3, n), 1.0, args, DEVICE):
             tell(part="same", mode=mode, loss=state["row"]["loss"], accuracy=state["row"]["train_accuracy"])
         changes[mode] = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
     for mode in ("on", "step"):
@@ -166,11 +166,11 @@ def evaluation():
 
 def flips():
     """After two epochs of AT: the examples on which AutoAttack's verdict depends on TF32."""
-    args, split, model = setting("--epochs", "2", "--steps", "1" if CPU else "7")
-    for _ in train.train(model, split, subset(1.0), 1.0, args, DEVICE):
+    args, examples, model = setting("--epochs", "2", "--steps", "1" if CPU else "7")
+    for _ in train.train(model, examples, subset(1.0), 1.0, args, DEVICE):
         pass
     n, right = 6 if CPU else 500, {}
-    x, y = split.x[:n].float().cpu() / 255, split.y[:n]
+    x, y = examples.x[:n].float().cpu() / 255, examples.y[:n]
     for tf32 in (False, True):
         start = time.perf_counter()
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import evaluate
+import models
 import runs
 from data import load_dataset
 
@@ -36,7 +37,7 @@ def main():
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-    model, checkpoint = runs.load_model(args.checkpoint)
+    model, checkpoint = models.load_model(args.checkpoint)
     result = runs.load(args.checkpoint.with_name("result.json"))
     data = load_dataset(checkpoint["args"]["dataset"], args.data_dir)
     runs.check_fingerprint(data, checkpoint["fingerprint"], args.checkpoint)
