@@ -81,14 +81,13 @@ class DataSet:
                 "classes": list(self.classes), "labels": hashlib.sha256(labels).hexdigest()[:16],
                 "images": self.images_hash}
 
+    @functools.cached_property
     def mean_std(self):
         """Mean and standard deviation of the training pixels in each channel, two lists of C numbers. Of
         streamed images ImageNet's: to read all would take long. Of a channel that is constant, or nearly, the
         standard deviation is given as 1: to divide by it would multiply the attack."""
-        return IMAGENET if self.train.streamed else self._mean_std
-
-    @functools.cached_property
-    def _mean_std(self):
+        if self.train.streamed:
+            return IMAGENET
         counts = [torch.bincount(x.flatten().int(), minlength=256) for x in self.train.x.transpose(0, 1)]
         counts = torch.stack(counts).double().cpu()  # (C, 256)
         values, total = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)

@@ -147,7 +147,7 @@ def rank_examples(folder, args, data, device):
         if is_finished:
             return say(f"{folder} is finished (--force repeats it)\n{table(folder)}")
         torch.manual_seed(args.seed)
-        model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
+        model = models.build(args.arch, len(data.classes), *data.mean_std).to(device)
         state = runs.resume(folder, args, data, ("sums", "vog"))
         sums, log = (state["sums"], state["log"]) if state else ({}, [])
         vog = Vog(data.train, device, state and state["vog"]) if "vog" in metrics else None

@@ -239,7 +239,7 @@ def main(argv=None):
         f"{args.attack} {args.norm} eps {args.eps:g}; {args.arch} on {common.device_name(device)}, "
         f"seed {args.seed} -> {folder}")
     torch.manual_seed(args.seed)  # after the ranking, which draws from it too
-    model = models.build(args.arch, len(data.classes), *data.mean_std()).to(device)
+    model = models.build(args.arch, len(data.classes), *data.mean_std).to(device)
     return fit(folder, model, data, A, w_A, args, device, settings, A_classes, ranking=chosen_by)
 
 

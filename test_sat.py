@@ -425,7 +425,7 @@ def test_scores_are_means_over_the_epochs_of_training_without_attacks(results):
     data, flags = load_dataset("digits0-4", "data"), ["--dataset", "digits0-4", "--results", str(results)]
     y, entropy, svar, gradient = data.train.y, 0, 0, []
     torch.manual_seed(0)
-    model = models.build("preactresnet8", 5, *data.mean_std())
+    model = models.build("preactresnet8", 5, *data.mean_std)
     for _ in train.train(model, data.train, y < 0, 1.0, arguments(*flags), CPU):
         x = data.train.pixels(torch.arange(len(y)), "cpu").requires_grad_()
         logits = model.eval()(x)

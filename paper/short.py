@@ -9,7 +9,7 @@ from paper.stats import cell
 from paper.tables import BASELINES, CLEAN, ROBUST, lines_of, markdown
 
 MOVED = "cifar100->cifar10"
-NOTES = ("± standard deviation of seeds; [95 % interval] of one seed. Cost: passes of training, without "
+NOTES = ("±: standard deviation over seeds; [ ]: 95 % interval, one seed. Cost: passes of training, without "
          "rankings and new heads. w_A: 1 where none is given. Clean: all classes. Transfer (S-SAT): from "
          "CIFAR-100 to CIFAR-10.")
 

@@ -64,7 +64,7 @@ def test_digits():
     data = open_dataset(sat.command_line(["--batch-size", "1297"]), "cpu")
     assert (data.train.x.shape, data.test.x.shape) == ((1297, 1, 8, 8), (500, 1, 8, 8))
     assert torch.bincount(data.train.y).tolist() == [128, 131, 128, 132, 130, 131, 130, 129, 128, 130]
-    x, (mean, std) = data.train.pixels(torch.arange(1297), "cpu"), data.mean_std()
+    x, (mean, std) = data.train.pixels(torch.arange(1297), "cpu"), data.mean_std
     assert mean == pytest.approx([x.mean().item()], abs=1e-5)
     assert std == pytest.approx([x.std().item()], abs=1e-4)
     low, high, again, other = (load_dataset(f"digits{part}", "nowhere")
@@ -242,7 +242,7 @@ def test_streamed_views(tmp_path):
     for i in range(8):
         write(tmp_path / "ramps" / ("train" if i < 6 else "test") / "ab"[i % 2] / f"{i}.png", ramp)
     data = load_dataset("ramps", tmp_path)
-    assert data.mean_std() == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "ImageNet's"
+    assert data.mean_std == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), "ImageNet's"
     x = data.test.pixels(torch.arange(2), "cpu")
     # The shortest side 300 becomes 256, so 400 becomes 341; the centre 224 of each are left.
     assert x[0, 1, 0].mean().item() == pytest.approx(16 / 256, abs=0.01)
@@ -333,7 +333,7 @@ def test_a_constant_channel_is_not_scaled(level, capsys):
     x[0, 3, 0, 0] = abs(level - 1)  # nearly constant
     examples = Examples(x, torch.zeros(20))
     data = DataSet("rgba", examples, examples, ["a"])
-    (mean, std), _ = data.mean_std(), data.mean_std()
+    (mean, std), _ = data.mean_std, data.mean_std
     assert std[3] == 1
     assert std[:3] == pytest.approx(x[:, :3].div(255).std((0, 2, 3), unbiased=False).tolist(), abs=1e-6)
     assert mean[3] == pytest.approx(level / 255, abs=0.004)

@@ -354,7 +354,7 @@ def test_two_processes_equal_one(monkeypatch):
         assert done.stdout.count(line) == 1, line
     ranking, last = (runs.load(RANKING_1 / f"{name}.pt") for name in ("scores", "last"))
     data = load_dataset("few", "data")
-    model = models.build("preactresnet8", 10, *data.mean_std())
+    model = models.build("preactresnet8", 10, *data.mean_std)
     model.load_state_dict(last["model"])
     for metric, scores in rank.score(model, data.train, torch.device("cpu"), ["entropy", "svar"]).items():
         torch.testing.assert_close(ranking[metric], scores.float(), rtol=1e-4, atol=1e-6)
