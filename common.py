@@ -67,12 +67,12 @@ def check_environment():
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = {name: os.environ[name] for name in names if name in os.environ}
     alone = values.get("RANK", "0") == "0" and values.get("WORLD_SIZE", "1") == "1"
-    index, count = values.get("RANK", ""), values.get("WORLD_SIZE", "")
-    complete = len(values) == len(names) and index.isdecimal() and count.isdecimal()
-    if not alone and not (complete and int(index) < int(count)):
+    numbers = (values.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    complete = len(values) == len(names) and all(number.isdecimal() for number in numbers)
+    if not alone and not (complete and int(values["RANK"]) < int(values["WORLD_SIZE"])):
         for name in values:
             del os.environ[name]  # this process is alone
-        text = ", ".join(f"{name}={value}" for name, value in values.items())
+        text = ", ".join(f"{name}={values[name]}" if name in values else f"no {name}" for name in names)
         raise UserError(f"the environment has {text}, which is not what torchrun sets: start with torchrun, "
                         f"or unset {' '.join(values)}")
 

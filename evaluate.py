@@ -249,7 +249,8 @@ def result_of_finished_run(folder, args):
         return result
     say(f"{folder} is finished (--force repeats it); its best.pt is evaluated by the new flags")
     path = folder / "best.pt"
-    return {**result, **evaluate_checkpoint(path, *load_model(path), args)}
+    again = argparse.Namespace(**{**vars(args), "force": False})  # it repeats a run, not an evaluation
+    return {**result, **evaluate_checkpoint(path, *load_model(path), again)}
 
 
 def evaluate_checkpoint(path, model, ckpt, args):
@@ -277,7 +278,8 @@ def evaluate_checkpoint(path, model, ckpt, args):
 
 def main(argv=None):
     """Evaluates the checkpoint."""
-    parser = flags.script_parser("evaluate.py", __doc__, {}, "best.pt or last.pt of a run")
+    of_machine = {k: flags.DEFAULTS[k] for k in ("device", "threads", "workers")}
+    parser = flags.script_parser("evaluate.py", __doc__, of_machine, "best.pt or last.pt of a run")
     parser.add_argument("--force", action="store_true", help="repeat a finished evaluation, overwriting it")
     parser.add_argument("--data-dir", type=flags.file_path, default=Path("data"),
                         help="folder that holds the data sets")

@@ -111,13 +111,14 @@ FLAGS = {
     "data": [
         ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or your own"),
         ("--data-dir", Path("data"), file_path, "folder that holds (or receives) the data sets"),
-        ("--side", 224, number(int, 32, 10**4), "side in pixels of streamed images (not all "
-         "square, of one size, and up to 64)"),
+        ("--side", 224, number(int, 32, 10**4), "side in pixels of streamed images, those of a data set that "
+         "is not square, not of one size, or above 64"),
         ("--augment", "full", ("none", "crop", "full"), "none; pad an eighth and crop; or all of Fig. 9"),
     ],
     "subset A (Sec. 3)": [
         ("--split", "esat", ("none", "csat", "esat", "full"), "A: nothing, classes, examples, everything"),
-        ("--frac", None, number(float, 0, 1, low_excluded=True), "|A| as a fraction (default: 0.5)"),
+        ("--frac", None, number(float, 0, 1, low_excluded=True),
+         "|A| as a fraction (0.5 if no subset is given otherwise)"),
         ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
         ("--order", "hardest", ORDERS, "which are in A; random: by --seed; redrawn: others every epoch"),
@@ -155,7 +156,7 @@ FLAGS = {
         ("--eval-n", 0, whole, "examples of the 90 %% part to report on; 0 = all"),
         ("--eval-batch", 250, count, "examples in a batch, the unit of resume; changes random numbers"),
         ("--eval-precision", None, ("float32", "tf32"), "tf32: attack in TF32 on a GPU; every example that "
-         "breaks is checked, and if need be attacked again, in float32 (default: float32)"),
+         "breaks is checked, and if need be attacked again, in float32"),
     ],
     "selection of the checkpoint": [
         ("--select-attacks", list(STANDARD), (STANDARD, "+"), "attacks that select it"),

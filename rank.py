@@ -75,7 +75,7 @@ class Vog:
 
 def score(model, examples, device, metrics, vog=None):
     """One epoch's scores by entropy and svar, {metric: (N,)}, in eval mode on images without augmentation.
-    Each process scores its part, and has all. The same forward pass yields the gradients for `vog`."""
+    Each process scores its part, and gets all. The same forward pass yields the gradients for `vog`."""
     functions = {"entropy": entropy, "svar": svar}
     scores = {m: torch.zeros(len(examples), dtype=torch.float64) for m in metrics if m != "vog"}
     if vog:

@@ -15,7 +15,7 @@ from pathlib import Path
 from common import UserError, from_process_0, process_index, say
 
 SAVE_SECONDS = 60  # between two saves of a training, whose epoch may take only a second on a GPU
-# Attributes of args that say where and how fast a run is made: they change no more than rounding.
+# Attributes of args that say where and how fast a run is made: they change rounding and random numbers alone.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
                 "results", "run", "force"}
 # Flags with which a finished run is evaluated again.

@@ -130,9 +130,6 @@ def check_attack(args):
     parameters = inspect.signature(ATTACKS[args.attack].function).parameters
     if args.random_start and "start" not in parameters:
         raise UserError(f"--attack {args.attack} takes no start: it goes without --random-start")
-    if args.attack == "pgd-authors" and args.compile == "step":
-        raise UserError("--attack pgd-authors reads its loss after each step, which --compile step forbids: "
-                        "give --compile on")
     if args.split == "none" or "step_size" not in parameters:
         return
     steps = args.steps - (args.attack == "pgd-authors")  # it returns an iterate before the last

@@ -238,7 +238,11 @@ def test_autoattack_is_not_trusted_blindly(result, message, monkeypatch):
 def test_a_full_gpu_is_not_taken_for_a_network_that_does_not_fit(error):
     model, (x, y) = net(), images()
     model.forward = mock.Mock(side_effect=error)
-    with pytest.raises(RuntimeError, match="CUDA"):
+    with pytest.raises(RuntimeError, match="^CUDA"):
+        attacks.pgd(model, x, y, eps=0.1, step_size=0.1)
+    model.forward.side_effect = RuntimeError("Input type (torch.cuda.FloatTensor) and weight type "
+                                             "(CUDABFloat16Type) should be the same")
+    with pytest.raises(ValueError, match="the model does not take"):
         attacks.pgd(model, x, y, eps=0.1, step_size=0.1)
 
 
@@ -554,6 +558,8 @@ def test_what_compile_comes_to(mode, device, steps, count, compiler, expected, m
     monkeypatch.setenv("WORLD_SIZE", str(count))
     monkeypatch.setattr(models, "can_compile", lambda device: compiler)
     assert models.choose_compilation(mode, torch.device(device), steps) == expected
+    if mode == "step":
+        assert models.choose_compilation(mode, torch.device(device), steps, "pgd-authors") == "on"
 
 
 def short_training(device, compiled=False, amp="off", k=3, blocks=1):

@@ -55,7 +55,7 @@ def train(model, examples, A, w_A, args, device, state=None):
     if state:
         model.load_state_dict(state["model"])
     n_steps = args.epochs * len(examples) // args.batch_size
-    compilation = models.choose_compilation(args.compile, device, n_steps)
+    compilation = models.choose_compilation(args.compile, device, n_steps, args.attack)
     attack = training_attack(model, A, w_A, args, device, compilation) if A.any() else None
     net, sums = models.training_network(model, device, compilation), EpochSums(device)
     precision = models.precision(args.amp, device)
@@ -87,7 +87,7 @@ def train(model, examples, A, w_A, args, device, state=None):
 
 def epoch_batches(examples, A, w_A, args, epoch, device, compilation="off"):
     """The batches of an epoch: (x, y, a, w, w_sum, start, n_attacked), this process's part. See sat_step;
-    start: from which an attack that starts at random starts, else None.
+    start: the random starts of an attack that has them, else None.
 
     w_sum: the global batch's sum of weights / processes (DistributedDataParallel averages gradients). What
     depends only on A and the order is computed once per epoch: a copy from the CPU makes a GPU wait. A CUDA

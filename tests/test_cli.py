@@ -142,8 +142,7 @@ BAD = [  # words of sat.py, message
     ("--norm linf --eps 8 --step-size 2", "--eps 8: pixels are in [0, 1] (8/255 is --eps 0.0314)"),
     ("--split full --eps 128", "--eps 128: l2 reaches 8 on images of digits, as pixels"),
     ("--lr-decays 2 5 2", "2 5 2 has an epoch twice"), ("--split full --device cuda", "no GPU here"),
-    ("--split full --compile on", "on needs a compiler (gcc"),
-    ("--attack pgd-authors --compile step", "which --compile step forbids: give --compile on")]
+    ("--split full --compile on", "on needs a compiler (gcc")]
 CONFIGS = [  # text of a config, message
     ("lr: true", "'true' is not a finite number"), ("epochs: 1:30", "'1:30' is not a whole number"),
     ("learning-rate: 1", "unknown key 'learning-rate'"), ("random-start: 1", "not a value of this switch"),

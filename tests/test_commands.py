@@ -268,8 +268,9 @@ def test_a_ranking_that_orders_nothing_is_not_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("variables,message", [
-    ("RANK=1", "has RANK=1, which is not what torchrun sets: start with torchrun, or unset RANK"),
-    ("RANK=0 WORLD_SIZE=2", "has RANK=0, WORLD_SIZE=2, which is not"),
+    ("RANK=1", "has RANK=1, no LOCAL_RANK, .* not what torchrun sets: start with torchrun, or unset RANK"),
+    ("RANK=0 WORLD_SIZE=2", "has RANK=0, no LOCAL_RANK, WORLD_SIZE=2, no MASTER_ADDR, no MASTER_PORT"),
+    ("RANK=0 LOCAL_RANK=x WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "LOCAL_RANK=x"),
     ("RANK=x LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=x"),
     ("RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=2"),
     ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "RANK=1"),  # all would take the first GPU

@@ -46,7 +46,7 @@ def setting(*flags, n=N):
                              "full", "--lr-decays", "--epochs", "3", "--lr", "0.01", *flags])
     g = torch.Generator().manual_seed(0)
     examples = Examples(torch.randint(0, 256, (n, 3, 32, 32), generator=g, dtype=torch.uint8).to(DEVICE),
-                  torch.randint(0, 10, (n,), generator=g))
+                        torch.randint(0, 10, (n,), generator=g))
     torch.manual_seed(0)
     return args, examples, models.build(ARCH, 10, [0.5] * 3, [0.25] * 3).to(DEVICE)
 
