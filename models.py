@@ -147,7 +147,7 @@ def precision(amp, device):
     return "bf16" if amp == "bf16" or (amp == "auto" and has_bf16) else "float32"
 
 
-def choose_compilation(flag, device, steps, attack="pgd"):
+def choose_compilation(flag, device, steps, attack_name=None):
     """What --compile comes to: "off", "on" (torch.compile, on GPUs to CUDA graphs) or "step" (on a GPU one
     CUDA graph of the whole training step, in one process; not with pgd-authors, which reads its loss). "auto"
     is "on" on a GPU where a compiler is there and the training is so many steps long that compiling, a minute
@@ -155,7 +155,7 @@ def choose_compilation(flag, device, steps, attack="pgd"):
     if flag == "auto":
         return "on" if device.type == "cuda" and steps >= 5000 and can_compile(device) else "off"
     return "on" if flag == "step" and (
-        device.type != "cuda" or process_count() > 1 or attack == "pgd-authors") else flag
+        device.type != "cuda" or process_count() > 1 or attack_name == "pgd-authors") else flag
 
 
 def size_multiple(device, compilation):

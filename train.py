@@ -55,7 +55,8 @@ def train(model, examples, A, w_A, args, device, state=None):
     if state:
         model.load_state_dict(state["model"])
     n_steps = args.epochs * len(examples) // args.batch_size
-    compilation = models.choose_compilation(args.compile, device, n_steps, args.attack)
+    attack_name = args.attack if A.any() else None  # rank.py and transfer.py attack nothing
+    compilation = models.choose_compilation(args.compile, device, n_steps, attack_name)
     attack = training_attack(model, A, w_A, args, device, compilation) if A.any() else None
     net, sums = models.training_network(model, device, compilation), EpochSums(device)
     precision = models.precision(args.amp, device)
