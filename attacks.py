@@ -33,8 +33,8 @@ def eval_mode(model):
 
 
 def l2_norm(delta):
-    """The L2 norm of each example: (N, C, H, W) -> (N, 1, 1, 1). Of half precision in float32, since TINY is
-    0 in half precision and squares overflow."""
+    """The L2 norm of each example: (N, C, H, W) -> (N, 1, 1, 1). Half precision is converted to float32: in
+    half precision TINY is 0 and squares overflow."""
     return delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32)).norm(dim=1).view(-1, 1, 1, 1)
 
 
@@ -75,7 +75,7 @@ def check_logits(model, x, y):
         with eval_mode(model), torch.no_grad():
             logits = model(x[:1])
     except RuntimeError as e:
-        if isinstance(e, torch.cuda.OutOfMemoryError) or "CUDA error" in str(e):  # of a full GPU, say
+        if isinstance(e, torch.cuda.OutOfMemoryError) or "CUDA error" in str(e):  # not the model's fault
             raise
         raise ValueError(f"the model does not take {x.dtype} images {tuple(x.shape[1:])} on {x.device} "
                          f"({str(e).splitlines()[0]}); for autoattack make it float32: model.float()") from e
@@ -106,10 +106,10 @@ def check(model, x, y, norm, eps, start=None, steps=0, step_size=0.0):
     if start is not None and (start.shape != x.shape or not start.isfinite().all()):
         raise ValueError(f"start is {tuple(start.shape)}: give finite numbers in x's shape {tuple(x.shape)}")
     if not isinstance(steps, numbers.Integral) or steps < 0 or not 0 <= step_size < float("inf"):
-        raise ValueError(f"{steps} steps of {step_size}: give a whole number, 0 or more, and a finite size")
+        raise ValueError(f"{steps} steps of {step_size}: give whole steps and a finite step_size, 0 or more")
     if steps and eps > 0 and (step_size == 0 or norm == "linf" and step_size > 2 * eps):
-        warnings.warn(f"step_size = {step_size}: steps of 0 change nothing, and steps of linf above 2 eps = "
-                      f"{2 * eps} lead to a corner of the ball", stacklevel=3)
+        warnings.warn(f"step_size = {step_size}: 0 changes nothing, and in linf more than 2 eps = {2 * eps} "
+                      "leads to a corner of the ball; give a size between them", stacklevel=3)
     if len(x):
         check_logits(model, x, y)
 
@@ -191,8 +191,8 @@ def pgd_authors(model, x, y, *, eps, step_size, steps=7, norm="l2", start=None,
 class Attack(NamedTuple):
     """An attack that training can use: sat.py --attack NAME.
 
-    function(model, x, y, **settings) returns adversarial images of x's shape. It gets those of the settings
-    eps, norm, step_size, steps, start, step_function, limit and check_input=False that it has parameters for.
+    function(model, x, y, **settings) returns adversarial images of x's shape. Of the settings
+    eps, norm, step_size, steps, start, step_function, limit, check_input=False it gets those that it names.
     It must leave nothing in .grad: use torch.autograd.grad, not backward(). With --compile step it must not
     read the value of a tensor.
     """

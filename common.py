@@ -62,8 +62,8 @@ def from_process_0(value):
 
 
 def check_environment():
-    """UserError if torchrun's variables are incomplete, unless they say that there is one process: those of a
-    finished job, left behind in a shell, would let a script wait for processes that do not exist."""
+    """UserError if torchrun's variables are incomplete, unless they say that there is one process: variables
+    left in a shell by a finished job would make a script wait for processes that do not exist."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = {name: os.environ[name] for name in names if name in os.environ}
     alone = values.get("RANK", "0") == "0" and values.get("WORLD_SIZE", "1") == "1"
@@ -191,8 +191,8 @@ def script(main):
         tell_torchrun(f"error: {e}")
         code = 2
     except KeyboardInterrupt as e:
-        say("stopped: the same command, without --force if it trains, goes on from the last epoch or "
-            "AutoAttack chunk that was saved", sys.stderr)
+        say("stopped: repeat the command to resume from the last saved epoch or AutoAttack chunk (without "
+            "--force, if it trains)", sys.stderr)
         code = 128 + e.args[0]
     except RuntimeError as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -202,7 +202,7 @@ def script(main):
             sys.exit(f"error: {process_prefix()}the GPU's memory is full: free some, or lower --batch-size "
                      "(training) or --eval-batch (AutoAttack)")
         signs_of_loss = ["DataLoader worker"]
-        advice = "the same command goes on"
+        advice = "repeat the command to resume"
         if "DataLoader worker" in str(e):
             advice += ", with --workers 0 if this happens again"
         if process_count() > 1:

@@ -53,7 +53,7 @@ def words_of(key, node, value_type):
     items = [item.value for item in (node.value if is_list else [node])]
     unusable = any(not isinstance(item, str) or item in ("", "~", "null") for item in items)
     if unusable or is_list and not isinstance(value_type, tuple):
-        raise UserError(f"{key}: not a value of this flag (--help shows its type)")
+        raise UserError(f"{key}: not a value (empty, nested or a list): give one as --help shows")
     if value_type is bool:
         if items[0].lower() not in SWITCH_PREFIXES:
             raise UserError(f"{key}: {items[0]!r} is not a value of this switch; valid: true, false")
@@ -116,8 +116,8 @@ def check_norm_has_eps(args, from_config):
 
 
 def settle_amount(args):
-    """UserError if more than one flag says how large A is, or if --split does not take it. A value that the
-    config gives is dropped if a flag that replaces it is typed, or a --split that does not take it."""
+    """Settles the size of A: half, if no flag gives it. UserError if several do, or one that --split does not
+    take. A config's value is dropped if a flag that replaces it, or a --split that excludes it, is typed."""
     amounts, sources = {"frac", "size", "classes", "subset"}, {"scores", "ranking", "subset", "classes"}
     if "order" in args.typed and args.order in ("random", "redrawn"):
         sources.add("order")
@@ -129,7 +129,7 @@ def settle_amount(args):
         if name not in args.typed and (replaced or "split" in args.typed and not is_valid):
             setattr(args, name, None)
         if getattr(args, name) is not None and not is_valid:
-            raise UserError(f"--split {args.split} takes no --{name}")
+            raise UserError(f"--split {args.split} takes no --{name}: drop it or --split")
     given = [name for name in valid if getattr(args, name) is not None]
     if len(given) > 1:
         raise UserError(f"--split {args.split} takes one of {', '.join(f'--{name}' for name in valid)}; "
@@ -139,8 +139,8 @@ def settle_amount(args):
 
 
 def reset_flags_without_effect(args):
-    """Resets flags that have no effect beside others, so that they do not make another run, and names those
-    that were typed. Steps, step size and random start are not reset: the report groups runs by them."""
+    """Resets flags that other flags make ineffective, so that they do not make another run; a note names each
+    that was typed. Steps, step size and random start are not reset: the report groups runs by them."""
     for cause, applies, names in [
             (f"--split {args.split}", args.split in ("none", "full"), "order metric weight weight_factor"),
             ("--split none", args.split == "none", "attack steps step_size random_start"),
@@ -159,6 +159,6 @@ def reset_flags_without_effect(args):
 
 
 def run_name_prefix(args):
-    """The first words of a run's name: the config's name if it is not its data set's, as cifar10-linf.yaml,
-    whose runs need names of their own; else none."""
+    """The first words of a run's name: none if the config is named after its data set; else the config's
+    name, since runs of, say, cifar10-linf.yaml need names of their own."""
     return [] if args.config.stem == args.base["dataset"] else [args.config.stem]

@@ -83,9 +83,9 @@ class DataSet:
 
     @functools.cached_property
     def mean_std(self):
-        """Mean and standard deviation of the training pixels in each channel, two lists of C numbers. Of
-        streamed images ImageNet's: to read all would take long. Of a channel that is constant, or nearly, the
-        standard deviation is given as 1: to divide by it would multiply the attack."""
+        """Mean and standard deviation of the training pixels in each channel, two lists of C numbers.
+        Streamed images get ImageNet's, since reading them all takes long. A (nearly) constant channel gets
+        the standard deviation 1: dividing by its own would multiply the attack."""
         if self.train.streamed:
             return IMAGENET
         counts = [torch.bincount(x.flatten().int(), minlength=256) for x in self.train.x.transpose(0, 1)]
@@ -120,7 +120,7 @@ def open_dataset(args, device):
         raise UserError(f"AutoAttack's square takes no images of {height}x{width} pixels in l2: give "
                         "--select-attacks and --eval-attacks without it, or resize the images")
     if n % args.batch_size >= 0.05 * n:
-        say(f"note: each epoch leaves out {n % args.batch_size} of the {n:,} training images, others each "
+        say(f"note: each epoch leaves out {n % args.batch_size} of the {n:,} training images, new ones each "
             f"time: they do not fill a batch of {args.batch_size} (--batch-size)")
     return data
 

@@ -71,8 +71,8 @@ def weights_hash(state):
 
 
 def eval_settings(args, classes, prefix="eval"):
-    """What AutoAttack's numbers depend on besides network and data, by the flags --eval-* or --select-*
-    (`prefix`). UserError for what AutoAttack does not take."""
+    """The settings on which AutoAttack's numbers depend besides network and data, from the flags --eval-* or
+    --select-* (`prefix`). UserError for values that AutoAttack does not take."""
     try:
         usable = attacks.usable_attacks(getattr(args, f"{prefix}_attacks"), len(classes))
     except ValueError as e:
@@ -122,10 +122,10 @@ def evaluate(model, data, settings, chunk_folder, A_classes=None):
 
 
 def autoattack_accuracy(model, data, index, settings, folder):
-    """AutoAttack on the test examples `index`: clean and robust, bool (n,), and its warnings. settings: of
-    eval_settings. The processes share the examples in chunks of a batch; chunk c has the seed seed + c.
-    Finished chunks are saved in `folder`, from which a stopped evaluation goes on, under a hash of weights,
-    examples, settings and data (without pixels, which the callers have checked)."""
+    """AutoAttack on the test examples `index`: clean and robust, bool (n,), and its warnings. settings: from
+    eval_settings. The processes share the examples in chunks of a batch; chunk c has the seed seed + c. A
+    stopped evaluation resumes from the finished chunks, saved in `folder` under a hash of weights, examples,
+    settings and data (without pixels, which the callers have checked)."""
     without_images = {k: v for k, v in data.fingerprint().items() if k != "images"}  # checked before
     parts_of_key = [weights_hash(model.state_dict()), without_images, index.tolist(), settings]
     key = json.dumps(parts_of_key, sort_keys=True)
@@ -150,7 +150,7 @@ def autoattack_accuracy(model, data, index, settings, folder):
                         seed=settings["seed"] + c, precision=precision)), "warnings": watch.new_warnings}
                 except (ArithmeticError, ValueError) as e:
                     raise UserError(str(e)) from None
-                folder.mkdir(parents=True, exist_ok=True)  # an equal evaluation that ends deletes it
+                folder.mkdir(parents=True, exist_ok=True)  # an equal evaluation deletes it at its end
                 runs.save(path, chunk)
             first = c * settings["batch_size"]
             right[:, first:first + len(indices)] = chunk["right"].to(device)
@@ -190,7 +190,7 @@ class Watch:
         if record.levelno < logging.WARNING:
             self.bar.set_postfix_str(text[:60])
             if self.bar.disable and match:
-                say(f"  AutoAttack, from example {self.n_done + 1:,} of {self.of_total} on: "
+                say(f"  AutoAttack, batch from example {self.n_done + 1:,} of {self.of_total}: "
                     f"{float(match[2]):.1f} % robust after {match[1]}")
         else:
             self.warn(text)
@@ -198,7 +198,7 @@ class Watch:
         return False
 
     def warn(self, text):
-        """Shows and keeps a warning, unless one that differs in numbers alone has been shown."""
+        """Shows and keeps a warning, unless one that differs only in numbers has been shown."""
         kind = re.sub(r"\d", "", text)
         if kind not in self.warnings:
             self.warnings[kind] = text
@@ -247,7 +247,7 @@ def result_of_finished_run(folder, args):
     if settings == {**stored, "precision": result["args"].get("eval_precision") or "float32"}:
         say(f"{folder} is finished (--force repeats it)\n{accuracy_lines(result)}")
         return result
-    say(f"{folder} is finished (--force repeats it); its best.pt is evaluated by the new flags")
+    say(f"{folder} is finished (--force repeats it); evaluating its best.pt with the new flags")
     path = folder / "best.pt"
     again = argparse.Namespace(**{**vars(args), "force": False})  # it repeats a run, not an evaluation
     return {**result, **evaluate_checkpoint(path, *load_model(path), again)}

@@ -1,4 +1,4 @@
-"""Defines every flag of the scripts, in groups of which each script takes some."""
+"""Defines the flags that scripts share, in groups. GROUPS lists the groups of each script."""
 import argparse
 import contextlib
 import difflib
@@ -81,7 +81,7 @@ def file_path(text):
 def plain_name(text):
     """A type for argparse: the name of a data set or a run. It names a folder, so it must not be a path."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name (letters, digits, . _ + = -)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name (letter, digit or _, then also .+=-)")
     return text
 
 
@@ -111,17 +111,17 @@ FLAGS = {
     "data": [
         ("--dataset", "digits", plain_name, "one of the paper's, digits, digits0-4, digits5-9, or your own"),
         ("--data-dir", Path("data"), file_path, "folder that holds (or receives) the data sets"),
-        ("--side", 224, number(int, 32, 10**4), "side in pixels of streamed images, those of a data set that "
-         "is not square, not of one size, or above 64"),
+        ("--side", 224, number(int, 32, 10**4), "side in pixels of streamed images (where not all are square,"
+         " of one size and at most 64)"),
         ("--augment", "full", ("none", "crop", "full"), "none; pad an eighth and crop; or all of Fig. 9"),
     ],
     "subset A (Sec. 3)": [
         ("--split", "esat", ("none", "csat", "esat", "full"), "A: nothing, classes, examples, everything"),
         ("--frac", None, number(float, 0, 1, low_excluded=True),
-         "|A| as a fraction (0.5 if no subset is given otherwise)"),
-        ("--size", None, count, "|A| as a number, in place of --frac: of classes (csat), of examples (esat)"),
+         "|A| as a fraction (0.5 if no flag gives the size of A)"),
+        ("--size", None, count, "|A| as a number of classes (csat) or examples (esat), in place of --frac"),
         ("--classes", None, (str, "+"), "csat: the classes of A by name, in place of a size and an order"),
-        ("--order", "hardest", ORDERS, "which are in A; random: by --seed; redrawn: others every epoch"),
+        ("--order", "hardest", ORDERS, "which are in A; random: by --seed; redrawn: anew every epoch"),
         ("--metric", "entropy", METRICS, "difficulty score that orders them (written by rank.py)"),
         ("--scores", None, file_path, "file of N numbers, higher = harder, in place of rank.py's scores (or "
          "a scores.pt of rank.py): .pt, .npy or .npz"),
@@ -154,7 +154,7 @@ FLAGS = {
     "evaluation (AutoAttack)": [
         ("--eval-attacks", list(STANDARD), (STANDARD, "+"), "attacks of the reported numbers"),
         ("--eval-n", 0, whole, "examples of the 90 %% part to report on; 0 = all"),
-        ("--eval-batch", 250, count, "examples in a batch, the unit of resume; changes random numbers"),
+        ("--eval-batch", 250, count, "examples a batch; AutoAttack resumes by batch; changes random numbers"),
         ("--eval-precision", None, ("float32", "tf32"), "tf32: attack in TF32 on a GPU; every example that "
          "breaks is checked, and if need be attacked again, in float32"),
     ],

@@ -31,8 +31,8 @@ class PreActBlock(nn.Module):
 
 
 def preactresnet(channels, widths, blocks, stem=None, always_project=False):
-    """A convolution to `stem` (or widths[0]) channels, then `blocks` PreActBlocks of each width, the first of
-    which, from the second width on, halves the side, then batch norm, ReLU and pooling."""
+    """A convolution to `stem` (or widths[0]) channels, then `blocks` PreActBlocks of each width, then batch
+    norm, ReLU and pooling. From the second width on, the first block of each width halves the side."""
     c_in = stem or widths[0]
     layers = [nn.Conv2d(channels, c_in, 3, 1, 1, bias=False)]
     for stage, width in enumerate(widths):
@@ -148,10 +148,10 @@ def precision(amp, device):
 
 
 def choose_compilation(flag, device, steps, attack_name=None):
-    """What --compile comes to: "off", "on" (torch.compile, on GPUs to CUDA graphs) or "step" (on a GPU one
-    CUDA graph of the whole training step, in one process; not with pgd-authors, which reads its loss). "auto"
-    is "on" on a GPU where a compiler is there and the training is so many steps long that compiling, a minute
-    or two, pays; else "off"."""
+    """What --compile means here: "off", "on" (torch.compile; CUDA graphs on GPUs) or "step" (one CUDA graph
+    of the training step; but "on" for CPUs, several processes, and pgd-authors, which reads its loss). "auto"
+    is "on" if a GPU and a compiler are present and 5,000 steps or more repay a minute or two of compiling;
+    else "off"."""
     if flag == "auto":
         return "on" if device.type == "cuda" and steps >= 5000 and can_compile(device) else "off"
     return "on" if flag == "step" and (
@@ -159,13 +159,13 @@ def choose_compilation(flag, device, steps, attack_name=None):
 
 
 def size_multiple(device, compilation):
-    """A multiple of which the number of attacked examples is made, so that few sizes need CUDA graphs."""
+    """The number of attacked examples is padded to a multiple of this: fewer sizes, fewer CUDA graphs."""
     return 16 if device.type == "cuda" and compilation != "off" else 1
 
 
 def compiled(function, device, compilation):
-    """A function or network, compiled; with "on", on GPUs, into CUDA graphs. The next call then overwrites
-    the output: that of a function is copied, that of a network is used before."""
+    """A function or network, compiled; with "on", on GPUs, into CUDA graphs. Their next call overwrites the
+    output, so a function's output is copied; a network's is used before the next call."""
     torch._dynamo.config.trace_autograd_ops = True  # the gradient is taken inside pgd_step's graph
     use_cuda_graphs = compilation == "on" and device.type == "cuda"
     mode = "reduce-overhead" if use_cuda_graphs else None
@@ -178,8 +178,8 @@ def compiled(function, device, compilation):
 class GraphedStep:
     """step(*tensors), which returns nothing and changes tensors in place, as CUDA graphs: one launch in place
     of a thousand. A graph serves one learning rate, which get_lr() returns, and one shape of each tensor (or
-    None). The first two calls of each run as they are, and compile; the third is recorded. All run on one
-    stream, because autograd remembers the stream of its first call."""
+    None). For each such combination, calls 1 and 2 run without a graph, and compile; call 3 records it. All
+    run on one stream, because autograd remembers the stream of its first call."""
 
     def __init__(self, step, get_lr):
         self.step, self.get_lr, self.calls, self.graphs = step, get_lr, collections.Counter(), {}

@@ -230,7 +230,7 @@ def scores_for(args, data, device):
     if args.metric not in ranking:
         raise UserError(f"{path} has no {args.metric}: make it again with rank.py --force")
     scores = ranking[args.metric]
-    check_scores(scores, len(data.train), f"{path}: its {args.metric}")
+    check_scores(scores, len(data.train), f"{path}: its {args.metric} scores")
     chosen_by = {"metric": args.metric, "epochs": ranking["epochs"], "scores": tensor_hash(scores)}
     return ordering_scores(scores, args.metric, args.split, data.train.y), chosen_by
 
@@ -239,7 +239,7 @@ def main(argv=None):
     """Makes the ranking that the flags describe, unless it is finished."""
     args = config.parse("rank.py", __doc__, argv)
     folder = ranking_folder(args)
-    if not args.force:  # a ranking begun with --metrics is finished without this flag, too
+    if not args.force:  # a ranking begun with --metrics can be resumed without repeating them
         args.metrics = args.metrics or metrics_of(folder)
     device = common.set_up(args)
     if from_process_0(runs.is_finished(folder, args, "rank.json")):

@@ -34,8 +34,8 @@ from runs import lock_exclusively
 NOT_IN_EXTRA = ("--dataset", "--split", "--frac", "--size", "--classes", "--order", "--metric", "--scores",
                 "--ranking", "--subset", "--weight", "--weight-factor", "--attack", "--seed", "--run",
                 "--results", "--data-dir")
-# glibc keeps freed memory. Else it gives that of each large tensor back to the kernel, which has to zero it
-# page by page for the next one: a sixth of the time of a training step of PreActResNet-8 on a CPU.
+# Makes glibc keep freed memory. By default it returns a large tensor's memory to the kernel, which must zero
+# it page by page for the next one: a sixth of the time of a training step of PreActResNet-8 on a CPU.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 GPU_FILES = "/dev/nvidia[0-9]*"
 STOPPED = (130, 143, -2, -15)  # exit codes of a stage that Ctrl-C or SIGTERM has ended
@@ -186,7 +186,7 @@ def command_line(argv):
     except ValueError as e:  # UserError too
         raise UserError(f"EXTRA: {e}") from None
     if forbidden := [flag for flag in NOT_IN_EXTRA if flags.dest(flag) in args.extra_values]:
-        raise UserError(f"EXTRA: {forbidden[0]} differs between the runs, so run_all.sh sets it")
+        raise UserError(f"EXTRA: {forbidden[0]} differs between the runs or is set by RESULTS/DATA: drop it")
     return args
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from common import UserError, from_process_0, process_index, say
 
 SAVE_SECONDS = 60  # between two saves of a training, whose epoch may take only a second on a GPU
-# Attributes of args that say where and how fast a run is made: they change rounding and random numbers alone.
+# Attributes of args that say where and how fast a run is made: they change only rounding and random numbers.
 NOT_IDENTITY = {"base", "typed", "config", "device", "threads", "amp", "compile", "workers", "data_dir",
                 "results", "run", "force"}
 # Flags with which a finished run is evaluated again.
@@ -125,7 +125,7 @@ def making(folder, args, final_file="result.json"):
             except BlockingIOError:
                 say(f"{folder} is being made by another process: waiting for it")
                 lock_exclusively(lock_file)
-                args.force &= "force" in args.typed  # else it is of an outdated run, which was just repeated
+                args.force &= "force" in args.typed  # else sat.py set it, for a run just repeated
             finished = is_finished(folder, args, final_file)
             if not finished:
                 if (folder / final_file).exists():
@@ -161,7 +161,7 @@ def resume(folder, args, data, keys):
 def atomic(path, write):
     """Calls write(file) on a temporary file beside `path`, syncs it to disk and puts it in the place of
     `path`. UserError if that fails."""
-    temporary = Path(f"{path}.{uuid.uuid4().hex[:12]}.part")  # of its own, on a disk that machines share
+    temporary = Path(f"{path}.{uuid.uuid4().hex[:12]}.part")  # unique, since machines may share a disk
     try:
         with open(temporary, "wb") as f:
             write(f)

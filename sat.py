@@ -4,8 +4,8 @@ its AutoAttack accuracy.
     python sat.py --split esat --frac 0.5 --order hardest                     # the embedded digits, on a CPU
     python sat.py --config configs/cifar10.yaml --split csat --size 4         # the paper's settings
 
-Files in: the data; the scores.pt of the ranking by the same training flags, which is made if it is missing,
-or --scores, --ranking or --subset.
+Files in: the data; the file of --scores, --ranking or --subset, or else the scores.pt of a ranking with the
+same training flags, which is made if it is missing.
 Files out, in results/<dataset>/<run>/: args.json, log.jsonl, last.pt, best.pt, robust.pt, result.json.
 """
 import inspect
@@ -26,8 +26,8 @@ from data import open_dataset, selection_and_final
 from subset import choose_A, ordering_scores, read_file, subset_size, tensor_hash, weight_A
 from train import train
 
-# A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: the most robust
-# (Sec. 4); of these the one with the highest clean accuracy; of these the latest.
+# A checkpoint's accuracies on the selection examples, and its epoch. The largest is selected: highest robust
+# accuracy (Sec. 4), then highest clean accuracy, then latest epoch.
 Best = namedtuple("Best", "robust clean epoch", defaults=(-1, -1, 0))
 SUMMED = ("attacked", "forward", "backward", "forward_equivalents", "seconds")  # over epochs: a run's cost
 

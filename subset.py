@@ -31,7 +31,7 @@ def choose_A(split, y, classes, *, amount=None, names=None, subset=None, order="
     what cannot be chosen.
     """
     if split not in ("none", "full", "esat", "csat") or order not in flags.ORDERS:
-        raise UserError(f"{split!r}, {order!r}: valid are none, full, esat, csat; {', '.join(flags.ORDERS)}")
+        raise UserError(f"{split=}, {order=}: valid are none, full, esat, csat; {', '.join(flags.ORDERS)}")
     if split in ("none", "full"):
         return torch.full(y.shape, split == "full")
     if names:
@@ -76,7 +76,7 @@ def subset_mask(subset, n):
                             f"{n - 1:,}")
         subset = torch.isin(torch.arange(n), subset)
     if not subset.any():
-        raise UserError("--subset is a mask without any example: --split none attacks nothing")
+        raise UserError("--subset is a mask without any example: set one or more, or give --split none")
     return subset
 
 
@@ -121,9 +121,9 @@ def weight_A(weight, n_A, n):
 
 
 def ordering_scores(scores, metric, split, y):
-    """The scores that order examples. Those of vog are normalised within each class, as the gradients of
-    classes differ in size (Agarwal et al. 2022). Means of classes (csat) are of raw scores. metric: None for
-    the user's own scores."""
+    """The scores by which A is chosen. For esat, vog is normalised within each class, since the size of the
+    gradients depends on the class (Agarwal et al. 2022); csat averages raw scores. metric: None for the
+    user's own scores."""
     return normalised_within_classes(scores, y) if metric == "vog" and split == "esat" else scores
 
 
@@ -145,9 +145,9 @@ FILES = {  # {flag: (numpy's kinds of numbers that its file may hold, what is va
 
 
 def read_file(flag, path, metric):
-    """What the FILE of --scores, --ranking or --subset holds, and the fingerprint of its data: None unless it
-    is a scores.pt of rank.py, of whose metrics `metric` is taken. Scores, higher = harder, and those of a
-    ranking are float64 (N,); a subset is bool (N,), or int64 indices, ascending. UserError for others."""
+    """Reads the FILE of --scores, --ranking or --subset. Returns scores, higher = harder, float64 (N,), also
+    for a ranking; or a subset, bool (N,) or ascending int64 indices; and the data's fingerprint, if it is a
+    scores.pt of rank.py (`metric` picks its scores), else None. UserError for other content."""
     kinds, valid = FILES[flag]
     fingerprint = None
     try:
@@ -166,7 +166,7 @@ def read_file(flag, path, metric):
             if flag != "scores":
                 raise ValueError("it holds scores: give it with --scores")
             if metric not in content:
-                raise ValueError(f"it has no {metric}, but perhaps another --metric")
+                raise ValueError(f"it has no {metric} scores: give another --metric")
             content, fingerprint = content[metric], content["fingerprint"]
         if isinstance(content, torch.Tensor):  # perhaps with a gradient, or bfloat16, which numpy lacks
             content = content.detach().float() if content.dtype == torch.bfloat16 else content.detach()

@@ -843,7 +843,7 @@ def test_people_see_the_progress_of_a_resumed_evaluation_and_each_kind_of_warnin
     out = capsys.readouterr().out
     assert out.startswith("AutoAttack warns: 3 points\n")
     assert out.count("AutoAttack warns") == 2
-    assert re.search(r"AutoAttack, from example 11 of 20 on: \d+\.\d % robust after APGD-CE\n", out)
+    assert re.search(r"AutoAttack, batch from example 11 of 20: \d+\.\d % robust after APGD-CE\n", out)
     assert "15 of 20 examples done, 0.0% robust; 30 s left" in out
 
 

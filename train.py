@@ -158,8 +158,8 @@ class EpochSums:
         steps = int(self.totals[2])
         loss, right, _ = all_reduce(self.totals).tolist()
         if not math.isfinite(loss):
-            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}: stopped, the last "
-                            "good checkpoint is kept. Lower --lr (if you gave --run, with another NAME)")
+            raise UserError(f"the loss or the logits are not finite in epoch {epoch + 1}: stopped. Lower "
+                            "--lr (and change --run, if you gave it); the last good checkpoint is kept")
         attacked, n = torch.tensor(self.attacked, device=self.totals.device), steps * args.batch_size
         attacked = all_reduce(attacked).item()
         gradients = attacked * (attacks.ATTACKS[args.attack].gradient_steps or args.steps) if attacked else 0

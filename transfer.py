@@ -4,7 +4,7 @@ hidden layer on clean images of the target.
 Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked on the target's test images.
     python transfer.py results/digits0-4/<run>/best.pt --config configs/transfer/digits5-9.yaml
 Files in: a checkpoint of sat.py and the result.json beside it, the target's data. Files out, in
-results/<target>/<source data set>-<source run>-seed<seed>/: those of sat.py. The network is the checkpoint's.
+results/<target>/<source data set>-<source run>-seed<seed>/: those of sat.py. Features: of the checkpoint.
 """
 import torch
 
@@ -47,7 +47,7 @@ def main(argv=None):
     settings = {prefix: evaluate.eval_settings(args, data.classes, prefix) for prefix in ("select", "eval")}
     channels, expected = data.train.x.shape[1], ckpt["model"]["mean"].shape[1]
     if channels != expected:
-        raise UserError(f"{path} takes images of {expected} channels, {data.name} has {channels}")
+        raise UserError(f"{path} takes {expected} channels, {data.name} has {channels}: give another target")
     say(f"transfer {args.source} (|A| = {source['A']:,} of {source['N']:,}, w_A {source['w_A']:.3g}) -> "
         f"{data.name} ({len(data.train):,} training images, {len(data.classes)} classes): features frozen, "
         f"new head; {args.arch} on {common.device_name(device)}, seed {args.seed} -> {folder}")

@@ -93,9 +93,9 @@ def single_class_claims(runs, no_at, weight):
 
 
 def effects_of_A(cells):
-    """How many points more than the mean class each class as A gives to any other: {A: points}. By least
-    squares, each of the cells {(A, tested class): robust accuracy (percent)} is the sum of an effect of A and
-    one of the tested class. (The mean of a row also depends on which class is missing from B.)"""
+    """How much robustness each class, as A, gives to any other, in points above the mean: {A: points}. Least
+    squares fits each of the cells {(A, tested class): robust accuracy (percent)} by an effect of A plus an
+    effect of the tested class. (The mean of a row also depends on which class is missing from B.)"""
     attacked, tested = (sorted({pair[i] for pair in cells}) for i in (0, 1))
     design = [[*(a == k for k in attacked), *(c == k for k in tested)] for a, c in cells]
     effects = numpy.linalg.lstsq(numpy.array(design, float), list(cells.values()), rcond=None)[0]
@@ -116,9 +116,9 @@ def agreement_with_fig2(classes, single):
     of_bars = spearmanr(*zip(*bars)).statistic
     of_effects = spearmanr(list(ours.values()), list(published.values())).statistic
     return (f"Spearman's correlation with the paper's numbers: of B_val {of_bars:.2f} ({len(bars)} classes), "
-            f"of what A gives to any other class {of_effects:.2f}. The latter is the effect of A when the "
-            f"{len(cells)} cells off the diagonal are fitted by one of A and one of the tested class. "
-            f"It goes from {extremes(ours)} points, in the paper from {extremes(published)}.")
+            f"of what A gives to any other class {of_effects:.2f}. For the latter, a model fits the "
+            f"{len(cells)} cells off the diagonal by an effect of A plus an effect of the tested class. "
+            f"The effect of A goes from {extremes(ours)} points, in the paper from {extremes(published)}.")
 
 
 def class_order_correlation(ranking, metric):
@@ -193,13 +193,13 @@ def esat_claims(runs, no_at, at, dataset):
     if no_at and at and not why_e_is_undecided([*no_at, *at]):
         low, high = (published_text("fig6", dataset, share, "hardest", kind="clean") for share in (0.1, 0.9))
         yield compare("(e) AT costs clean accuracy (no AT minus AT, clean)",
-                      f"of ESAT hardest alone: {low} (10 %), {high} (90 %)",
+                      f"only for ESAT hardest: {low} (10 %), {high} (90 %)",
                       no_at, at, runs, "above", "clean")
 
 
 def why_e_is_undecided(runs):
-    """Why claim (e) is not decided on these runs of no AT and AT, as a sentence. Empty if it is: if all their
-    checkpoints were selected after the same number of learning-rate decays."""
+    """Why claim (e) is not decided on these runs of no AT and AT, as a sentence. Empty if there is no
+    such pair, or it is decided: all checkpoints were selected after equally many learning-rate decays."""
     runs_by_line, lines = grouped(runs, "split"), {"none": "no AT", "full": "AT"}
     if len(runs_by_line) < 2 or len({r.decays for r in runs}) == 1:
         return ""

@@ -234,8 +234,8 @@ def overview(all_stages):
             new_costs.setdefault(title, []).extend([] if stage.folder in seen else [stage.cost])
         seen.add(stage.folder)
     lines = [f"# GPU-hours: by the rates of {MACHINE}.",
-             "# -: none was measured for this network and these images.",
-             f"# AutoAttack: with {ASSUMED_ROBUST_SHARE:.0%} of the examples robust, without AT none.",
+             "# -: no rate was measured for this network and these images.",
+             f"# AutoAttack: assumes {ASSUMED_ROBUST_SHARE:.0%} of the examples robust, none without AT.",
              f"# {'':<65} {'training':>18} {'evaluation':>18}",
              f"# {'figure':<42} {'runs':>6} {'transfers':>9} {'new':>5}" + " {:>8} {:>9}".format(
                  "passes", "GPU-hours") * 2]

@@ -64,5 +64,5 @@ def differences_from_paper(dataset, setting):
         ours, published = ((" ".join(map(str, v)) or "none") if isinstance(v, list) else v
                            for v in (setting[k], published_flags[k]))
         differences.append(f"{k.replace('_', ' ')} {ours} ({published})")
-    start = "Not the paper's setting, so the differences from it are no reproduction. Ours (the paper's): "
+    start = "Not the paper's setting, so our numbers do not reproduce the paper's. Ours (the paper's): "
     return f"{start}{', '.join(differences)}." if differences else ""

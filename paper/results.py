@@ -200,9 +200,9 @@ def pick(runs, **values):
 
 
 def ranking_cautions(runs, rankings):
-    """A sentence for each metric whose runs used different rankings, one if runs used a ranking that is not
-    among those of their data, if there are any, and one if some transfers, not all, have a source that is
-    not among the runs. May be empty. rankings: of read_rankings."""
+    """Cautions, one sentence each: the runs by a metric used different rankings; runs used a ranking that is
+    missing although their data have others; some transfers, but not all, lack their source among the runs.
+    May be empty. rankings: from read_rankings."""
     by_metric = grouped([r for r in runs if r.scores_hash], "metric")
     cautions = []
     for (metric,), metric_runs in by_metric.items():

@@ -77,7 +77,7 @@ class Noise:
 
     def __str__(self):
         if not self.df:
-            return "No setting has several seeds: the intervals cover the noise of the test set alone."
+            return "No setting has several seeds: the intervals cover only the noise of the test set."
         text = (f"Between seeds, the robust accuracy on all examples has a standard deviation of "
                 f"{self.variance**0.5:.2f} points (degrees of freedom: {self.df})")
         if len(self.accuracies) > 1:

@@ -200,7 +200,7 @@ def test_scores_pt_of_rank_py_with_a_metric(monkeypatch):
     ("ranking", np.array([0, 0, 1, 2]), "its numbers are not 0 to N - 1, each once"),
     ("ranking", {"fingerprint": 1, "svar": torch.rand(4)}, "it holds scores: give it with --scores; valid"),
     ("scores", np.array([True, False]), "it holds bool .*; valid: N numbers"),
-    ("scores", {"fingerprint": 1, "svar": 2}, "it has no entropy, but perhaps another --metric; valid: "),
+    ("scores", {"fingerprint": 1, "svar": 2}, "it has no entropy scores: give another --metric; valid: "),
     ("subset", np.array([0.0, 1.0]), "it holds float64 .*; valid: a bool mask"),
     ("subset", np.array([0, 0, 1]), "3 numbers of int64; valid: a bool mask"),
     ("subset", np.array([96]), "valid: one or more of 0 to 95"),

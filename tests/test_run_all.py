@@ -188,7 +188,7 @@ def test_a_signal_stops_all_stages(start, jobs, kill, code):
     kill(process)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code
-    assert re.fullmatch("stopped: the same command.* goes on .*\n", errors)
+    assert re.fullmatch("stopped: repeat the command to resume .*\n", errors)
     assert time.monotonic() - begin < 100
     n = len(calls())
     process = start("digits", "fig2", JOBS=str(jobs))

@@ -265,7 +265,7 @@ def test_full_disk_and_a_folder_that_cannot_be_written():
 def test_a_signal_ends_a_run_in_one_line(name, code, serve, capsys):
     assert serve(Path("parts"), "rank", RANK, "epoch", 4, name) == code
     error = Path("parts/stderr.txt").read_text()
-    assert error.startswith("stopped: the same command, without --force if it trains, goes on from the last ")
+    assert error.startswith("stopped: repeat the command to resume from the last ")
     assert error.count("\n") == 1
     rank.main([*RANK, "--results", "parts"])
     assert "going on after epoch 1 of" in capsys.readouterr().out
