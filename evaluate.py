@@ -31,6 +31,9 @@ from common import UserError, process_count, process_index, say
 from data import check_unchanged, load_dataset, selection_and_final
 from models import load_model
 
+VERSIONS = {"python": platform.python_version(), "cuda": torch.version.cuda,
+            **{name: version(name) for name in ("torch", "torchvision", "numpy", "pyautoattack")}}
+
 
 def wilson(k, n, z=1.959964):
     """The 95 % Wilson score interval (low, high) of k successes in n > 0 trials."""
@@ -115,8 +118,7 @@ def evaluate(model, data, settings, chunk_folder, A_classes=None):
     clean, robust, warnings = autoattack_accuracy(model, data, index, settings, chunk_folder)
     return {"index": index, "clean": clean, "robust": robust}, {
         "settings": settings, "fingerprint": data.fingerprint(), "weights": weights_hash(model.state_dict()),
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda,
-                     **{name: version(name) for name in ("torch", "torchvision", "numpy", "pyautoattack")}},
+        "versions": VERSIONS,
         "warnings": warnings,
         "accuracy": accuracies(clean, robust, data.test.y[index], data.classes, A_classes)}
 
@@ -125,9 +127,9 @@ def autoattack_accuracy(model, data, index, settings, folder):
     """AutoAttack on the test examples `index`: clean and robust, bool (n,), and its warnings. settings: from
     eval_settings. The processes share the examples in chunks of a batch; chunk c has the seed seed + c. A
     stopped evaluation resumes from the finished chunks, saved in `folder` under a hash of weights, examples,
-    settings and data (without pixels, which the callers have checked)."""
+    settings, data (without pixels, which the callers have checked) and versions."""
     without_images = {k: v for k, v in data.fingerprint().items() if k != "images"}  # checked before
-    parts_of_key = [weights_hash(model.state_dict()), without_images, index.tolist(), settings]
+    parts_of_key = [weights_hash(model.state_dict()), without_images, index.tolist(), settings, VERSIONS]
     key = json.dumps(parts_of_key, sort_keys=True)
     folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
     chunks = list(enumerate(index.split(settings["batch_size"])))[process_index()::process_count()]

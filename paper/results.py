@@ -51,6 +51,7 @@ class Run:
         self.cost = training["cost"]["forward_equivalents"]
         self.weights_hash = training["weights"]  # hash of the network's
         self.scores_hash = ranking.get("scores", "")  # hash of the scores that chose A
+        self.images_hash = result["fingerprint"].get("images")  # old results lack it
         self.epoch = result["epoch"]  # of the checkpoint that was selected
         self.decays = sum(self.epoch > decay for decay in target["lr_decays"])  # of the learning rate, so far
         self.last_accuracies = last_accuracies(path.parent, result)
@@ -200,11 +201,13 @@ def pick(runs, **values):
 
 
 def ranking_cautions(runs, rankings):
-    """Cautions, one sentence each: the runs by a metric used different rankings; runs used a ranking that is
-    missing although their data have others; some transfers, but not all, lack their source among the runs.
-    May be empty. rankings: from read_rankings."""
+    """Cautions, one sentence each: runs were made on different images; the runs by a metric used different
+    rankings; runs used a ranking that is missing although their data have others; some transfers, but not
+    all, lack their source among the runs. May be empty. rankings: from read_rankings."""
     by_metric = grouped([r for r in runs if r.scores_hash], "metric")
     cautions = []
+    if len({(r.dataset, r.images_hash) for r in runs if r.images_hash}) > len({r.dataset for r in runs}):
+        cautions.append("Caution: these runs were made on different images, which only have the same labels.")
     for (metric,), metric_runs in by_metric.items():
         n_rankings = len({r.scores_hash for r in metric_runs})
         if n_rankings > 1:

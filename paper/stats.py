@@ -61,14 +61,15 @@ class Noise:
     between seeds, pooled over the settings of one group of runs.
 
     Settings near 0 or 100 % vary little and would bias the pooled variance; they count only if no other has
-    several seeds.
+    several seeds. Random classes do not count: to have other classes in A is no noise of training.
     """
 
     def __init__(self, runs, kind="robust", classes=None):
         if classes is None:
             classes = [c for r in runs[:1] for c in r.accuracy["classes"]]
         several = [[accuracy_on(r, classes, kind) for r in seeds]
-                   for seeds in grouped(runs, "configuration").values() if len(seeds) > 1]
+                   for seeds in grouped(runs, "configuration").values()
+                   if len(seeds) > 1 and len({r.A_classes for r in seeds}) == 1]
         inside = [v for v in several if 5 <= statistics.fmean(v) <= 95]
         self.is_typical = bool(inside)  # so that it may stand for settings that have one seed
         self.accuracies = inside or several  # of each setting, those of its seeds

@@ -269,7 +269,9 @@ def evaluation_section(folder):
     rows = []
     for path in result_files(folder, "eval-*.json"):
         r = load(path, ["fingerprint", "checkpoint", "settings", "accuracy"])
-        s, a = r["settings"], r["accuracy"]["all"]
+        s, a, run = r["settings"], r["accuracy"]["all"], path.with_name("result.json")
+        if r["checkpoint"] == "best.pt" and run.exists() and load(run).get("weights") != r["weights"]:
+            continue  # of a best.pt that has been replaced
         attacks = " ".join(s["attacks"] + (["in TF32"] if "precision" in s else []))
         rows.append([f"{r['fingerprint']['name']}/{path.parent.name}", r["checkpoint"],
                      f"{s['norm']} eps {s['eps']:g}", attacks, f"{a['clean']['n']:,}",

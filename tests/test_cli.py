@@ -220,7 +220,7 @@ def test_rankings_that_are_refused():
     rank.main(RANK)
     ranking = runs.load(RANKING / "scores.pt")
     for change, message in [
-            ({"entropy": torch.arange(96) * math.nan}, "its entropy scores: 0 finite numbers .* of the 96 training"),
+            ({"entropy": torch.arange(96) * math.nan}, "its entropy scores: 0 finite numbers .* of the 96 "),
             ({"entropy": torch.arange(9.0)}, "its entropy scores: 9 finite numbers .* of the 96 training"),
             ({"entropy": torch.ones(96)}, "all 1: they order nothing"), ({"entropy": ...}, "has no entropy"),
             ({"fingerprint": {"name": "digits"}}, "belongs to other data .name: digits there, few here")]:

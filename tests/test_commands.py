@@ -329,6 +329,17 @@ def test_a_finished_run_of_data_that_have_changed_is_not_printed(main, argv):
     main(argv)
 
 
+def test_a_finished_run_is_not_printed_for_the_data_of_another_folder(monkeypatch):
+    monkeypatch.setattr("data.TABLE_1", {"few": (10, 96, 40)})
+    sat.main(ONE_EPOCH)
+    parts = runs.load("data/few.pt")
+    Path("other").mkdir()
+    torch.save({**parts, "test": {**parts["test"], "x": 255 - parts["test"]["x"]}}, "other/few.pt")
+    sat.main(ONE_EPOCH)
+    with pytest.raises(UserError, match="belongs to other data .images: "):
+        sat.main([*ONE_EPOCH, "--data-dir", "other"])
+
+
 def test_a_published_run_is_found_by_its_own_flags_alone():
     """It has no args.json."""
     first = sat.main(ONE_EPOCH)

@@ -156,6 +156,9 @@ def test_claims_get_the_verdict_of_their_interval():
     assert noise.df == 22, "eleven settings of three seeds; no AT, at 2 %, has no room for noise"
     assert noise.variance == pytest.approx(1)
     assert stats.Noise(runs[:3]).variance == pytest.approx(1), "no AT alone"
+    random_classes = three("csat", 0.3, order="random", A_classes=("cat",), weight="vanilla")
+    random_classes[0].A_classes = ("dog",)
+    assert stats.Noise([*runs, *random_classes]).df == stats.Noise(runs).df, "other classes are no noise"
     assert "+25.0, +9.0: +16.0 [" in rows[-1][2]
     assert "42.0, 40.0: +2.0 [" in transferred[-1][2]
     plain, others = results.pick(runs, transfer=False), [c for c in CLASSES if c not in ("cat", "automobile")]
@@ -557,12 +560,23 @@ def test_the_ranking_of_a_transfer_is_sought_among_those_of_its_source():
         assert ("the ranking of 1 of these runs is no longer there" in text) == caution
 
 
+def test_runs_on_different_images_are_named():
+    pair = [run("full", 0.4, seed=seed, scores_hash="") for seed in (0, 1)]
+    for images, caution in (((None, "a"), False), (("a", "a"), False), (("a", "b"), True)):
+        pair[0].images_hash, pair[1].images_hash = images
+        assert ("made on different images" in results.ranking_cautions(pair, {})) == caution
+
+
 def test_the_table_of_evaluations_has_clean_accuracy_before_robust(tmp_path):
     result = load(HERE / "results-published/cifar10/cpu-full-seed0/result.json")
     (tmp_path / "eval-1.json").write_text(json.dumps({**result, "checkpoint": "best.pt"}))
     clean, robust = (100 * result["accuracy"]["all"][kind]["accuracy"] for kind in ("clean", "robust"))
     table = tables.evaluation_section(tmp_path)[1]
     assert re.search(rf"\| 1,000 \| {clean:.1f} \[.*\] \| {robust:.1f} \[.*\] \|$", table)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert tables.evaluation_section(tmp_path)[1] == table
+    (tmp_path / "result.json").write_text(json.dumps({**result, "weights": "of a later best.pt"}))
+    assert tables.evaluation_section(tmp_path) == []
 
 
 def test_a_baseline_with_random_start_is_in_the_group_of_its_runs():
