@@ -75,7 +75,7 @@ def check_logits(model, x, y):
         with eval_mode(model), torch.no_grad():
             logits = model(x[:1])
     except RuntimeError as e:
-        if isinstance(e, torch.cuda.OutOfMemoryError) or "CUDA error" in str(e):  # not the model's fault
+        if isinstance(e, torch.cuda.OutOfMemoryError) or "CUDA error" in str(e) or "CUDNN_STATUS" in str(e):
             raise
         raise ValueError(f"the model does not take {x.dtype} images {tuple(x.shape[1:])} on {x.device} "
                          f"({str(e).splitlines()[0]}); for autoattack make it float32: model.float()") from e

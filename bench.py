@@ -47,7 +47,7 @@ def main(argv=None):
     args = argparse.Namespace(**{**defaults, **vars(parser.parse_args(argv))})
     args.epochs += 1  # the first warms up
     device = common.set_up(args)
-    args.compile = models.choose_compilation(args.compile, device, 10**6)  # "auto": as in a long training
+    args.compile = models.choose_compilation(args.compile, device, 10**6, args.attack)  # as if long
     say(f"one training step, augmentation included: {args.arch}, batch {args.batch_size}, "
         f"{args.image_side}x{args.image_side}, {args.attack}, {models.precision(args.amp, device)}, "
         f"compile {args.compile}, {common.device_name(device)}; medians of {args.epochs - 1} epochs\n\n"

@@ -129,7 +129,7 @@ def settle_amount(args):
         if name not in args.typed and (replaced or "split" in args.typed and not is_valid):
             setattr(args, name, None)
         if getattr(args, name) is not None and not is_valid:
-            raise UserError(f"--split {args.split} takes no --{name}: drop it or --split")
+            raise UserError(f"--split {args.split} takes no --{name}: drop it, or give another --split")
     given = [name for name in valid if getattr(args, name) is not None]
     if len(given) > 1:
         raise UserError(f"--split {args.split} takes one of {', '.join(f'--{name}' for name in valid)}; "

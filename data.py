@@ -128,7 +128,7 @@ def open_dataset(args, device):
 def check_unchanged(args, fingerprint, path):
     """UserError if `fingerprint`, of the finished run in `path`, is not that of the user's own data set, or
     of the one in a typed --data-dir, as it is now. The data sets of the paper are taken not to change, and
-    one that is gone cannot be compared."""
+    one that is gone, or is not NAME.pt or NAME/, is not compared."""
     name, root = args.dataset, args.data_dir
     is_there = (root / f"{name}.pt").exists() or (root / name).is_dir()
     if is_there and (name not in (*DIGITS, *TABLE_1) or "data_dir" in args.typed):

@@ -240,7 +240,7 @@ def accuracy_lines(result):
 
 def result_of_finished_run(folder, args):
     """Prints the result of a finished run and returns it. With other flags of evaluation than the run's, its
-    best.pt is evaluated again. UserError if the user's own data set has changed since the run."""
+    best.pt is evaluated again. UserError if its data have changed (see check_unchanged)."""
     result = runs.load(folder / "result.json", ("args", "settings", "accuracy", "fingerprint"))
     check_unchanged(args, result["fingerprint"], folder / "result.json")
     settings, stored = eval_settings(args, result["fingerprint"]["classes"]), result["settings"]

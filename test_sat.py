@@ -206,6 +206,9 @@ def test_autoattack_goes_on_after_the_chunks_that_are_there(tmp_path, monkeypatc
         evaluated(**other)
     assert calls[10:18] == 2 * calls[:4], "other settings and other weights share nothing"
     assert calls[18:] == [(6, 5), (6, 6), (6, 7), (2, 8)]
+    monkeypatch.setattr(evaluate, "VERSIONS", {"torch": "0"})
+    evaluated()
+    assert calls[22:] == calls[:4], "nor do other versions"
 
 
 @pytest.mark.parametrize("n_classes,unusable", [(2, {"apgd-t"}), (3, {"apgd-t"}), (5, set())])
@@ -234,11 +237,12 @@ def test_autoattack_is_not_trusted_blindly(result, message, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"),
-                                   RuntimeError("CUDA error: out of memory")])
+                                   RuntimeError("CUDA error: out of memory"),
+                                   RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")])
 def test_a_full_gpu_is_not_taken_for_a_network_that_does_not_fit(error):
     model, (x, y) = net(), images()
     model.forward = mock.Mock(side_effect=error)
-    with pytest.raises(RuntimeError, match="^CUDA"):
+    with pytest.raises(RuntimeError, match="^CUDA|^cuDNN"):
         attacks.pgd(model, x, y, eps=0.1, step_size=0.1)
     model.forward.side_effect = RuntimeError("Input type (torch.cuda.FloatTensor) and weight type "
                                              "(CUDABFloat16Type) should be the same")

@@ -1,10 +1,10 @@
-"""Transfers a network to a target data set (S-SAT): freezes its features and trains a new head with one
-hidden layer on clean images of the target.
+"""Transfers the network of a checkpoint to a target data set (S-SAT): freezes its features and trains a new
+head with one hidden layer on clean images of the target.
 
 Paper: Sec. 4.3, Table 2 (transfer setting). The whole network is then attacked on the target's test images.
     python transfer.py results/digits0-4/<run>/best.pt --config configs/transfer/digits5-9.yaml
 Files in: a checkpoint of sat.py and the result.json beside it, the target's data. Files out, in
-results/<target>/<source data set>-<source run>-seed<seed>/: those of sat.py. Features: of the checkpoint.
+results/<target>/<source data set>-<source run>-seed<seed>/: those of sat.py.
 """
 import torch
 

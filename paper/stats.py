@@ -61,7 +61,7 @@ class Noise:
     between seeds, pooled over the settings of one group of runs.
 
     Settings near 0 or 100 % vary little and would bias the pooled variance; they count only if no other has
-    several seeds. Random classes do not count: to have other classes in A is no noise of training.
+    several seeds. CSAT of random classes does not count: its seeds choose other classes.
     """
 
     def __init__(self, runs, kind="robust", classes=None):
@@ -69,7 +69,7 @@ class Noise:
             classes = [c for r in runs[:1] for c in r.accuracy["classes"]]
         several = [[accuracy_on(r, classes, kind) for r in seeds]
                    for seeds in grouped(runs, "configuration").values()
-                   if len(seeds) > 1 and len({r.A_classes for r in seeds}) == 1]
+                   if len(seeds) > 1 and (seeds[0].order != "random" or not seeds[0].A_classes)]
         inside = [v for v in several if 5 <= statistics.fmean(v) <= 95]
         self.is_typical = bool(inside)  # so that it may stand for settings that have one seed
         self.accuracies = inside or several  # of each setting, those of its seeds

@@ -114,7 +114,8 @@ def curve_section(runs, figure_folder, figure, rankings):
                    if size not in by_size]
         missing += [f"the baseline {line}" for line in baselines if not baselines[line]]
         paragraphs += [f"### {dataset}: {name}", curve_table(figure, groups[-1]),
-                       differences_from_paper(dataset, setting), ranking_cautions(in_group, rankings),
+                       differences_from_paper(dataset, setting),
+                       ranking_cautions([*in_group, *baselines["AT"], *baselines["no AT"]], rankings),
                        f"Missing runs of these lines: {', '.join(missing)}." if missing else ""]
     if not groups:
         return [paragraphs[0], "No runs yet."]
