@@ -48,7 +48,7 @@ def run(split, robust, clean=1.0, n=1000, **values):
     one = published_run("cpu-full-seed0")
     vars(one).update({"split": split, "setting": SETTING, "group_name": "g", "n_A": 5000,
                       "accuracy": evaluate.accuracies(*right, torch.from_numpy(y), CLASSES, A_classes),
-                      "order": "named" if A_classes else "hardest", **values})
+                      "order": "named" if A_classes else "hardest", "last_accuracies": None, **values})
     return one
 
 
